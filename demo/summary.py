@@ -1,0 +1,84 @@
+"""The closing table: what the run's numbers say, and how far they reach."""
+
+import math
+from pathlib import Path
+
+from demo.history import History, auc
+
+LIMITS = (
+    "One seed, one small model and a few minutes: this shows that the pieces work together on real answers. It does "
+    "not show that one method trains better than another."
+)
+
+
+def summary_rows(history: History, seconds: float, peak_gb: float) -> list[tuple[str, str]]:
+    """Name and value of each row, as text."""
+    return [
+        *_reward_rows(history),
+        *_uncertainty_rows(history),
+        *_gradient_rows(history),
+        ("time, loading included", f"{seconds:.0f} s"),
+        ("peak memory", f"{peak_gb:.1f} GB"),
+    ]
+
+
+def _reward_rows(history: History) -> list[tuple[str, str]]:
+    before, after = history.held_out[0], history.held_out[-1]
+    rows = [(f"held-out reward, before and after {after['step']} steps", _change(before, after))]
+    for label, part in after["by_task"].items():
+        rows.append((f"  {label} ({part['prompts']} prompts)", _change(before["by_task"][label], part)))
+    return rows
+
+
+def _uncertainty_rows(history: History) -> list[tuple[str, str]]:
+    correct, incorrect = history.uncertainties(True), history.uncertainties(False)
+    mixed = history.mixed_groups()
+    gap = incorrect.mean() - correct.mean()
+    return [
+        (f"uncertainty of {len(correct)} correct answers", f"{_text(correct.mean())} nats/token"),
+        (f"uncertainty of {len(incorrect)} incorrect answers", f"{_text(incorrect.mean())} nats/token"),
+        ("gap (incorrect - correct)", f"{_text(gap)} nats/token"),
+        ("AUC, all answers together", _text(auc([(correct, incorrect)]))),
+        (f"AUC, pairs of the same prompt ({len(mixed)} mixed groups)", _text(auc(mixed))),
+    ]
+
+
+def _gradient_rows(history: History) -> list[tuple[str, str]]:
+    kinds = {name: history.total(f"egpo/groups/{name}/sum") for name in ("mixed", "all_wrong", "all_correct")}
+    counts = f"{kinds['mixed']:.0f} mixed, {kinds['all_wrong']:.0f} all wrong, {kinds['all_correct']:.0f} all correct"
+    shares = {
+        name: sum(record["share_with_gradient"][name] for record in history.steps) / len(history.steps)
+        for name in history.steps[0]["share_with_gradient"]
+    }
+    return [
+        ("groups", counts),
+        *((f"answers with a gradient under {name}", f"{share:.0%}") for name, share in shares.items()),
+    ]
+
+
+def write_summary(rows: list[tuple[str, str]], caption: str, finished: bool, path: Path) -> None:
+    """The table as Markdown, with the pictures."""
+    lines = [
+        "# Demo run",
+        "",
+        f"{caption[0].upper()}{caption[1:]}{'' if finished else ', stopped early'}.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name.strip()} | {value} |" for name, value in rows),
+        "",
+        LIMITS,
+        "",
+        "![Uncertainty of correct and incorrect answers](uncertainty.png)",
+        "",
+        "![Held-out reward and share of answers with a gradient](training.png)",
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _change(before: dict, after: dict) -> str:
+    return f"{before['reward']:.3f} -> {after['reward']:.3f}"
+
+
+def _text(value) -> str:
+    return "not defined (one kind only)" if math.isnan(value) else f"{float(value):.3f}"

@@ -1,0 +1,207 @@
+"""Group level of EGPO (arXiv 2602.22751, Eq. 2, 5-13) in torch: uncertainty, weight, base advantage, advantage.
+
+Groups are segments of the sequences sorted by group id, so nothing depends on how many there are or on their order.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from egpo_kernels import metrics
+from egpo_kernels.reduction import counts_per_sequence, segment_sum
+from egpo_kernels.types import AdvantageConfig
+
+COLLAPSED = 1e-6
+"""A group is collapsed when its rewards span at most this times max(1, largest |reward|)."""
+
+
+class Groups(NamedTuple):
+    """Sequences ``[S]`` sorted by group: ``order`` sorts, ``index`` numbers each sequence's group, ``offsets [S+1]``
+    bounds the groups in sorted order (empty ones at the end), ``first`` marks one member of each group."""
+
+    order: Tensor
+    index: Tensor
+    offsets: Tensor
+    first: Tensor
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum ``values [S]`` over each sequence's group, ``[S]``."""
+        return segment_sum(values[self.order], self.offsets)[self.index]
+
+    def max(self, values: Tensor) -> Tensor:
+        """Largest of ``values [S]`` in each sequence's group, ``[S]``."""
+        best = torch.segment_reduce(
+            values[self.order], "max", offsets=self.offsets, unsafe=True, initial=metrics.NOTHING
+        )
+        return best[self.index]
+
+
+def make_groups(ids: Tensor) -> Groups:
+    """Sort sequences by their integer group ids ``[S]``, on the device and without a sync."""
+    order = torch.argsort(ids, stable=True)
+    ordered = ids[order]
+    starts = torch.ones_like(ordered, dtype=torch.bool)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    number = starts.long().cumsum(0) - 1
+    index, first = torch.empty_like(number), torch.empty_like(starts)
+    index[order], first[order] = number, starts
+    offsets = torch.searchsorted(number, torch.arange(ids.shape[0] + 1, device=ids.device))
+    return Groups(order, index, offsets, first)
+
+
+def sequence_uncertainty(
+    values: Tensor | None, mask: Tensor | None, offsets: Tensor, num_sequences: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return H ``[S]`` (Eq. 5/6), NaN where a sequence has none, and counted tokens ``[S]``.
+
+    ``values [N]`` are negated log-probs of the sampled tokens, or entropies; H is their mean over ``mask``, at least 0.
+    """
+    if values is None or mask is None:
+        return like.new_full((num_sequences,), torch.nan), torch.ones_like(like, dtype=torch.long)
+    counts = counts_per_sequence(mask, offsets)
+    mean = segment_sum(torch.where(mask, values, 0.0), offsets) / counts.to(values.dtype)
+    return torch.where(mean.isfinite(), mean.clamp(min=0), torch.nan), counts
+
+
+class Base(NamedTuple):
+    """Base advantages ``[S]`` (Eq. 2, 10, 13) and which rule each sequence's group fell under."""
+
+    advantages: Tensor
+    penalised: Tensor
+    single: Tensor
+    unusable: Tensor
+    collapsed: Tensor
+    any_correct: Tensor
+
+
+def base_advantages(rewards: Tensor, correct: Tensor, groups: Groups, config: AdvantageConfig) -> Base:
+    """Rewards relative to their group; rules in order: group of one, fewer than two usable, collapsed, mixed."""
+    usable = rewards.isfinite()
+    safe = torch.where(usable, rewards, 0.0)
+    size = groups.sum(torch.ones_like(rewards))
+    count = groups.sum(usable.to(rewards.dtype))
+    mean = groups.sum(safe) / count.clamp(min=1)
+    centred = torch.where(usable, rewards - mean, 0.0)
+    spread = groups.max(torch.where(usable, rewards, metrics.NOTHING)) + groups.max(
+        torch.where(usable, -rewards, metrics.NOTHING)
+    )
+    collapsed = spread <= COLLAPSED * groups.max(safe.abs()).clamp(min=1)
+    any_correct = groups.sum((correct & usable).to(rewards.dtype)) > 0
+    single, unusable = size == 1, (size > 1) & (count < 2)
+
+    mixed = centred
+    if config.scale == "group_std":
+        mixed = centred / ((groups.sum(centred.square()) / (count - 1).clamp(min=1)).sqrt() + config.std_eps)
+    penalised = ~any_correct & ~single & ~unusable & (config.all_wrong != "zero")
+    if config.all_wrong != "negative_no_correct":
+        penalised = penalised & collapsed
+    base = torch.where(collapsed | unusable, 0.0, mixed)
+    base = torch.where(penalised, -config.nsr_scale, base)
+    base = torch.where(single, safe if config.singleton == "raw" else 0.0, base)
+    return Base(torch.where(usable, base, 0.0), penalised, single, unusable, collapsed, any_correct)
+
+
+def uncertainty_weights(
+    uncertainty: Tensor, correct: Tensor, groups: Groups, base: Base, config: AdvantageConfig
+) -> Tensor:
+    """Return w ``[S]``: group mean of H over own H (Eq. 7), clamped by correctness (Eq. 8), renormalised (Eq. 9)."""
+    ones = torch.ones_like(uncertainty)
+    if config.weight == "none":
+        return ones
+    valid = uncertainty.isfinite()
+    safe = torch.where(valid, uncertainty, 0.0)
+    mean = groups.sum(safe) / groups.sum(valid.to(safe.dtype)).clamp(min=1)
+    weighed = valid & (mean > config.uncertainty_eps) & ~base.single
+    weights = torch.where(weighed, mean / (safe + config.uncertainty_eps), ones)
+    if config.renorm == "before":
+        weights = _renormalised(weights, groups)
+    if config.clamp != "none":
+        low, high = config.weight_bounds
+        one_sided_correct = config.clamp in ("asymmetric", "positive_only")
+        one_sided_incorrect = config.clamp in ("asymmetric", "negative_only")
+        lower = torch.where(correct & one_sided_correct, ones, low)
+        upper = torch.where(~correct & one_sided_incorrect, ones, high)
+        weights = torch.minimum(torch.maximum(weights, lower), upper)
+    if config.renorm == "after":
+        weights = _renormalised(weights, groups)
+    locked = base.single | base.penalised if config.lock_all_wrong else base.single
+    return torch.where(locked, ones, weights)
+
+
+def _renormalised(weights: Tensor, groups: Groups) -> Tensor:
+    total = groups.sum(weights)
+    return torch.where(total > 0, weights * groups.sum(torch.ones_like(weights)) / total, weights)
+
+
+class Advantages(NamedTuple):
+    """Per-sequence results ``[S]`` and the raw metrics vector."""
+
+    advantages: Tensor
+    weights: Tensor
+    base: Tensor
+    uncertainty: Tensor
+    raw_metrics: Tensor
+
+
+def group_advantages(
+    ids: Tensor,
+    rewards: Tensor,
+    correct: Tensor | None,
+    values: Tensor | None,
+    mask: Tensor | None,
+    offsets: Tensor,
+    config: AdvantageConfig,
+    group_size: int | None,
+) -> Advantages:
+    """Advantages ``A = w * A_base`` (Eq. 11) of whole groups; groups without ``group_size`` members get NaN."""
+    groups = make_groups(ids)
+    correct = rewards > config.correct_threshold if correct is None else correct
+    uncertainty, counts = sequence_uncertainty(values, mask, offsets, ids.shape[0], rewards)
+    base = base_advantages(rewards, correct, groups, config)
+    weights = uncertainty_weights(uncertainty, correct, groups, base, config)
+    incomplete = torch.zeros_like(correct)
+    if group_size is not None:
+        incomplete = groups.sum(torch.ones_like(rewards)) != group_size
+    advantages = torch.where(incomplete, torch.nan, weights * base.advantages)
+    raw = _raw_metrics(advantages, weights, uncertainty, counts, rewards, correct, incomplete, base, groups, config)
+    return Advantages(advantages, weights, base.advantages, uncertainty, raw)
+
+
+def _raw_metrics(
+    advantages: Tensor,
+    weights: Tensor,
+    uncertainty: Tensor,
+    counts: Tensor,
+    rewards: Tensor,
+    correct: Tensor,
+    incomplete: Tensor,
+    base: Base,
+    groups: Groups,
+    config: AdvantageConfig,
+) -> Tensor:
+    """Fill the slots of `metrics.GROUP`, in its order."""
+    valid, every = uncertainty.isfinite(), torch.ones_like(correct)
+    summaries = [metrics.summary(uncertainty, where) for where in (valid, valid & correct, valid & ~correct)]
+    summaries += [metrics.summary(weights, where) for where in (every, correct, ~correct)]
+    summaries.append(metrics.summary(advantages, every))
+    low, high = config.weight_bounds
+    rest = ~(base.single | base.unusable)
+    flags = (
+        weights == low,
+        weights == 1,
+        weights == high,
+        counts == 0,
+        ~rewards.isfinite(),
+        incomplete & groups.first,
+        groups.first,
+        base.single & groups.first,
+        base.unusable & groups.first,
+        rest & base.collapsed & ~base.any_correct & groups.first,
+        rest & base.collapsed & base.any_correct & groups.first,
+        rest & ~base.collapsed & ~base.any_correct & groups.first,
+        rest & ~base.collapsed & base.any_correct & groups.first,
+    )
+    sums = [part for count, total, _, _ in summaries for part in (count, total)]
+    maxima = [part for _, _, high_, low_ in summaries for part in (high_, low_)]
+    return torch.stack([*sums, *(flag.sum().to(advantages.dtype) for flag in flags), *maxima])

@@ -1,0 +1,348 @@
+"""The public functions: validate, choose a backend, call it, report."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egpo_kernels import losses, recipes
+from egpo_kernels.dispatch import choose_backend
+from egpo_kernels.groups import advantages_of_groups
+from egpo_kernels.layout import counted, group_ids, make_layout
+from egpo_kernels.types import (
+    AdvantageConfig,
+    GroupAdvantages,
+    LossOutput,
+    PolicyLossConfig,
+    Recipe,
+    TokenLogProbs,
+)
+from egpo_kernels.validation import check_bool, check_instance, check_logits, check_tensor
+
+
+def egpo_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    groups: Any,
+    rewards: Tensor,
+    *,
+    mask: Tensor | None = None,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    entropy_mask: Tensor | None = None,
+    correct: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    recipe: Recipe | str = recipes.EGPO,
+    num_tokens: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
+    group_size: int | None = None,
+    grad_scale: float = 1.0,
+    inplace_grad: bool = False,
+    metrics: str = "all",
+    backend: str = "auto",
+) -> LossOutput:
+    """EGPO loss of whole groups, from logits and rewards (arXiv 2602.22751, Eq. 2-13).
+
+    `group_advantages` followed by `logits_policy_loss`. For loops that hold whole groups; trainers that micro-batch call
+    the two separately. Without ``old_log_probs`` the update is on-policy: the ratio is 1, and the uncertainty of each
+    sequence comes from these logits.
+
+    Args:
+        logits: ``[S, T, V]``, or ``[N, V]`` packed; fp16, bf16, fp32 or fp64; undivided by the temperature;
+            ``logits[..., t, :]`` scores ``tokens[..., t]``; any strides with the vocabulary contiguous.
+        tokens: ``[S, T]`` or ``[N]``, integer.
+        groups: Group of each sequence: integer tensor ``[S]`` (any ids, any order), list of names, numpy array, or an
+            int G for G consecutive sequences.
+        rewards: ``[S]``.
+        mask: ``[S, T]`` or ``[N]``, nonzero counts; None counts ``tokens != -100``.
+        old_log_probs: Log-probs of the tokens at sampling time, in nats, shaped like tokens; None: on-policy.
+        ref_log_probs: Log-probs under the reference, shaped like tokens; needed for ``kl_coef > 0``.
+        rollout_weights: Weights on the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1 and is counted.
+        entropy_mask: Shaped like tokens: which counted tokens the uncertainty averages over; None: all of them.
+        correct: ``[S]`` bool; None: ``reward > correct_threshold``.
+        cu_seqlens: ``[S + 1]`` integer, for the packed layout.
+        temperature: Sampling temperature, a float, ``[S]`` or per token.
+        recipe: A `Recipe` or its name.
+        num_tokens: Counted tokens of the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
+        num_sequences: Sequences of the whole batch, for the ``seq_mean`` reductions.
+        group_size: Members every group must have; see `group_advantages`.
+        grad_scale: The upstream gradient to expect; see `logits_policy_loss`.
+        inplace_grad: Write the gradient over the logits; see `logits_policy_loss`.
+        metrics: ``all``, ``active`` or ``none``; see `logits_policy_loss`.
+        backend: ``auto``, ``triton``, ``portable`` or ``reference``.
+
+    Returns:
+        ``(loss, metrics)``: a 0-d float32 (float64) loss, or per token for reduction ``none``.
+
+    Raises:
+        ValueError: A wrong shape, device, value or combination.
+        TypeError: A wrong type or dtype.
+    """
+    recipe = recipes.get(recipe)
+    call = losses.read_logits(logits, tokens, mask, cu_seqlens, temperature, backend)
+    rewards = check_tensor("rewards", rewards, "real", {"[S]": (call.layout.num_sequences,)}, logits.device)
+    config = recipe.advantage
+    own = config.weight != "none" and (old_log_probs is None or config.statistic == "shannon")
+    found = None
+    if own:
+        found = losses.log_probs_and_entropy(
+            call, inplace_grad, config.statistic == "shannon" or losses.wants_entropy(recipe.loss, metrics)
+        )
+    old, entropy = old_log_probs, None
+    if found is not None:
+        old = found.log_probs.detach().view(call.layout.shape) if old_log_probs is None else old_log_probs
+        entropy = None if found.entropy is None else found.entropy.detach().view(call.layout.shape)
+    ids = group_ids(groups, call.layout.num_sequences, logits.device, group_size)
+    grouped = advantages_of_groups(
+        ids, rewards, old, entropy, call.rows.mask, entropy_mask, correct, call.layout, config, group_size, call.backend
+    )
+    options = losses.Options(num_tokens, num_sequences, grad_scale, inplace_grad, metrics)
+    given = losses.Constants(grouped.advantages, old_log_probs, ref_log_probs, rollout_weights)
+    loss, seen = losses.loss_from_logits(call, given, recipe.loss, options, found)
+    return LossOutput(loss, {} if metrics == "none" else {**grouped.metrics, **seen})
+
+
+def group_advantages(
+    groups: Any,
+    rewards: Tensor,
+    old_log_probs: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_mask: Tensor | None = None,
+    correct: Tensor | None = None,
+    config: AdvantageConfig = recipes.EGPO.advantage,
+    group_size: int | None = None,
+    backend: str = "auto",
+) -> GroupAdvantages:
+    """Advantages of whole groups (EGPO, arXiv 2602.22751, Eq. 2, 5-11, 13); call it before any micro-batching.
+
+    Args:
+        groups: Group of each sequence: integer tensor ``[S]`` (any ids, any order), list of names, numpy array, or an
+            int G for G consecutive sequences.
+        rewards: ``[S]``; a non-finite one gives advantage 0 and stays out of its group's reward statistics.
+        old_log_probs: Log-probs of the sampled tokens in nats, ``[S, T]`` or packed ``[N]``; the uncertainty's source.
+        mask: Shaped like them, nonzero counts; None counts every position.
+        cu_seqlens: ``[S + 1]`` integer, for the packed layout.
+        entropy: Shannon entropy of each position in nats, for ``statistic="shannon"``.
+        entropy_mask: Which counted tokens the uncertainty averages over; None: all of them.
+        correct: ``[S]`` bool; None: ``reward > config.correct_threshold``.
+        config: The settings.
+        group_size: Members every group must have. Where ids are on the host (list, numpy, int, CPU tensor) others
+            raise; where they are on a device their advantages are NaN and a metric counts them.
+        backend: ``auto``, ``triton``, ``portable`` or ``reference``.
+
+    Returns:
+        ``(advantages, weights, base, uncertainty, metrics)``, ``[S]`` each, float32 (float64), without gradient.
+
+    Raises:
+        ValueError: A wrong shape, device, value or combination; a weight asked for without its source.
+        TypeError: A wrong type or dtype.
+    """
+    check_instance("config", config, AdvantageConfig)
+    if not isinstance(rewards, Tensor) or rewards.dim() != 1:
+        what = list(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
+        raise ValueError(f"rewards is {what}; it must be a tensor [S], one number per sequence")
+    sequences, device = rewards.shape[0], rewards.device
+    check_tensor("rewards", rewards, "real", {"[S]": (sequences,)}, device)
+    source = old_log_probs if old_log_probs is not None else entropy
+    layout = counts = None
+    if source is not None:
+        name = "old_log_probs" if old_log_probs is not None else "entropy"
+        check_tensor(name, source, "floating", {}, device)
+        layout = make_layout(name, tuple(source.shape), cu_seqlens, device)
+        if layout.num_sequences != sequences:
+            raise ValueError(f"rewards has {sequences} entries; {name} holds {layout.num_sequences} sequences")
+        counts = counted(mask, None, layout)
+    ids = group_ids(groups, sequences, device, group_size)
+    return advantages_of_groups(
+        ids,
+        rewards,
+        old_log_probs,
+        entropy,
+        counts,
+        entropy_mask,
+        correct,
+        layout,
+        config,
+        group_size,
+        choose_backend(backend, device),
+    )
+
+
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ref_log_probs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    config: PolicyLossConfig = recipes.EGPO.loss,
+    num_tokens: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
+    backend: str = "auto",
+) -> LossOutput:
+    """Policy loss from log-probabilities (EGPO, arXiv 2602.22751, Eq. 12), differentiable in them and in ``entropy``.
+
+    Args:
+        log_probs: Log-probs of the tokens in nats, ``[S, T]`` or packed ``[N]``, floating.
+        old_log_probs: The same at sampling time; None: on-policy, the ratio is 1.
+        advantages: ``[S]`` or shaped like log_probs; treated as constants.
+        mask: Shaped like log_probs, nonzero counts; None counts every position.
+        ref_log_probs: Log-probs under the reference; needed for ``kl_coef > 0``.
+        entropy: Entropy of each position in nats; needed for ``entropy_coef != 0``.
+        rollout_weights: Weights on the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1 and is counted.
+        cu_seqlens: ``[S + 1]`` integer, for the packed layout.
+        config: The settings.
+        num_tokens: Counted tokens of the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
+        num_sequences: Sequences of the whole batch, for the ``seq_mean`` reductions.
+        backend: ``auto``, ``triton``, ``portable`` or ``reference``.
+
+    Returns:
+        ``(loss, metrics)``: a 0-d float32 (float64) loss, or shaped like log_probs for reduction ``none``.
+
+    Raises:
+        ValueError: A wrong shape, device, value or combination.
+        TypeError: A wrong type or dtype.
+    """
+    check_instance("config", config, PolicyLossConfig)
+    call, found = losses.read_log_probs(log_probs, entropy, mask, cu_seqlens, config, backend)
+    options = losses.Options(num_tokens, num_sequences)
+    given = losses.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
+    return losses.loss_from_log_probs(call, losses.loss_rows(call, given, config, options), config, options, found)
+
+
+def logits_policy_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    config: PolicyLossConfig = recipes.EGPO.loss,
+    num_tokens: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
+    grad_scale: float = 1.0,
+    inplace_grad: bool = False,
+    metrics: str = "all",
+    backend: str = "auto",
+) -> LossOutput:
+    """Policy loss from logits (EGPO, arXiv 2602.22751, Eq. 12): loss and gradient in one pass over the vocabulary.
+
+    The gradient is made together with the loss: one read and one write of the logits. It is made in backward instead
+    (two reads and one write) where its coefficient is known only later: ``ratio="sequence"``, ``reduction="none"``, or
+    fp16 logits without ``grad_scale``.
+
+    Args:
+        logits: ``[S, T, V]``, or ``[N, V]`` packed; fp16, bf16, fp32 or fp64; undivided by the temperature;
+            ``logits[..., t, :]`` scores ``tokens[..., t]``; any strides with the vocabulary contiguous.
+        tokens: ``[S, T]`` or ``[N]``, integer.
+        advantages: ``[S]`` or shaped like tokens; treated as constants.
+        mask: Shaped like tokens, nonzero counts; None counts ``tokens != -100``.
+        old_log_probs: Log-probs of the tokens at sampling time, in nats; None: on-policy, the ratio is 1.
+        ref_log_probs: Log-probs under the reference; needed for ``kl_coef > 0``.
+        rollout_weights: Weights on the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1 and is counted.
+        cu_seqlens: ``[S + 1]`` integer, for the packed layout.
+        temperature: Sampling temperature, a float, ``[S]`` or per token.
+        config: The settings.
+        num_tokens: Counted tokens of the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
+        num_sequences: Sequences of the whole batch, for the ``seq_mean`` reductions.
+        grad_scale: The upstream gradient to expect (a GradScaler's scale, 1 / accumulation steps). It multiplies the
+            gradient before it is rounded; an upstream equal to it costs nothing, another one a pass over the gradient.
+        inplace_grad: Write the gradient over the logits: no extra memory, but the logits are gone.
+        metrics: ``all`` looks at every counted row, ``active`` only at rows whose gradient is not known to be zero (the
+            others are not read), ``none`` at those too and reports nothing.
+        backend: ``auto``, ``triton``, ``portable`` or ``reference``.
+
+    Returns:
+        ``(loss, metrics)``: a 0-d float32 (float64) loss, or shaped like tokens for reduction ``none``.
+
+    Raises:
+        ValueError: A wrong shape, device, value or combination.
+        TypeError: A wrong type or dtype.
+    """
+    check_instance("config", config, PolicyLossConfig)
+    call = losses.read_logits(logits, tokens, mask, cu_seqlens, temperature, backend)
+    options = losses.Options(num_tokens, num_sequences, grad_scale, inplace_grad, metrics)
+    given = losses.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
+    return losses.loss_from_logits(call, given, config, options)
+
+
+def token_log_probs(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    return_entropy: bool = False,
+    inplace_grad: bool = False,
+    backend: str = "auto",
+) -> TokenLogProbs:
+    """Log-probability of each token, and entropy of each position, under logits; both differentiable.
+
+    One read of the logits forward, one read and one write backward.
+
+    Args:
+        logits: ``[S, T, V]`` or ``[N, V]``; fp16, bf16, fp32 or fp64; undivided by the temperature; any strides with
+            the vocabulary contiguous.
+        tokens: ``[S, T]`` or ``[N]``, integer.
+        mask: Shaped like tokens, nonzero counts; None counts ``tokens != -100``.
+        temperature: A float, ``[S]`` (padded) or per token.
+        return_entropy: Also return the entropy.
+        inplace_grad: Write the gradient over the logits in backward.
+        backend: ``auto``, ``triton``, ``portable`` or ``reference``.
+
+    Returns:
+        ``(log_probs, entropy)`` in nats, float32 (float64), shaped like tokens; 0 at masked positions; entropy None
+        unless asked for. A token whose own logit is -inf has log-prob -inf and passes no gradient.
+
+    Raises:
+        ValueError: A wrong shape, device or value.
+        TypeError: A wrong type or dtype.
+    """
+    packed = isinstance(logits, Tensor) and logits.dim() == 2
+    check_logits("logits", logits, packed)
+    call = losses.read_logits(logits, tokens, mask, None, temperature, backend, one_sequence=packed)
+    found = losses.log_probs_and_entropy(call, inplace_grad, check_bool("return_entropy", return_entropy))
+    shape = call.layout.shape
+    entropy = None if found.entropy is None else found.entropy.view(shape)
+    return TokenLogProbs(found.log_probs.view(shape), entropy)
+
+
+def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Align token ids with the logits of a causal model, so that whole logits are passed and nothing is sliced.
+
+    Slicing ``logits[:, :-1]`` works as well, but its backward makes a full-size copy of the gradient.
+
+    Args:
+        input_ids: ``[S, T]`` (or ``[T]``), integer: what the model was given.
+        mask: Shaped like input_ids: nonzero where the token itself counts; None counts every token.
+
+    Returns:
+        ``(tokens, mask)``: both rolled by -1 along the last dimension, the last position masked (bool).
+
+    Raises:
+        ValueError: Shapes or devices that differ.
+        TypeError: A wrong type or dtype.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dim() < 1:
+        what = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise TypeError(f"input_ids is {what}; it must be an integer tensor [S, T]")
+    shape = {"the shape of input_ids": tuple(input_ids.shape)}
+    check_tensor("input_ids", input_ids, "integer", shape, input_ids.device)
+    counts = torch.ones_like(input_ids, dtype=torch.bool)
+    if mask is not None:
+        counts = check_tensor("mask", mask, "real", shape, input_ids.device) != 0
+    counts = counts.roll(-1, -1)
+    counts[..., -1:] = False
+    return input_ids.roll(-1, -1), counts

@@ -1,0 +1,191 @@
+"""Autograd Functions around the opaque operators: what is saved, and when the gradient of the logits is made."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egpo_kernels import metrics
+from egpo_kernels.types import Rows
+
+LOSS_SLOT = metrics.TOKEN.keys.index("policy/loss/sum")
+NO_DOUBLE = (
+    "egpo_kernels differentiates once: a second derivative through its {} backend is not available; "
+    "use backend='reference' for create_graph=True"
+)
+CONSUMED = (
+    "the gradient of the logits was handed out by an earlier backward and is gone; "
+    "use backend='reference', or inplace_grad=False with retain_graph=True in every backward but the last"
+)
+
+
+class _RefuseBackward(torch.autograd.Function):
+    """Pass gradients on; refuse to be differentiated, so that a second derivative fails with a reason."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, gradient: Tensor) -> Tensor:
+        ctx.backend = backend
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(NO_DOUBLE.format(ctx.backend))
+
+
+def _guarded(backend: str, gradient: Tensor) -> Tensor:
+    """Under create_graph, return the gradient behind a node that refuses a second derivative."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return gradient
+    return _RefuseBackward.apply(backend, gradient.detach().requires_grad_())
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """Log-prob and entropy of each row; the gradient is made in backward, from the logits read once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, temperature: float, want_entropy: bool, inplace: bool, backend: str, *rows: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `egpo_kernels.ops.row_statistics`."""
+        log_probs, entropy, maximum, log_sum = torch.ops.egpo_kernels.row_statistics(
+            logits.detach(), list(rows), temperature, want_entropy, backend
+        )
+        ctx.save_for_backward(logits, maximum, log_sum, log_probs, entropy)
+        ctx.rows, ctx.options = rows, (temperature, want_entropy, inplace, backend)
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        """Gradient with respect to the logits only."""
+        logits, maximum, log_sum, log_probs, entropy = ctx.saved_tensors
+        temperature, want_entropy, inplace, backend = ctx.options
+        if not want_entropy:
+            grad_entropy = None
+        if grad_log_probs is None:
+            grad_log_probs = torch.zeros_like(log_probs)
+        with torch.no_grad():
+            statistics, rows = [maximum, log_sum, log_probs, entropy], list(ctx.rows)
+            upstream = [grad_log_probs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous()]
+            if inplace:
+                gradient = logits.detach()
+                torch.ops.egpo_kernels.logits_gradient_(gradient, rows, statistics, upstream, temperature, backend)
+            else:
+                gradient = torch.ops.egpo_kernels.logits_gradient(
+                    logits.detach(), rows, statistics, upstream, temperature, backend
+                )
+        return _guarded(backend, gradient), *[None] * (4 + len(ctx.rows))
+
+
+class PolicyLoss(torch.autograd.Function):
+    """Loss (0-d, or per token) of log-probs and entropy; derivatives are made in backward, where upstream is known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        log_probs: Tensor,
+        entropy: Tensor | None,
+        offsets: Tensor,
+        index: Tensor,
+        config: str,
+        per_token: bool,
+        vocab: int,
+        backend: str,
+        *rows: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """See `egpo_kernels.ops.policy_loss`."""
+        losses, vector = torch.ops.egpo_kernels.policy_loss(
+            log_probs.detach(),
+            None if entropy is None else entropy.detach(),
+            list(rows),
+            [offsets, index],
+            config,
+            vocab,
+            backend,
+        )
+        ctx.save_for_backward(log_probs, entropy)
+        ctx.rows, ctx.segments, ctx.options = rows, (offsets, index), (config, backend)
+        ctx.mark_non_differentiable(vector)
+        return losses if per_token else vector[LOSS_SLOT].clone(), vector
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        """Gradients with respect to log_probs and entropy."""
+        log_probs, entropy = ctx.saved_tensors
+        config, backend = ctx.options
+        rows = Rows(*ctx.rows)
+        with torch.no_grad():
+            scaled = rows._replace(factor=rows.factor * upstream)
+            slope, bonus = torch.ops.egpo_kernels.policy_loss_gradient(
+                log_probs.detach(),
+                None if entropy is None else entropy.detach(),
+                list(scaled),
+                list(ctx.segments),
+                config,
+                backend,
+            )
+        grad_entropy = None if entropy is None else _guarded(backend, bonus)
+        return _guarded(backend, slope), grad_entropy, *[None] * (6 + len(ctx.rows))
+
+
+class LogitsPolicyLoss(torch.autograd.Function):
+    """Loss of logits whose gradient is made in forward, expecting ``grad_scale`` from upstream."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        offsets: Tensor,
+        index: Tensor,
+        config: str,
+        temperature: float,
+        grad_scale: float,
+        want_entropy: bool,
+        inplace: bool,
+        backend: str,
+        *rows: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """See `egpo_kernels.ops.logits_policy_loss`."""
+        gradient = logits.detach()
+        arguments = (list(rows), [offsets, index], config, [temperature, grad_scale], want_entropy, backend)
+        if inplace:
+            vector = torch.ops.egpo_kernels.logits_policy_loss_(gradient, *arguments)
+        else:
+            vector, gradient = torch.ops.egpo_kernels.logits_policy_loss(gradient, *arguments)
+        ctx.options = (grad_scale, inplace, backend, len(rows))
+        # An attribute can be given away in backward; a saved tensor cannot, and leaf logits would get a copy of it.
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(gradient)
+        else:
+            ctx.gradient = gradient
+        ctx.mark_non_differentiable(vector)
+        return vector[LOSS_SLOT].clone(), vector
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        """Gradient with respect to the logits only."""
+        grad_scale, inplace, backend, num_rows = ctx.options
+        if torch.compiler.is_compiling():
+            (gradient,) = ctx.saved_tensors
+            gradient = (gradient * (upstream / grad_scale)).to(gradient.dtype)
+        else:
+            gradient = _take_gradient(ctx, inplace)
+            torch.ops.egpo_kernels.rescale_(gradient, upstream.detach(), grad_scale, backend)
+        return _guarded(backend, gradient), *[None] * (8 + num_rows)
+
+
+def _take_gradient(ctx: Any, inplace: bool) -> Tensor:
+    """Hand the gradient out: the tensor itself the last time, a copy where the graph is kept for another backward."""
+    gradient = ctx.gradient
+    if gradient is None:
+        raise RuntimeError(CONSUMED)
+    if _graph_is_kept() and not inplace:
+        return gradient.clone()
+    ctx.gradient = None
+    return gradient
+
+
+def _graph_is_kept() -> bool:
+    # Not public; where a torch lacks it, a second backward fails with CONSUMED instead of getting a copy.
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and keeps()

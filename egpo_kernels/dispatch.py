@@ -1,0 +1,51 @@
+"""Which backend answers a call."""
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+from egpo_kernels.validation import check_choice
+
+BACKENDS = ("auto", "triton", "portable", "reference")
+TRITON_DEVICES = ("cuda", "xpu")
+
+
+@functools.cache
+def triton_importable() -> bool:
+    """Whether the real triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """Return ``triton``, ``portable`` or ``reference``; an explicit choice is kept or refused, never replaced.
+
+    ``auto`` takes ``EGPO_KERNELS_BACKEND`` when that is set, else triton on the devices it serves where it is
+    installed, else portable.
+
+    Raises:
+        ValueError: An unknown backend, or triton on tensors it cannot run on.
+        RuntimeError: Triton is asked for and not installed.
+    """
+    check_choice("backend", backend, BACKENDS)
+    if backend == "auto" and os.environ.get("EGPO_KERNELS_BACKEND"):
+        backend = check_choice("EGPO_KERNELS_BACKEND", os.environ["EGPO_KERNELS_BACKEND"], BACKENDS)
+    if backend == "auto":
+        return "triton" if device.type in TRITON_DEVICES and triton_importable() else "portable"
+    if backend == "triton":
+        if not triton_importable():
+            raise RuntimeError("backend is 'triton' and triton is not installed; install egpo-kernels[triton]")
+        if device.type not in TRITON_DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"backend is 'triton' and the tensors are on {device}; they must be on a GPU, or TRITON_INTERPRET=1 "
+                "set before triton is imported (slow: it interprets the kernels), or backend='portable'"
+            )
+    return backend
+
+
+def implementation(backend: str) -> ModuleType:
+    """Return the package that implements ``portable`` or ``triton``, imported on first use."""
+    return importlib.import_module(f"egpo_kernels.{backend}")

@@ -1,0 +1,130 @@
+"""From what callers hold (padded or packed, per sequence or per token) to flat rows `[N]`."""
+
+import uuid
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from egpo_kernels.reduction import per_row, segment_index
+from egpo_kernels.types import check_number
+from egpo_kernels.validation import check_complete, check_tensor
+
+IGNORED = -100
+"""The token id that marks a position as not counted when no mask is given."""
+
+
+class Layout(NamedTuple):
+    """How rows belong to sequences: sequence i owns rows ``offsets[i] : offsets[i + 1]``.
+
+    ``shape`` is that of a per-token tensor (``(S, T)`` padded, ``(N,)`` packed); ``poison`` is a 0-d 1.0, or NaN when
+    ``cu_seqlens`` on a device was malformed; ``index [N]`` is each row's sequence.
+    """
+
+    shape: tuple[int, ...]
+    num_sequences: int
+    offsets: Tensor
+    poison: Tensor
+    index: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """Flattened positions N, padding included."""
+        return self.index.shape[0]
+
+    def per_token(self, name: str, value: Any, kind: str) -> Tensor:
+        """Check a per-token tensor and flatten it to ``[N]``."""
+        return check_tensor(name, value, kind, self._token_shapes(), self.index.device).reshape(-1)
+
+    def per_token_or_sequence(self, name: str, value: Any, kind: str, columns: bool = False) -> Tensor:
+        """Check a tensor given per sequence (where shapes agree) or per token, and return it per row ``[N]``."""
+        shapes = {"[S]": (self.num_sequences,)} | ({"[S, 1]": (self.num_sequences, 1)} if columns else {})
+        check_tensor(name, value, kind, {**shapes, **self._token_shapes()}, self.index.device)
+        if any(value.shape == shape for shape in shapes.values()):
+            return per_row(value.reshape(-1), self.index)
+        return value.reshape(-1)
+
+    def _token_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"[S, T]" if len(self.shape) == 2 else "[N]": self.shape}
+
+
+def make_layout(name: str, shape: tuple[int, ...], cu_seqlens: Any, device: torch.device) -> Layout:
+    """Describe per-token tensors of ``shape``: ``[S, T]``, or ``[N]`` with ``cu_seqlens [S + 1]``."""
+    if cu_seqlens is None:
+        if len(shape) != 2:
+            raise ValueError(f"{name} is packed ({len(shape)}-d per token) without cu_seqlens; pass cu_seqlens [S + 1]")
+        sequences, length = shape
+        offsets = torch.arange(sequences + 1, device=device) * length
+        index = torch.arange(sequences, device=device).repeat_interleave(length, output_size=sequences * length)
+        return Layout(shape, sequences, offsets, torch.ones((), device=device), index)
+    if len(shape) != 1:
+        raise ValueError(f"cu_seqlens is given with {name} padded; it must be None, or {name} packed")
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        what = list(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise ValueError(f"cu_seqlens is {what}; it must be an integer tensor [S + 1]")
+    check_tensor("cu_seqlens", cu_seqlens, "integer", {"[S + 1]": tuple(cu_seqlens.shape)}, device)
+    offsets, poison = torch.ops.egpo_kernels.sequence_offsets(cu_seqlens, shape[0])
+    return Layout(shape, cu_seqlens.shape[0] - 1, offsets, poison, segment_index(offsets, shape[0]))
+
+
+def one_sequence(shape: tuple[int, ...], device: torch.device) -> Layout:
+    """Describe packed per-token tensors ``[N]`` where it does not matter which sequence a token is in."""
+    (length,) = shape
+    index = torch.zeros(length, dtype=torch.long, device=device)
+    return Layout(shape, 1, torch.arange(2, device=device) * length, torch.ones((), device=device), index)
+
+
+def counted(mask: Any, tokens: Tensor | None, layout: Layout) -> Tensor:
+    """Return the rows that count, ``[N]`` bool: ``mask``, else ``tokens != -100``, else every row in a sequence."""
+    inside = torch.arange(layout.num_rows, device=layout.index.device) < layout.offsets[-1]
+    if mask is not None:
+        return inside & (layout.per_token("mask", mask, "real") != 0)
+    return inside if tokens is None else inside & (tokens != IGNORED)
+
+
+def temperature_rows(temperature: Any, layout: Layout, dtype: torch.dtype) -> tuple[float, Tensor | None]:
+    """Return the temperature as a float and None, or as 1.0 and a tensor ``[N]`` (NaN where it is not positive)."""
+    if not isinstance(temperature, Tensor):
+        return check_number("temperature", temperature, low=0.0, high=float("inf"), open_low=True) or 1.0, None
+    rows = layout.per_token_or_sequence("temperature", temperature, "real").to(dtype)
+    return 1.0, rows
+
+
+def group_ids(groups: Any, num_sequences: int, device: torch.device, group_size: int | None) -> Tensor:
+    """Return group ids ``[S]`` int64 on ``device`` from a tensor, a list, a numpy array, or an int G (G in a row).
+
+    Names are numbered on the host and copied without blocking.
+    """
+    if isinstance(groups, bool) or groups is None:
+        raise TypeError(f"groups is {groups!r}; it must be ids per sequence (tensor, list, numpy array) or an int")
+    if isinstance(groups, (int, torch.SymInt)):
+        if groups < 1 or num_sequences % groups:
+            raise ValueError(f"groups is {groups}; it must be >= 1 and divide the {num_sequences} sequences")
+        if group_size is not None and group_size != groups:
+            raise ValueError(f"group_size is {group_size} with groups = {groups}; they must be equal")
+        return torch.arange(num_sequences, device=device) // groups
+    if isinstance(groups, Tensor):
+        ids = check_tensor("groups", groups, "integer", {"[S]": (num_sequences,)}, groups.device)
+    else:
+        ids = _numbered(groups, num_sequences)
+    if ids.device == device:
+        return ids.long()
+    check_complete(ids, group_size)
+    pinned = ids.pin_memory() if device.type == "cuda" and ids.device.type == "cpu" else ids
+    return pinned.to(device, torch.long, non_blocking=True)
+
+
+def _numbered(groups: Any, num_sequences: int) -> Tensor:
+    if not isinstance(groups, (list, tuple, np.ndarray)):
+        raise TypeError(
+            f"groups is {type(groups).__name__}; it must be an integer tensor, a list, a numpy array, or an int G"
+        )
+    names = list(groups)
+    if len(names) != num_sequences:
+        raise ValueError(f"groups has {len(names)} entries; it must have one name per sequence, {num_sequences}")
+    odd = [name for name in names if not isinstance(name, (str, bytes, int, np.integer, uuid.UUID))]
+    if odd:
+        raise TypeError(f"groups holds {odd[0]!r}; a group's name must be a string or an integer")
+    numbers: dict[Any, int] = {}
+    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], dtype=torch.long)

@@ -1,0 +1,226 @@
+"""What is reported: raw slots summed (or maximised) over a batch, and the named 0-d tensors made of them.
+
+Every backend fills the raw slots of a table below, in this order: sums first, then maxima. A minimum travels as the
+maximum of the negated values, so that any two raw vectors merge slot by slot.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.surrogates import TokenTerms
+from egpo_kernels.types import Metrics, PolicyLossConfig, Rows
+
+NOTHING = float("-inf")
+
+
+class Metric(NamedTuple):
+    """A reported number: ``sum`` / ``max`` of a slot, ``mean`` over a count, ``min`` of a negated slot, or ``gap``.
+
+    ``slot`` names the raw slot; for a gap, the mean subtracted from. ``count`` names the slot of its count; for a
+    gap, the mean that is subtracted.
+    """
+
+    key: str
+    kind: str
+    slot: str
+    count: str
+
+
+class Table(NamedTuple):
+    """The raw slots of one vector and the metrics made of them."""
+
+    sums: tuple[str, ...]
+    maxima: tuple[str, ...]
+    metrics: tuple[Metric, ...]
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the raw slots, in order."""
+        return self.sums + self.maxima
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the reported metrics, in order."""
+        return tuple(metric.key for metric in self.metrics)
+
+
+def _metric(key: str, count: str, slot: str = "") -> Metric:
+    return Metric(key, key.rsplit("/", 1)[1], slot or key, count)
+
+
+_TOKEN_SUMS = ("policy/tokens/sum", "policy/loss/sum", "policy/loss/surrogate/sum", "policy/loss/kl/sum")
+_TOKEN_SUMS += ("policy/loss/entropy/sum",)
+_TOKEN_MEANS = ("policy/clip_low/mean", "policy/clip_high/mean", "policy/ratio/mean", "policy/approx_kl/mean")
+_TOKEN_MEANS += ("policy/ref_kl/mean", "policy/entropy/mean")
+_TOKEN_COUNTS = ("policy/invalid_tokens/sum", "policy/nonfinite_rows/sum", "policy/unscored_tokens/sum")
+_TOKEN_MAXIMA = ("policy/ratio/max", "policy/ratio/min")
+
+TOKEN = Table(
+    sums=_TOKEN_SUMS + _TOKEN_MEANS + _TOKEN_COUNTS,
+    maxima=_TOKEN_MAXIMA,
+    metrics=tuple(
+        _metric(key, "policy/tokens/sum") for key in _TOKEN_SUMS + _TOKEN_MEANS + _TOKEN_COUNTS + _TOKEN_MAXIMA
+    ),
+)
+
+SUMMARIES = ("uncertainty", "uncertainty/correct", "uncertainty/incorrect")
+SUMMARIES += ("weight", "weight/correct", "weight/incorrect", "advantage")
+_SHARES = ("egpo/weight/at_lower/mean", "egpo/weight/at_one/mean", "egpo/weight/at_upper/mean")
+_GROUP_COUNTS = tuple(
+    f"egpo/{name}/sum"
+    for name in (
+        "empty_sequences",
+        "invalid_rewards",
+        "incomplete_groups",
+        "groups",
+        "groups/single",
+        "groups/unusable",
+        "groups/all_wrong",
+        "groups/all_correct",
+        "groups/no_correct",
+        "groups/mixed",
+    )
+)
+
+GROUP = Table(
+    sums=tuple(f"egpo/{name}/{part}/sum" for name in SUMMARIES for part in ("count", "total"))
+    + _SHARES
+    + _GROUP_COUNTS,
+    maxima=tuple(f"egpo/{name}/{part}" for name in SUMMARIES for part in ("max", "min")),
+    metrics=(
+        _metric("egpo/sequences/sum", "", "egpo/weight/count/sum"),
+        _metric("egpo/correct/sum", "", "egpo/weight/correct/count/sum"),
+        _metric("egpo/incorrect/sum", "", "egpo/weight/incorrect/count/sum"),
+        *(_metric(f"egpo/{name}/count/sum", "") for name in SUMMARIES),
+        *(_metric(f"egpo/{name}/mean", f"egpo/{name}/count/sum", f"egpo/{name}/total/sum") for name in SUMMARIES),
+        *(_metric(f"egpo/{name}/{part}", f"egpo/{name}/count/sum") for name in SUMMARIES for part in ("min", "max")),
+        Metric("egpo/uncertainty/gap/mean", "gap", "egpo/uncertainty/incorrect/mean", "egpo/uncertainty/correct/mean"),
+        _metric("egpo/advantage/sum", "", "egpo/advantage/total/sum"),
+        *(_metric(key, "egpo/weight/count/sum") for key in _SHARES),
+        *(_metric(key, "") for key in _GROUP_COUNTS),
+    ),
+)
+
+# The key under which the count of a mean, minimum or maximum is itself reported.
+_COUNT_KEYS = {m.key: m.count for t in (TOKEN, GROUP) for m in t.metrics if m.kind in ("mean", "min", "max")}
+_GAPS = {m.key: m for t in (TOKEN, GROUP) for m in t.metrics if m.kind == "gap"}
+_KNOWN = {metric.key: metric for table in (TOKEN, GROUP) for metric in table.metrics}
+
+
+def summary(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return count, sum, maximum and maximum of the negated ``values`` over ``where``, 0-d each."""
+    if values.shape[0] == 0:
+        nothing = values.new_full((), NOTHING)
+        return values.new_zeros(()), values.new_zeros(()), nothing, nothing
+    chosen = torch.where(where, values, 0.0)
+    high = torch.where(where, values, NOTHING).amax()
+    low = torch.where(where, -values, NOTHING).amax()
+    return where.sum().to(values.dtype), total(chosen), high, low
+
+
+def token_metrics(
+    terms: TokenTerms, log_probs: Tensor, rows: Rows, config: PolicyLossConfig, vocab: int
+) -> Tensor:
+    """Fill the slots of `TOKEN`, in its order; ``vocab`` is 0 where tokens are not known."""
+    assert rows.factor is not None
+    mask, factor = rows.mask, torch.where(terms.live, rows.factor, 0.0)
+    ratio = terms.log_ratio.exp()
+    invalid = torch.zeros_like(mask) if rows.tokens is None else (rows.tokens < 0) | (rows.tokens >= vocab)
+    sums = (
+        mask,
+        terms.loss(rows.factor, config),
+        factor * terms.surrogate,
+        factor * config.kl_coef * terms.kl,
+        -factor * config.entropy_coef * terms.entropy,
+        terms.clipped_low,
+        terms.clipped_high,
+        torch.where(mask, ratio, 0.0),
+        torch.where(mask, ratio - 1 - terms.log_ratio, 0.0),
+        terms.kl,
+        terms.entropy,
+        mask & invalid,
+        mask & ~log_probs.isfinite(),
+        terms.unscored,
+    )
+    _, _, highest, lowest = summary(ratio, mask)
+    return torch.stack([*(total(values.to(ratio.dtype)) for values in sums), highest, lowest])
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum of all ``values``, accumulated in float64 where the device has it."""
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    return values.sum(dtype=wide).to(values.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(table: Table, device: torch.device) -> tuple[Tensor, ...]:
+    """Index and flag tensors that turn a raw vector into the reported one, made once per device."""
+    slots, keys, metrics = table.slots, table.keys, table.metrics
+    gap = [metric.kind == "gap" for metric in metrics]
+    columns = (
+        [0 if metric.kind == "gap" else slots.index(metric.slot) for metric in metrics],
+        [slots.index(metric.count) if metric.key in _COUNT_KEYS else 0 for metric in metrics],
+        [metric.kind == "mean" for metric in metrics],
+        [metric.kind == "min" for metric in metrics],
+        [metric.key in _COUNT_KEYS for metric in metrics],
+        gap,
+        [keys.index(metric.slot) if metric.kind == "gap" else 0 for metric in metrics],
+        [keys.index(metric.count) if metric.kind == "gap" else 0 for metric in metrics],
+    )
+    pin = device.type == "cuda"
+    return tuple(torch.tensor(column, pin_memory=pin).to(device, non_blocking=True) for column in columns)
+
+
+def finish(raw: Tensor, table: Table) -> Tensor:
+    """Turn a raw vector into the reported one; a mean, minimum or maximum over nothing is NaN."""
+    slot, count_slot, is_mean, is_min, counted, is_gap, minuend, subtrahend = _plan(table, raw.device)
+    values, counts = raw[slot], raw[count_slot]
+    values = torch.where(is_mean, values / counts, torch.where(is_min, -values, values))
+    values = torch.where(counted & (counts == 0), torch.nan, values)
+    return torch.where(is_gap, values[minuend] - values[subtrahend], values)
+
+
+def named(vector: Tensor, table: Table, without: Sequence[str] = ()) -> Metrics:
+    """Split a reported vector into its 0-d entries, leaving out keys that start with one of ``without``."""
+    entries = zip(table.keys, vector.detach().unbind(), strict=True)
+    return {key: value for key, value in entries if not key.startswith(tuple(without))}
+
+
+def combine_metrics(metrics: Iterable[Metrics]) -> Metrics:
+    """Merge the metrics of micro-batches exactly: sums add, means weigh by their count, minima and maxima compare.
+
+    Args:
+        metrics: Dicts as the library's functions return them; a key may be missing from some.
+
+    Returns:
+        One dict of 0-d tensors.
+
+    Raises:
+        ValueError: A key that is none of the library's.
+    """
+    parts = list(metrics)
+    keys = list(dict.fromkeys(key for part in parts for key in part))
+    unknown = [key for key in keys if key not in _KNOWN]
+    if unknown:
+        raise ValueError(f"metrics has the key {unknown[0]!r}; it must hold only keys that egpo_kernels returned")
+    merged = {key: _merge(key, [part for part in parts if key in part]) for key in keys if key not in _GAPS}
+    for key in keys:
+        if key in _GAPS:
+            merged[key] = merged[_GAPS[key].slot] - merged[_GAPS[key].count]
+    return {key: merged[key] for key in keys}
+
+
+def _merge(key: str, parts: list[Metrics]) -> Tensor:
+    values = torch.stack([part[key] for part in parts])
+    if key not in _COUNT_KEYS:
+        return values.sum()
+    counts = torch.stack([part[_COUNT_KEYS[key]] for part in parts]).to(values.dtype)
+    if _KNOWN[key].kind == "mean":
+        return torch.where(counts > 0, values * counts, 0.0).sum() / counts.sum()
+    sign = -1.0 if _KNOWN[key].kind == "min" else 1.0
+    best = torch.where(counts > 0, sign * values, NOTHING).amax()
+    return torch.where(counts.sum() > 0, sign * best, torch.nan)

@@ -1,0 +1,225 @@
+"""Opaque operators: what torch.compile sees of the portable and triton backends. None of them differentiates.
+
+Checks of values live here, inside the operators, so that a traced call makes them too. Settings come as their JSON.
+A trailing underscore marks an operator that writes into its first argument.
+"""
+
+import functools
+import json
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from egpo_kernels import metrics
+from egpo_kernels.dispatch import implementation
+from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Rows
+from egpo_kernels.validation import check_complete, check_cu_seqlens, check_temperatures, check_tokens
+
+OptionalTensors = list[Tensor | None]
+
+
+@functools.lru_cache(maxsize=256)
+def advantage_config(text: str) -> AdvantageConfig:
+    """Read settings back from ``AdvantageConfig.json``."""
+    return AdvantageConfig.from_dict(json.loads(text))
+
+
+@functools.lru_cache(maxsize=256)
+def policy_config(text: str) -> PolicyLossConfig:
+    """Read settings back from ``PolicyLossConfig.json``."""
+    return PolicyLossConfig.from_dict(json.loads(text))
+
+
+def _checked(rows: OptionalTensors, vocab: int) -> Rows:
+    made = Rows(*rows)  # type: ignore[arg-type]
+    check_tokens(made.tokens, made.mask, vocab)
+    check_temperatures(made.temperature, made.mask)
+    return made
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@custom_op("egpo_kernels::sequence_offsets", mutates_args=())
+def sequence_offsets(cu_seqlens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Offsets ``[S + 1]`` int64 that never leave ``[0, num_rows]``, and 1.0 or, where they had to be mended, NaN."""
+    check_cu_seqlens(cu_seqlens, num_rows)
+    given = cu_seqlens.long()
+    offsets = given.clamp(0, num_rows).cummax(0).values
+    sound = (offsets == given).all() & (given[0] == 0)
+    return offsets, torch.where(sound, 1.0, torch.nan)
+
+
+@sequence_offsets.register_fake
+def _(cu_seqlens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(cu_seqlens, dtype=torch.long), cu_seqlens.new_empty((), dtype=torch.float32)
+
+
+@custom_op("egpo_kernels::row_statistics", mutates_args=())
+def row_statistics(
+    logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-prob, entropy (``[0]`` unless wanted), maximum and log-sum of each row of ``logits [B, T, V]``, ``[N]``."""
+    checked = _checked(rows, logits.shape[-1])
+    return implementation(backend).row_statistics(logits, checked, temperature, want_entropy)
+
+
+@row_statistics.register_fake
+def _(
+    logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count, dtype = logits.shape[0] * logits.shape[1], compute_dtype(logits.dtype)
+    entropy = logits.new_empty(count if want_entropy else 0, dtype=dtype)
+    log_probs, maximum, log_sum = (logits.new_empty(count, dtype=dtype) for _ in range(3))
+    return log_probs, entropy, maximum, log_sum
+
+
+@custom_op("egpo_kernels::logits_gradient", mutates_args=())
+def logits_gradient(
+    logits: Tensor, rows: OptionalTensors, statistics: list[Tensor], upstream: OptionalTensors, temperature: float,
+    backend: str,
+) -> Tensor:
+    """Gradient ``[B, T, V]`` from ``statistics`` (maximum, log-sum, entropy) and ``upstream`` (dL/dl, dL/dEnt)."""
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    implementation(backend).logits_gradient(logits, Rows(*rows), statistics, upstream, temperature, gradient)  # type: ignore[arg-type]
+    return gradient
+
+
+@logits_gradient.register_fake
+def _(
+    logits: Tensor, rows: OptionalTensors, statistics: list[Tensor], upstream: OptionalTensors, temperature: float,
+    backend: str,
+) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@custom_op("egpo_kernels::logits_gradient_", mutates_args=("logits",))
+def logits_gradient_(
+    logits: Tensor, rows: OptionalTensors, statistics: list[Tensor], upstream: OptionalTensors, temperature: float,
+    backend: str,
+) -> None:
+    """As `logits_gradient`, written over ``logits``."""
+    implementation(backend).logits_gradient(logits, Rows(*rows), statistics, upstream, temperature, logits)  # type: ignore[arg-type]
+
+
+@custom_op("egpo_kernels::policy_loss", mutates_args=())
+def policy_loss(
+    log_probs: Tensor, entropy: Tensor | None, rows: OptionalTensors, segments: list[Tensor], config: str, vocab: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Reduced loss of each token ``[N]`` and the metrics vector; ``segments`` are offsets ``[S + 1]``, index ``[N]``."""
+    losses, raw = implementation(backend).policy_loss(
+        log_probs, entropy, Rows(*rows), segments, policy_config(config), vocab  # type: ignore[arg-type]
+    )
+    return losses, metrics.finish(raw, metrics.TOKEN)
+
+
+@policy_loss.register_fake
+def _(
+    log_probs: Tensor, entropy: Tensor | None, rows: OptionalTensors, segments: list[Tensor], config: str, vocab: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(log_probs), log_probs.new_empty(len(metrics.TOKEN.keys))
+
+
+@custom_op("egpo_kernels::policy_loss_gradient", mutates_args=())
+def policy_loss_gradient(
+    log_probs: Tensor, entropy: Tensor | None, rows: OptionalTensors, segments: list[Tensor], config: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the summed token losses with respect to ``log_probs`` and entropy, ``[N]`` each."""
+    return implementation(backend).policy_loss_gradient(
+        log_probs, entropy, Rows(*rows), segments, policy_config(config)  # type: ignore[arg-type]
+    )
+
+
+@policy_loss_gradient.register_fake
+def _(
+    log_probs: Tensor, entropy: Tensor | None, rows: OptionalTensors, segments: list[Tensor], config: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(log_probs), torch.empty_like(log_probs)
+
+
+def _loss_and_gradient(
+    logits: Tensor, rows: OptionalTensors, segments: list[Tensor], config: str, scalars: list[float], want_entropy: bool,
+    backend: str, gradient: Tensor,
+) -> Tensor:
+    package, settings, checked = implementation(backend), policy_config(config), _checked(rows, logits.shape[-1])
+    temperature, grad_scale = scalars
+    log_probs, entropy = package.logits_loss_gradient(
+        logits, checked, settings, temperature, grad_scale, want_entropy, gradient
+    )
+    _, raw = package.policy_loss(log_probs, entropy, checked, segments, settings, logits.shape[-1])
+    return metrics.finish(raw, metrics.TOKEN)
+
+
+@custom_op("egpo_kernels::logits_policy_loss", mutates_args=())
+def logits_policy_loss(
+    logits: Tensor, rows: OptionalTensors, segments: list[Tensor], config: str, scalars: list[float],
+    want_entropy: bool, backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Metrics vector (the loss among them) and gradient ``[B, T, V]``; ``scalars`` are temperature and grad_scale."""
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return _loss_and_gradient(logits, rows, segments, config, scalars, want_entropy, backend, gradient), gradient
+
+
+@logits_policy_loss.register_fake
+def _(
+    logits: Tensor, rows: OptionalTensors, segments: list[Tensor], config: str, scalars: list[float],
+    want_entropy: bool, backend: str,
+) -> tuple[Tensor, Tensor]:
+    vector = logits.new_empty(len(metrics.TOKEN.keys), dtype=compute_dtype(logits.dtype))
+    return vector, torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@custom_op("egpo_kernels::logits_policy_loss_", mutates_args=("logits",))
+def logits_policy_loss_(
+    logits: Tensor, rows: OptionalTensors, segments: list[Tensor], config: str, scalars: list[float],
+    want_entropy: bool, backend: str,
+) -> Tensor:
+    """As `logits_policy_loss`, the gradient written over ``logits``."""
+    return _loss_and_gradient(logits, rows, segments, config, scalars, want_entropy, backend, logits)
+
+
+@logits_policy_loss_.register_fake
+def _(
+    logits: Tensor, rows: OptionalTensors, segments: list[Tensor], config: str, scalars: list[float],
+    want_entropy: bool, backend: str,
+) -> Tensor:
+    return logits.new_empty(len(metrics.TOKEN.keys), dtype=compute_dtype(logits.dtype))
+
+
+@custom_op("egpo_kernels::group_advantages", mutates_args=())
+def group_advantages(
+    ids: Tensor, rewards: Tensor, rows: OptionalTensors, offsets: Tensor, config: str, group_size: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Advantages, weights, base, uncertainty ``[S]`` and metrics; ``rows`` are correct ``[S]``, values, mask ``[N]``."""
+    check_complete(ids, group_size)
+    *results, raw = implementation(backend).group_advantages(
+        ids, rewards, *rows, offsets, advantage_config(config), group_size
+    )
+    advantages, weights, base, uncertainty = results
+    return advantages, weights, base, uncertainty, metrics.finish(raw, metrics.GROUP)
+
+
+@group_advantages.register_fake
+def _(
+    ids: Tensor, rewards: Tensor, rows: OptionalTensors, offsets: Tensor, config: str, group_size: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    advantages, weights, base, uncertainty = (torch.empty_like(rewards) for _ in range(4))
+    return advantages, weights, base, uncertainty, rewards.new_empty(len(metrics.GROUP.keys))
+
+
+@custom_op("egpo_kernels::rescale_", mutates_args=("gradient",))
+def rescale_(gradient: Tensor, upstream: Tensor, expected: float, backend: str) -> None:
+    """Multiply ``gradient`` by ``upstream / expected`` in place; nothing is read or written when they are equal."""
+    implementation(backend).rescale_(gradient, upstream, expected)
+
+
+@rescale_.register_fake
+def _(gradient: Tensor, upstream: Tensor, expected: float, backend: str) -> None:
+    return None

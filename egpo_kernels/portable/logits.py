@@ -1,0 +1,65 @@
+"""Logits level: statistics, gradient, and both in one go, a cache-sized chunk of rows at a time."""
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.portable.policy_loss import policy_loss_gradient
+from egpo_kernels.portable.softmax import chunks, compute_dtype, softmax, write_gradient
+from egpo_kernels.types import PolicyLossConfig, Rows
+
+
+def row_statistics(
+    logits: Tensor, rows: Rows, temperature: float, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-prob, entropy (``[0]`` unless wanted), maximum and log-sum ``[N]`` of the rows in the mask, 0 elsewhere."""
+    results = [logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits)) for _ in range(4)]
+    for chunk in chunks(logits, rows, rows.mask):
+        found = softmax(chunk, temperature, want_entropy)
+        for result, values in zip(results, found, strict=True):
+            if values is not None:
+                result[chunk.place] = torch.where(chunk.rows.mask, values, 0.0)
+    log_probs, entropy, maximum, log_sum = results
+    return log_probs, entropy if want_entropy else entropy[:0].clone(), maximum, log_sum
+
+
+def logits_gradient(
+    logits: Tensor,
+    rows: Rows,
+    statistics: list[Tensor],
+    upstream: list[Tensor | None],
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """Write dL/dlogits to ``out`` (which may be ``logits``) from ``upstream`` (dL/dl, dL/dEnt), ``[N]`` each.
+
+    The softmax is made again, as in `logits_loss_gradient`, rather than from ``statistics``: same bits either way.
+    """
+    grad_log_probs, grad_entropy = upstream
+    assert grad_log_probs is not None
+    live = rows.mask & ((grad_log_probs != 0) if grad_entropy is None else (grad_log_probs != 0) | (grad_entropy != 0))
+    for chunk in chunks(logits, rows, live, out):
+        found = softmax(chunk, temperature, grad_entropy is not None)
+        bonus = None if grad_entropy is None else grad_entropy[chunk.place]
+        write_gradient(chunk, found, grad_log_probs[chunk.place], bonus, temperature)
+
+
+def logits_loss_gradient(
+    logits: Tensor,
+    rows: Rows,
+    config: PolicyLossConfig,
+    temperature: float,
+    grad_scale: float,
+    want_entropy: bool,
+    out: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-prob and entropy ``[N]`` of each row, and its gradient written to ``out`` while the row is in cache."""
+    log_probs, entropy = (logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits)) for _ in range(2))
+    for chunk in chunks(logits, rows, rows.mask, out):
+        found = softmax(chunk, temperature, want_entropy)
+        slope, bonus = policy_loss_gradient(found.log_probs, found.entropy, chunk.rows, [chunk.rows.mask], config)
+        log_probs[chunk.place] = torch.where(chunk.rows.mask, found.log_probs, 0.0)
+        if found.entropy is not None:
+            entropy[chunk.place] = torch.where(chunk.rows.mask, found.entropy, 0.0)
+        scaled_bonus = bonus * grad_scale if config.entropy_coef else None
+        write_gradient(chunk, found, slope * grad_scale, scaled_bonus, temperature)
+    return log_probs, entropy if want_entropy else None

@@ -1,0 +1,69 @@
+"""Rows, sequences and groups: sums over segments, and the factor a reduction gives each token."""
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.types import PolicyLossConfig
+
+
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sum ``values [N]`` over ``offsets[i] : offsets[i + 1]`` to ``[S]``; differentiable, repeatable, no sync.
+
+    Accumulates in float64 where the device has it, so that a sequence of 70000 tokens loses nothing.
+    """
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    sums = torch.segment_reduce(values.to(wide), "sum", offsets=offsets, unsafe=True)
+    return sums.to(values.dtype) if values.dtype.is_floating_point else sums
+
+
+def segment_index(offsets: Tensor, num_rows: int) -> Tensor:
+    """Return the segment ``[N]`` of each row; rows past the last offset get the last segment."""
+    rows = torch.arange(num_rows, device=offsets.device)
+    return torch.searchsorted(offsets[1:], rows, right=True).clamp(max=max(offsets.shape[0] - 2, 0))
+
+
+def per_row(values: Tensor, index: Tensor) -> Tensor:
+    """Spread ``values [S]`` over their rows ``[N]``; with no sequences there is nothing to read."""
+    return values[index] if values.shape[0] else values.new_zeros(index.shape[0])
+
+
+def counts_per_sequence(mask: Tensor, offsets: Tensor) -> Tensor:
+    """Counted tokens of each sequence: ``mask [N]`` to ``[S]`` int64, exactly."""
+    running = torch.nn.functional.pad(mask.long().cumsum(0), (1, 0))
+    return running[offsets[1:]] - running[offsets[:-1]]
+
+
+def reduction_factor(
+    mask: Tensor,
+    offsets: Tensor,
+    index: Tensor,
+    config: PolicyLossConfig,
+    num_tokens: Tensor | float | None,
+    num_sequences: Tensor | float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return k ``[N]``: what each token's loss is multiplied by before everything is summed.
+
+    ``token_mean`` 1/N_tokens; ``seq_mean_token_mean`` 1/(S n_i); ``seq_mean_token_sum`` 1/S;
+    ``seq_mean_token_sum_norm`` 1/(S C); ``sum`` and ``none`` 1. Counts are those of the whole batch unless the
+    caller passes global ones; empty sequences do not count in S; a batch with nothing counted gets 0.
+    """
+    ones = torch.ones(mask.shape[0], dtype=dtype, device=mask.device)
+    if config.reduction in ("sum", "none"):
+        return ones
+    counts = counts_per_sequence(mask, offsets)
+    if config.reduction == "token_mean":
+        denominator = _as_count(num_tokens, counts.sum(), ones) * ones
+    else:
+        denominator = _as_count(num_sequences, (counts > 0).sum(), ones) * ones
+        if config.reduction == "seq_mean_token_mean":
+            denominator = denominator * per_row(counts.to(dtype), index)
+        elif config.norm_length is not None:
+            denominator = denominator * config.norm_length
+    return torch.where(denominator > 0, 1 / denominator, torch.where(denominator == 0, 0.0, torch.nan))
+
+
+def _as_count(given: Tensor | float | None, counted: Tensor, like: Tensor) -> Tensor | float:
+    if given is None:
+        return counted.to(like.dtype)
+    return given.detach().to(like) if isinstance(given, Tensor) else float(given)

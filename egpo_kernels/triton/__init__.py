@@ -1,0 +1,21 @@
+"""Triton kernels. One file per kernel; `softmax`, `surrogates` and `settings` hold the device functions they share."""
+
+if __name__ != "egpo_kernels.triton":
+    raise ImportError(f"imported as {__name__!r}; this package is egpo_kernels.triton and must not shadow triton")
+
+from egpo_kernels.triton.group_advantages import group_advantages
+from egpo_kernels.triton.logits_gradient import logits_gradient
+from egpo_kernels.triton.logits_policy_loss import logits_loss_gradient
+from egpo_kernels.triton.policy_loss import policy_loss, policy_loss_gradient
+from egpo_kernels.triton.rescale import rescale_
+from egpo_kernels.triton.row_statistics import row_statistics
+
+__all__ = [
+    "group_advantages",
+    "logits_gradient",
+    "logits_loss_gradient",
+    "policy_loss",
+    "policy_loss_gradient",
+    "rescale_",
+    "row_statistics",
+]

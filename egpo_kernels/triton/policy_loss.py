@@ -1,0 +1,224 @@
+"""Log-prob level: reduced loss of each token, its gradient, and the raw metrics (EGPO, arXiv 2602.22751, Eq. 12)."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from egpo_kernels import metrics
+from egpo_kernels.triton.segments import SEGMENT_BLOCK, combine, store_partials
+from egpo_kernels.triton.settings import load_settings, row_pointers, settings_tensor
+from egpo_kernels.triton.surrogates import SURROGATES, token_log_ratio, token_terms
+from egpo_kernels.types import PolicyLossConfig, Rows
+
+BLOCK = 256
+
+
+class Scores(NamedTuple):
+    """What a policy gave each token; with a sequence ratio also each token's sequence and what it shares.
+
+    ``log_ratio_ptr`` is the ratio's logarithm, ``slope_ptr`` the gradient of the surrogate losses with respect to the
+    log-prob of any one token (its own log-ratio not clamped).
+    """
+
+    log_probs_ptr: Any
+    entropy_ptr: Any = None
+    index_ptr: Any = None
+    log_ratio_ptr: Any = None
+    slope_ptr: Any = None
+
+
+@triton.jit
+def load_log_probs(rows, log_probs_ptr, offs, stop):
+    """Return counted rows, those of them that are live (log-prob not -inf), and log-probs, 0 where not live."""
+    counted = tl.load(rows.mask_ptr + offs, mask=offs < stop, other=0) != 0
+    log_prob = tl.load(log_probs_ptr + offs, mask=counted, other=0.0)
+    live = counted & (log_prob != float("-inf"))
+    return counted, live, tl.where(live, log_prob, 0.0)
+
+
+@triton.jit
+def row_terms(rows, scores, offs, live, log_prob, settings, SURROGATE: tl.constexpr, KL: tl.constexpr):
+    """Terms of tokens with their own ratio or their sequence's, and the index of the sequence in the second case."""
+    index, shared = None, None
+    if scores.log_ratio_ptr is not None:
+        index = tl.load(scores.index_ptr + offs, mask=live, other=0)
+        shared = tl.load(scores.log_ratio_ptr + index, mask=live, other=0.0)
+    return token_terms(rows, offs, live, log_prob, shared, settings, SURROGATE, KL), index
+
+
+@triton.jit
+def sequence_kernel(
+    rows, scores, offsets_ptr, settings_ptr, SURROGATE: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One sequence per program: its mean log-ratio (GSPO, arXiv 2507.18071, Eq. 7) and, if asked for, its slope."""
+    settings = load_settings(settings_ptr)
+    sequence = tl.program_id(0)
+    start, stop = tl.load(offsets_ptr + sequence), tl.load(offsets_ptr + sequence + 1)
+    dtype = scores.log_probs_ptr.dtype.element_ty
+    total, count = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], tl.int32)
+    for first in range(start, stop, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        counted, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, stop)
+        log_ratio, _ = token_log_ratio(rows, offs, live, log_prob, settings)
+        total += tl.where(live, log_ratio, 0.0)
+        count += counted.to(tl.int32)
+    length = tl.maximum(tl.sum(count, axis=0), 1).to(dtype)
+    mean = tl.sum(total, axis=0) / length
+    tl.store(scores.log_ratio_ptr + sequence, mean)
+    if scores.slope_ptr is not None:
+        slopes = tl.zeros([BLOCK], dtype)
+        for first in range(start, stop, BLOCK):
+            offs = first + tl.arange(0, BLOCK)
+            _, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, stop)
+            terms = token_terms(rows, offs, live, log_prob, mean, settings, SURROGATE, KL)
+            factor = tl.load(rows.factor_ptr + offs, mask=live, other=0.0)
+            slopes += tl.where(live, factor * terms.slope, 0.0)
+        tl.store(scores.slope_ptr + sequence, tl.sum(slopes, axis=0) / length)
+
+
+@triton.jit
+def missing(pointer, offs, counted):
+    """Where an optional tensor is NaN."""
+    if pointer is None:
+        return counted & ~counted
+    else:
+        values = tl.load(pointer + offs, mask=counted, other=0.0)
+        return values != values
+
+
+@triton.jit
+def outside_vocab(tokens_ptr, offs, counted, vocab):
+    """Where a counted token is no index into the vocabulary."""
+    if tokens_ptr is None:
+        return counted & ~counted
+    else:
+        token = tl.load(tokens_ptr + offs, mask=counted, other=0)
+        return counted & ((token < 0) | (token >= vocab))
+
+
+@triton.jit(do_not_specialize=["num_rows", "vocab"])
+def policy_loss_kernel(
+    rows, scores, losses_ptr, partials_ptr, settings_ptr, num_rows, vocab, SURROGATE: tl.constexpr,
+    KL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Losses of a block of tokens and its partial metrics."""
+    settings = load_settings(settings_ptr)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    counted, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, num_rows)
+    terms, _ = row_terms(rows, scores, offs, live, log_prob, settings, SURROGATE, KL)
+    entropy = tl.zeros_like(log_prob)
+    if scores.entropy_ptr is not None:
+        entropy = tl.load(scores.entropy_ptr + offs, mask=live, other=0.0)
+    factor = tl.load(rows.factor_ptr + offs, mask=live, other=0.0)
+    loss = terms.loss + settings.kl_coef * terms.kl - settings.entropy_coef * entropy
+    loss = tl.where(live, factor * loss, 0.0)
+    tl.store(losses_ptr + offs, loss, mask=offs < num_rows)
+
+    # From here on: the slots of `egpo_kernels.metrics.TOKEN`, in its order.
+    log_ratio = tl.where(live, terms.log_ratio, 0.0)
+    ratio = tl.exp(log_ratio)
+    sums = (
+        counted,
+        loss,
+        tl.where(live, factor * terms.loss, 0.0),
+        tl.where(live, factor * settings.kl_coef * terms.kl, 0.0),
+        tl.where(live, -factor * settings.entropy_coef * entropy, 0.0),
+        terms.low & live,
+        terms.high & live,
+        tl.where(counted, ratio, 0.0),
+        tl.where(counted, ratio - 1.0 - log_ratio, 0.0),
+        tl.where(live, terms.kl, 0.0),
+        entropy,
+        outside_vocab(rows.tokens_ptr, offs, counted, vocab),
+        counted & ~(live & (tl.abs(log_prob) < float("inf"))),
+        missing(rows.rollout_weights_ptr, offs, counted),
+    )
+    # A NaN ratio makes the largest and the smallest ratio NaN.
+    maxima = (tl.where(counted, ratio, float("-inf")), tl.where(counted, -ratio, float("-inf")))
+    store_partials(partials_ptr, sums, maxima)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def policy_loss_gradient_kernel(
+    rows, scores, slopes_ptr, bonus_ptr, settings_ptr, num_rows, SURROGATE: tl.constexpr, KL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a block of token losses with respect to log-prob (slopes) and entropy (bonus)."""
+    settings = load_settings(settings_ptr)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    _, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, num_rows)
+    terms, index = row_terms(rows, scores, offs, live, log_prob, settings, SURROGATE, KL)
+    factor = tl.load(rows.factor_ptr + offs, mask=live, other=0.0)
+    if scores.slope_ptr is None:
+        slope = factor * terms.slope
+    else:
+        slope = tl.where(terms.inside, tl.load(scores.slope_ptr + index, mask=live, other=0.0), 0.0)
+    slope += factor * settings.kl_coef * terms.kl_slope
+    tl.store(slopes_ptr + offs, tl.where(live, slope, 0.0), mask=offs < num_rows)
+    tl.store(bonus_ptr + offs, tl.where(live, -settings.entropy_coef * factor, 0.0), mask=offs < num_rows)
+
+
+class Prepared(NamedTuple):
+    """Arguments the kernels share; with a sequence ratio what a sequence's tokens share is already computed."""
+
+    rows: Any
+    scores: Scores
+    settings: Tensor
+    options: dict[str, Any]
+
+
+def _prepare(
+    log_probs: Tensor, entropy: Tensor | None, rows: Rows, segments: list[Tensor], config: PolicyLossConfig, slope: bool
+) -> Prepared:
+    assert rows.advantages is not None and rows.factor is not None
+    pointers = row_pointers(rows)
+    settings = settings_tensor(config, 1.0, 1.0, log_probs.dtype, log_probs.device)
+    options = {"SURROGATE": SURROGATES[config.surrogate], "KL": config.kl}
+    scores = Scores(log_probs.contiguous(), None if entropy is None else entropy.contiguous())
+    if config.ratio == "sequence":
+        offsets, index = segments
+        num_sequences = offsets.shape[0] - 1
+        shared = [log_probs.new_empty(num_sequences) if wanted else None for wanted in (True, slope)]
+        scores = Scores(*scores[:2], index.contiguous(), *shared)
+        if num_sequences:
+            sequence_kernel[(num_sequences,)](
+                pointers, scores, offsets.contiguous(), settings, **options, BLOCK=SEGMENT_BLOCK
+            )
+    return Prepared(pointers, scores, settings, options)
+
+
+def policy_loss(
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    rows: Rows,
+    segments: list[Tensor],
+    config: PolicyLossConfig,
+    vocab: int,
+) -> tuple[Tensor, Tensor]:
+    """Reduced loss of each token ``[N]`` and the raw metrics; ``segments`` are offsets ``[S + 1]``, index ``[N]``."""
+    num_rows = log_probs.shape[0]
+    losses = torch.empty_like(log_probs, memory_format=torch.contiguous_format)
+    partials = log_probs.new_empty(triton.cdiv(num_rows, BLOCK), len(metrics.TOKEN.slots))
+    if num_rows:
+        made = _prepare(log_probs, entropy, rows, segments, config, slope=False)
+        policy_loss_kernel[(partials.shape[0],)](
+            made.rows, made.scores, losses, partials, made.settings, num_rows, vocab, **made.options, BLOCK=BLOCK
+        )
+    return losses, combine(partials, metrics.TOKEN)
+
+
+def policy_loss_gradient(
+    log_probs: Tensor, entropy: Tensor | None, rows: Rows, segments: list[Tensor], config: PolicyLossConfig
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the summed token losses with respect to ``log_probs`` and entropy, ``[N]`` each."""
+    num_rows = log_probs.shape[0]
+    slopes, bonus = (torch.empty_like(log_probs, memory_format=torch.contiguous_format) for _ in range(2))
+    if num_rows:
+        made = _prepare(log_probs, None, rows, segments, config, slope=True)
+        policy_loss_gradient_kernel[(triton.cdiv(num_rows, BLOCK),)](
+            made.rows, made.scores, slopes, bonus, made.settings, num_rows, **made.options, BLOCK=BLOCK
+        )
+    return slopes, bonus

@@ -1,0 +1,62 @@
+"""Scaling a gradient that was computed ahead of its upstream gradient."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096
+MAX_PROGRAMS = 2048
+
+
+@triton.jit(do_not_specialize=["num_chunks", "inner", "width"])
+def rescale_kernel(
+    gradient_ptr, upstream_ptr, expected_ptr, num_chunks, inner, width, outer_stride, inner_stride,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Multiply ``[outer, inner, width]`` by upstream / expected; every program leaves at once when they are equal."""
+    expected = tl.load(expected_ptr)
+    upstream = tl.load(upstream_ptr).to(expected.dtype)
+    if upstream != expected:
+        ratio = upstream / expected
+        chunks_per_row = tl.cdiv(width, BLOCK)
+        for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+            row = tl.cast(chunk // chunks_per_row, tl.int64)
+            first = tl.cast(chunk % chunks_per_row, tl.int64) * BLOCK
+            row_ptr = gradient_ptr + row // inner * outer_stride + row % inner * inner_stride
+            offs = first + tl.arange(0, BLOCK)
+            # Without a mask the compiler makes wide accesses whatever the width.
+            if first + BLOCK <= width:
+                tl.store(row_ptr + offs, tl.load(row_ptr + offs) * ratio)
+            else:
+                valid = offs < width
+                tl.store(row_ptr + offs, tl.load(row_ptr + offs, mask=valid, other=0.0) * ratio, mask=valid)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Keep ``value`` on the device: an argument of a kernel would be rounded to float32."""
+    return torch.tensor(value, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def rescale_(gradient: Tensor, upstream: Tensor, expected: float) -> None:
+    """Multiply ``gradient`` (last stride 1) by ``upstream / expected`` in place, without a pass when they are equal."""
+    if gradient.numel() == 0:
+        return
+    if gradient.is_contiguous():
+        gradient = gradient.view(-1)
+    if gradient.dim() > 3:
+        for part in gradient.unbind(0):
+            rescale_(part, upstream, expected)
+        return
+    missing = 3 - gradient.dim()
+    outer, inner, width = (1,) * missing + tuple(gradient.shape)
+    outer_stride, inner_stride, _ = (0,) * missing + gradient.stride()
+    num_chunks = outer * inner * triton.cdiv(width, BLOCK)
+    dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    expected_on_device = _on_device(float(expected), dtype, gradient.device)
+    rescale_kernel[(min(num_chunks, MAX_PROGRAMS),)](
+        gradient, upstream, expected_on_device, num_chunks, inner, width, outer_stride, inner_stride, BLOCK=BLOCK
+    )

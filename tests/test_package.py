@@ -1,0 +1,247 @@
+"""The package as a package: who imports whom, what an import costs, what ships, what the README promises."""
+
+import ast
+import functools
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "egpo_kernels"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+BACKENDS = {"reference", "portable", "triton"}
+
+# Lowest first. A unit is a file or folder directly in egpo_kernels; one that is not named here may sit
+# anywhere, because imports are followed through it.
+LAYERS = (
+    {"types"},
+    {"recipes", "validation", "surrogates", "reduction", "advantages"},
+    BACKENDS,
+    {"ops"},
+    {"autograd"},
+    {"api"},
+    {"__init__"},
+    {"integrations"},
+)
+RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+def module_exists(dotted):
+    path = ROOT.joinpath(*dotted.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def unit_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path):
+    """Dotted names of the modules that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{relative(path)}:{node.lineno}: relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner.startswith("egpo_kernels.") and module_exists(inner) else node.module
+
+
+@functools.cache
+def unit_imports():
+    """unit -> the units that it imports directly."""
+    graph = {unit_of(path): set() for path in SOURCES}
+    for path in SOURCES:
+        for module in imported_modules(path):
+            top, *rest = module.split(".")
+            if top == "egpo_kernels":
+                graph[unit_of(path)].add(rest[0] if rest else "__init__")
+    return {unit: imported - {unit} for unit, imported in graph.items()}
+
+
+def reachable(unit):
+    """Everything that a unit imports, directly or through others."""
+    graph, seen, todo = unit_imports(), set(), [unit]
+    while todo:
+        new = graph.get(todo.pop(), set()) - seen
+        seen |= new
+        todo += new
+    return seen
+
+
+def run_python(code, *args):
+    """Run code in a fresh interpreter at the repository root."""
+    command = [sys.executable, "-c", code, *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+# Imports.
+
+
+def test_imports_are_absolute():
+    for path in SOURCES:
+        list(imported_modules(path))
+
+
+@pytest.mark.parametrize("unit", sorted(unit_imports()))
+def test_imports_point_down(unit):
+    below = reachable(unit)
+    assert unit not in below, f"{unit} imports itself, through {sorted(unit_imports()[unit])}"
+    if unit != "__init__":
+        assert "integrations" not in below
+    if unit in RANK:
+        above = {other for other in below if RANK.get(other, -1) > RANK[unit]}
+        assert not above, f"{unit} reaches up to {sorted(above)}"
+
+
+@pytest.mark.parametrize("unit", sorted(BACKENDS))
+def test_backends_do_not_know_one_another(unit):
+    assert unit in unit_imports()
+    assert not reachable(unit) & (BACKENDS - {unit})
+
+
+def test_only_declared_dependencies_are_imported():
+    allowed = {"egpo_kernels", "torch", "numpy", "triton", *sys.stdlib_module_names}
+    for path in SOURCES:
+        if unit_of(path) != "integrations":
+            extra = {module.split(".")[0] for module in imported_modules(path)} - allowed
+            assert not extra, f"{relative(path)} imports {sorted(extra)}"
+
+
+def test_import_is_light():
+    code = """
+import sys
+import torch, numpy
+before = set(sys.modules)
+import egpo_kernels
+print(*sorted(set(sys.modules) - before))
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    new = done.stdout.split()
+    assert "egpo_kernels" in new
+    heavy = {"triton", "transformers", "trl", "verl"}
+    found = [name for name in new if name.split(".")[0] in heavy or name.startswith("egpo_kernels.triton")]
+    assert not found
+
+
+# The folder called triton.
+
+
+# Someone puts egpo_kernels/ itself, not its parent, on sys.path.
+SHADOWED = """
+import importlib, sys
+sys.path.insert(0, sys.argv[1])
+importlib.import_module("triton")
+"""
+# Someone loads the folder under a name of their own.
+RENAMED = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("kernels", sys.argv[1] + "/triton/__init__.py")
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
+
+
+@pytest.mark.parametrize("code", [SHADOWED, RENAMED], ids=["shadowed", "renamed"])
+def test_triton_folder_refuses_another_name(code):
+    done = run_python(code, str(PACKAGE))
+    assert done.returncode != 0, "it was imported"
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ") and "egpo_kernels.triton" in last, done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton has no wheel for this system")
+def test_real_triton_is_not_shadowed():
+    code = """
+import triton, triton.language
+import egpo_kernels.triton
+print(triton.__file__)
+print(egpo_kernels.triton.__file__)
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    real, ours = map(Path, done.stdout.splitlines())
+    assert PACKAGE not in real.parents
+    assert ours == PACKAGE / "triton" / "__init__.py"
+
+
+def test_nothing_else_is_called_triton():
+    assert not list(PACKAGE.rglob("__main__.py"))
+    for folder in ("tests", "benchmarks", "demo"):
+        found = [path for path in (ROOT / folder).rglob("triton*") if path.stem == "triton"]
+        assert not found
+
+
+# What a reader meets.
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_file_is_short(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_public_names_are_documented():
+    import egpo_kernels  # here, so that the tests above also run on a package that does not import
+
+    assert len(set(egpo_kernels.__all__)) == len(egpo_kernels.__all__)
+    for name in egpo_kernels.__all__:
+        value = getattr(egpo_kernels, name)
+        if inspect.isclass(value) or inspect.isroutine(value):
+            doc = value.__doc__ or ""
+            # Dataclasses and named tuples write a docstring of their own: "Name(field, ...)".
+            assert doc.strip() and not doc.startswith(f"{name}("), f"egpo_kernels.{name} has no docstring"
+
+
+def test_wheel_ships_the_package_and_nothing_else(tmp_path):
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path))
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        info = next(name for name in names if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(info).decode()
+    shipped = {name for name in names if ".dist-info/" not in name}
+    assert shipped == {relative(path) for path in SOURCES} | {"egpo_kernels/py.typed"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    required = re.findall(r"^Requires-Dist: ([^;\n]+)$", metadata, re.M)
+    assert sorted(required) == ["numpy", "torch>=2.11"]
+
+
+# The README's commands.
+
+
+def code_in(text):
+    """The fenced blocks and inline code of a Markdown text, one string each."""
+    fence = re.compile(r"^```.*?\n(.*?)^```", re.M | re.S)
+    return fence.findall(text) + re.findall(r"`([^`\n]+)`", fence.sub("", text))
+
+
+def runnable(module):
+    """Whether `python -m module` finds something, here or among the installed packages."""
+    path = ROOT.joinpath(*module.split("."))
+    if path.with_suffix(".py").is_file() or path.is_dir():
+        return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+    return importlib.util.find_spec(module) is not None
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_documented_commands_exist(name):
+    code = "\n".join(code_in((ROOT / name).read_text()))
+    start = r"^[ \t]*(?:\$ )?(?:\w+=\S+ )*"  # a prompt and variables may stand before a command
+    targets = set(re.findall(rf"{start}make ([a-z][\w-]*)", code, re.M))
+    modules = set(re.findall(r"\bpython3? -m ([\w.]+)", code))
+    scripts = set(re.findall(r"\bpython3? ((?:[\w.-]+/)*[\w.-]+\.py)\b", code))
+    assert "test" in targets
+    known = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.M))
+    assert not targets - known
+    assert not [module for module in modules if not runnable(module)]
+    assert not [script for script in scripts if not (ROOT / script).is_file()]
