@@ -47,10 +47,10 @@ class TokenLogProbs(torch.autograd.Function):
         ctx: Any, logits: Tensor, temperature: float, want_entropy: bool, inplace: bool, backend: str, *rows: Any
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.ops.row_statistics`."""
-        log_probs, entropy, maximum, log_sum = torch.ops.egpo_kernels.row_statistics(
+        log_probs, entropy, maximum, sum_exp = torch.ops.egpo_kernels.row_statistics(
             logits.detach(), list(rows), temperature, want_entropy, backend
         )
-        ctx.save_for_backward(logits, maximum, log_sum, log_probs, entropy)
+        ctx.save_for_backward(logits, maximum, sum_exp, entropy)
         ctx.rows, ctx.options = rows, (temperature, want_entropy, inplace, backend)
         ctx.set_materialize_grads(False)
         return log_probs, entropy
@@ -58,14 +58,14 @@ class TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         """Gradient with respect to the logits only."""
-        logits, maximum, log_sum, log_probs, entropy = ctx.saved_tensors
+        logits, maximum, sum_exp, entropy = ctx.saved_tensors
         temperature, want_entropy, inplace, backend = ctx.options
         if not want_entropy:
             grad_entropy = None
         if grad_log_probs is None:
-            grad_log_probs = torch.zeros_like(log_probs)
+            grad_log_probs = torch.zeros_like(maximum)
         with torch.no_grad():
-            statistics, rows = [maximum, log_sum, log_probs, entropy], list(ctx.rows)
+            statistics, rows = [maximum, sum_exp, entropy], list(ctx.rows)
             upstream = [grad_log_probs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous()]
             if inplace:
                 gradient = logits.detach()

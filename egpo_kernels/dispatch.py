@@ -1,6 +1,5 @@
 """Which backend answers a call."""
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -12,12 +11,7 @@ from egpo_kernels.validation import check_choice
 
 BACKENDS = ("auto", "triton", "portable", "reference")
 TRITON_DEVICES = ("cuda", "xpu")
-
-
-@functools.cache
-def triton_importable() -> bool:
-    """Whether the real triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
@@ -34,9 +28,9 @@ def choose_backend(backend: str, device: torch.device) -> str:
     if backend == "auto" and os.environ.get("EGPO_KERNELS_BACKEND"):
         backend = check_choice("EGPO_KERNELS_BACKEND", os.environ["EGPO_KERNELS_BACKEND"], BACKENDS)
     if backend == "auto":
-        return "triton" if device.type in TRITON_DEVICES and triton_importable() else "portable"
+        return "triton" if device.type in TRITON_DEVICES and TRITON_INSTALLED else "portable"
     if backend == "triton":
-        if not triton_importable():
+        if not TRITON_INSTALLED:
             raise RuntimeError("backend is 'triton' and triton is not installed; install egpo-kernels[triton]")
         if device.type not in TRITON_DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(

@@ -6,6 +6,8 @@ A trailing underscore marks an operator that writes into its first argument.
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -29,6 +31,20 @@ def advantage_config(text: str) -> AdvantageConfig:
 def policy_config(text: str) -> PolicyLossConfig:
     """Read settings back from ``PolicyLossConfig.json``."""
     return PolicyLossConfig.from_dict(json.loads(text))
+
+
+@contextmanager
+def _torch_func_allowed() -> Iterator[None]:
+    """Let `torch.func` work inside an operator that runs under a dispatch mode (torch.compile's first run, profilers).
+
+    Such a mode switches off, inside the operator it wraps, the dispatch keys that transforms stand on.
+    """
+    keys = torch._C.DispatchKey
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(keys.FuncTorchDynamicLayerFrontMode, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.FuncTorchDynamicLayerBackMode, False),
+    ):
+        yield
 
 
 def _checked(rows: OptionalTensors, vocab: int) -> Rows:
@@ -62,7 +78,7 @@ def _(cu_seqlens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 def row_statistics(
     logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-prob, entropy (``[0]`` unless wanted), maximum and log-sum of each row of ``logits [B, T, V]``, ``[N]``."""
+    """Log-prob, entropy (``[0]`` unless wanted), maximum and sum of exponentials of each row of ``logits [B, T, V]``, ``[N]``."""
     checked = _checked(rows, logits.shape[-1])
     return implementation(backend).row_statistics(logits, checked, temperature, want_entropy)
 
@@ -73,8 +89,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count, dtype = logits.shape[0] * logits.shape[1], compute_dtype(logits.dtype)
     entropy = logits.new_empty(count if want_entropy else 0, dtype=dtype)
-    log_probs, maximum, log_sum = (logits.new_empty(count, dtype=dtype) for _ in range(3))
-    return log_probs, entropy, maximum, log_sum
+    log_probs, maximum, sum_exp = (logits.new_empty(count, dtype=dtype) for _ in range(3))
+    return log_probs, entropy, maximum, sum_exp
 
 
 @custom_op("egpo_kernels::logits_gradient", mutates_args=())
@@ -82,7 +98,7 @@ def logits_gradient(
     logits: Tensor, rows: OptionalTensors, statistics: list[Tensor], upstream: OptionalTensors, temperature: float,
     backend: str,
 ) -> Tensor:
-    """Gradient ``[B, T, V]`` from ``statistics`` (maximum, log-sum, entropy) and ``upstream`` (dL/dl, dL/dEnt)."""
+    """Gradient ``[B, T, V]`` from ``statistics`` (maximum, sum of exponentials, entropy) and ``upstream`` (dL/dl, dL/dEnt)."""
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     implementation(backend).logits_gradient(logits, Rows(*rows), statistics, upstream, temperature, gradient)  # type: ignore[arg-type]
     return gradient
@@ -130,9 +146,10 @@ def policy_loss_gradient(
     log_probs: Tensor, entropy: Tensor | None, rows: OptionalTensors, segments: list[Tensor], config: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the summed token losses with respect to ``log_probs`` and entropy, ``[N]`` each."""
-    return implementation(backend).policy_loss_gradient(
-        log_probs, entropy, Rows(*rows), segments, policy_config(config)  # type: ignore[arg-type]
-    )
+    with _torch_func_allowed():
+        return implementation(backend).policy_loss_gradient(
+            log_probs, entropy, Rows(*rows), segments, policy_config(config)  # type: ignore[arg-type]
+        )
 
 
 @policy_loss_gradient.register_fake
@@ -148,9 +165,10 @@ def _loss_and_gradient(
 ) -> Tensor:
     package, settings, checked = implementation(backend), policy_config(config), _checked(rows, logits.shape[-1])
     temperature, grad_scale = scalars
-    log_probs, entropy = package.logits_loss_gradient(
-        logits, checked, settings, temperature, grad_scale, want_entropy, gradient
-    )
+    with _torch_func_allowed():
+        log_probs, entropy = package.logits_loss_gradient(
+            logits, checked, settings, temperature, grad_scale, want_entropy, gradient
+        )
     _, raw = package.policy_loss(log_probs, entropy, checked, segments, settings, logits.shape[-1])
     return metrics.finish(raw, metrics.TOKEN)
 

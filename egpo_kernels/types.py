@@ -32,7 +32,8 @@ def check_number(
     wanted += " or None" if optional else ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}; it must be {wanted}")
-    if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
+    # Not math.isfinite: a traced call has symbolic numbers.
+    if not (low <= value <= high and abs(value) < math.inf) or (open_low and value == low):
         raise ValueError(f"{name} is {value!r}; it must be {wanted}")
     return float(value)
 

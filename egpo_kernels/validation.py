@@ -19,7 +19,7 @@ LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, value: Any, kind: str, shapes: Shapes, device: torch.device) -> Tensor:
-    """Return ``value`` when it is a tensor of that kind, of one of the shapes, on that device."""
+    """Return ``value`` when it is a tensor of that kind, of one of the shapes (of any if none), on that device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}; it must be a {kind} torch.Tensor")
     if not _KINDS[kind](value.dtype):
@@ -28,7 +28,7 @@ def check_tensor(name: str, value: Any, kind: str, shapes: Shapes, device: torch
         raise ValueError(f"{name} has layout {value.layout}; it must be dense (torch.strided)")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}; it must be on {device} like the other tensors: move it there")
-    if all(value.shape != shape for shape in shapes.values()):
+    if shapes and all(value.shape != shape for shape in shapes.values()):
         wanted = " or ".join(f"{text} = {list(shape)}" for text, shape in shapes.items())
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be {wanted}")
     return value

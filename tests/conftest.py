@@ -1,7 +1,10 @@
-"""Set-up for every test."""
+"""Kernels are interpreted on CPU tensors; TRITON_INTERPRET=0 runs them compiled, on a machine with a GPU."""
 
 import os
 
-# Triton reads this when a kernel's module is imported, so it stands before every other import. With
-# TRITON_INTERPRET=0 the kernels are compiled, which needs a GPU.
+# Before anything imports triton: @triton.jit looks at it when it decorates.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from tests.support.interpreter import round_bfloat16_to_nearest
+
+round_bfloat16_to_nearest()

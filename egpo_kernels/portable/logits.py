@@ -11,15 +11,15 @@ from egpo_kernels.types import PolicyLossConfig, Rows
 def row_statistics(
     logits: Tensor, rows: Rows, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-prob, entropy (``[0]`` unless wanted), maximum and log-sum ``[N]`` of the rows in the mask, 0 elsewhere."""
+    """Log-prob, entropy (``[0]`` unless wanted), maximum and sum of exponentials ``[N]`` of the rows in the mask, 0 elsewhere."""
     results = [logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits)) for _ in range(4)]
     for chunk in chunks(logits, rows, rows.mask):
         found = softmax(chunk, temperature, want_entropy)
         for result, values in zip(results, found, strict=True):
             if values is not None:
                 result[chunk.place] = torch.where(chunk.rows.mask, values, 0.0)
-    log_probs, entropy, maximum, log_sum = results
-    return log_probs, entropy if want_entropy else entropy[:0].clone(), maximum, log_sum
+    log_probs, entropy, maximum, sum_exp = results
+    return log_probs, entropy if want_entropy else entropy[:0].clone(), maximum, sum_exp
 
 
 def logits_gradient(

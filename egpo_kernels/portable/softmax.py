@@ -37,7 +37,7 @@ class Statistics(NamedTuple):
     log_probs: Tensor
     entropy: Tensor | None
     maximum: Tensor
-    log_sum: Tensor
+    sum_exp: Tensor
 
 
 def chunks(logits: Tensor, rows: Rows, live: Tensor, out: Tensor | None = None) -> Iterator[Chunk]:
@@ -93,9 +93,9 @@ def softmax(chunk: Chunk, temperature: float, want_entropy: bool) -> Statistics:
             scaled.sub_(maximum[:, None]).div_(heat[:, None] if isinstance(heat, Tensor) else heat)
     torch.softmax(scaled, -1, out=chunk.p)
     # The largest probability is exp(0) / sum.
-    log_sum = -chunk.p.amax(-1).log()
+    sum_exp = chunk.p.amax(-1).reciprocal()
     entropy = _entropy(chunk).where(maximum != -torch.inf, 0.0) if want_entropy else None
-    return Statistics(_log_probs(chunk, maximum, log_sum, heat), entropy, maximum, log_sum)
+    return Statistics(_log_probs(chunk, maximum, sum_exp, heat), entropy, maximum, sum_exp)
 
 
 def _temperature(chunk: Chunk, temperature: float) -> Tensor | float:
@@ -110,10 +110,10 @@ def _token_column(chunk: Chunk) -> tuple[Tensor, Tensor]:
     return torch.where(valid, chunk.rows.tokens, 0)[:, None], valid
 
 
-def _log_probs(chunk: Chunk, maximum: Tensor, log_sum: Tensor, heat: Tensor | float) -> Tensor:
+def _log_probs(chunk: Chunk, maximum: Tensor, sum_exp: Tensor, heat: Tensor | float) -> Tensor:
     column, valid = _token_column(chunk)
     own = chunk.logits.gather(-1, column)[:, 0].to(maximum.dtype)
-    found = torch.where(own == -torch.inf, -torch.inf, (own - maximum) / heat - log_sum)
+    found = torch.where(own == -torch.inf, -torch.inf, (own - maximum) / heat - sum_exp.log())
     return torch.where(valid, found, torch.nan)
 
 

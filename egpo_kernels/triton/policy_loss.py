@@ -70,10 +70,11 @@ def sequence_kernel(
     tl.store(scores.log_ratio_ptr + sequence, mean)
     if scores.slope_ptr is not None:
         slopes = tl.zeros([BLOCK], dtype)
+        shared = slopes + mean
         for first in range(start, stop, BLOCK):
             offs = first + tl.arange(0, BLOCK)
             _, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, stop)
-            terms = token_terms(rows, offs, live, log_prob, mean, settings, SURROGATE, KL)
+            terms = token_terms(rows, offs, live, log_prob, shared, settings, SURROGATE, KL)
             factor = tl.load(rows.factor_ptr + offs, mask=live, other=0.0)
             slopes += tl.where(live, factor * terms.slope, 0.0)
         tl.store(scores.slope_ptr + sequence, tl.sum(slopes, axis=0) / length)

@@ -92,8 +92,14 @@ def token_terms(
         weight = tl.where(weight == weight, weight, 1.0)
         loss, slope = loss * weight, slope * weight
     if rows.ref_log_probs_ptr is None:
-        kl, kl_slope = loss * 0.0, loss * 0.0
+        kl, kl_slope = tl.zeros_like(loss), tl.zeros_like(loss)
     else:
         ref = tl.load(rows.ref_log_probs_ptr + offs, mask=live, other=0.0)
         kl, kl_slope = kl_estimate(log_prob, ref, settings, KL)
     return Terms(loss, slope, kl, kl_slope, low, high, log_ratio, inside)
+
+
+@triton.jit
+def slope_of(terms, factor, settings):
+    """Derivative of the reduced loss with respect to the log-prob, for a ratio of the token's own."""
+    return factor * (terms.slope + settings.kl_coef * terms.kl_slope)

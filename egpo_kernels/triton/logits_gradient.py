@@ -1,0 +1,82 @@
+"""Gradient of the logits from saved statistics and upstream gradients: one read and one write."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from egpo_kernels.triton.settings import load_settings, row_pointers, settings_tensor
+from egpo_kernels.triton.softmax import (
+    launch_options,
+    load_token,
+    matrix,
+    num_programs,
+    row_inverse_temperature,
+    row_pointer,
+    sweep_gradient,
+    write_zeros,
+)
+from egpo_kernels.types import PolicyLossConfig, Rows
+
+
+@triton.jit(do_not_specialize=["length", "out_length", "num_rows"])
+def logits_gradient_kernel(
+    logits, out, rows, maximum_ptr, sum_exp_ptr, entropy_ptr, slope_ptr, bonus_ptr, settings_ptr,
+    length, out_length, num_rows, vocab, DTYPE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Each program takes every num_programs-th row; one that nothing flows into is zeroed without being read."""
+    settings = load_settings(settings_ptr)
+    TILTED: tl.constexpr = bonus_ptr is not None
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        row_ptr = row_pointer(logits, row, length)
+        out_ptr = row_pointer(out, row, out_length)
+        live = tl.load(rows.mask_ptr + row) != 0
+        slope = tl.load(slope_ptr + row, mask=live, other=0.0)
+        bonus = slope * 0.0
+        entropy = slope * 0.0
+        if TILTED:
+            bonus = tl.load(bonus_ptr + row, mask=live, other=0.0)
+            entropy = tl.load(entropy_ptr + row)
+        live = live & ((slope != 0) | (bonus != 0))
+        token, logit = load_token(rows, row, row_ptr, vocab, live, DTYPE)
+        if live & (logit != float("-inf")):
+            sweep_gradient(
+                row_ptr, out_ptr, vocab, token, logit, tl.load(maximum_ptr + row), tl.load(sum_exp_ptr + row), entropy,
+                slope, bonus, row_inverse_temperature(rows, row, settings), DTYPE, TILTED, BLOCK_V,
+            )  # fmt: skip
+        else:
+            write_zeros(out_ptr, vocab, BLOCK_V)
+
+
+def logits_gradient(
+    logits: Tensor,
+    rows: Rows,
+    statistics: list[Tensor],
+    upstream: list[Tensor | None],
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """Write dL/dlogits to ``out`` (which may be ``logits``) from ``upstream`` (dL/dl, dL/dEnt), ``[N]`` each.
+
+    ``statistics`` are maximum, sum of exponentials and entropy, as `row_statistics` gave them.
+    """
+    num_rows, vocab = rows.mask.shape[0], logits.shape[-1]
+    if num_rows == 0:
+        return
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    where, length = matrix(logits)
+    target, out_length = matrix(out)
+    logits_gradient_kernel[(num_programs(num_rows, logits.device),)](
+        where,
+        target,
+        row_pointers(rows),
+        *statistics,
+        *upstream,
+        settings_tensor(PolicyLossConfig(), temperature, 1.0, dtype, logits.device),
+        length,
+        out_length,
+        num_rows,
+        vocab,
+        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+        **launch_options(vocab, logits.dtype),
+    )

@@ -1,0 +1,98 @@
+"""One launch over the rows: statistics, surrogate, and the gradient while the row is still in cache."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from egpo_kernels.triton.settings import load_settings, row_pointers, settings_tensor
+from egpo_kernels.triton.softmax import (
+    LOG2_E,
+    launch_options,
+    load_token,
+    matrix,
+    num_programs,
+    row_inverse_temperature,
+    row_pointer,
+    sweep_gradient,
+    sweep_statistics,
+    token_statistics,
+    write_zeros,
+)
+from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_terms
+from egpo_kernels.types import PolicyLossConfig, Rows
+
+
+@triton.jit(do_not_specialize=["length", "out_length", "num_rows"])
+def logits_policy_loss_kernel(
+    logits, out, rows, log_probs_ptr, entropy_ptr, settings_ptr, length, out_length, num_rows, vocab,
+    SURROGATE: tl.constexpr, KL: tl.constexpr, DTYPE: tl.constexpr, ENTROPY: tl.constexpr, TILTED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Each program takes every num_programs-th row: two sweeps, the second meant to be served by the cache.
+
+    Rows outside the mask are not read; a row whose gradient is 0 is not read a second time.
+    """
+    settings = load_settings(settings_ptr)
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        out_ptr = row_pointer(out, row, out_length)
+        if tl.load(rows.mask_ptr + row) != 0:
+            row_ptr = row_pointer(logits, row, length)
+            inverse_temperature = row_inverse_temperature(rows, row, settings)
+            token, logit = load_token(rows, row, row_ptr, vocab, True, DTYPE)
+            found = sweep_statistics(row_ptr, vocab, LOG2_E * inverse_temperature, DTYPE, ENTROPY, BLOCK_V)
+            log_prob, entropy = token_statistics(found, logit, inverse_temperature)
+            tl.store(log_probs_ptr + row, log_prob)
+            if ENTROPY:
+                tl.store(entropy_ptr + row, entropy)
+            live = log_prob != float("-inf")
+            factor = tl.load(rows.factor_ptr + row) * settings.grad_scale
+            terms = token_terms(rows, row, live, tl.where(live, log_prob, 0.0), None, settings, SURROGATE, KL)
+            slope = tl.where(live, slope_of(terms, factor, settings), 0.0)
+            bonus = tl.where(live, -factor * settings.entropy_coef, 0.0)
+            if (slope != 0) | (bonus != 0):
+                sweep_gradient(
+                    row_ptr, out_ptr, vocab, token, logit, found.maximum, found.sum_exp, entropy, slope, bonus,
+                    inverse_temperature, DTYPE, TILTED, BLOCK_V,
+                )  # fmt: skip
+            else:
+                write_zeros(out_ptr, vocab, BLOCK_V)
+        else:
+            write_zeros(out_ptr, vocab, BLOCK_V)
+
+
+def logits_loss_gradient(
+    logits: Tensor,
+    rows: Rows,
+    config: PolicyLossConfig,
+    temperature: float,
+    grad_scale: float,
+    want_entropy: bool,
+    out: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-prob and entropy ``[N]`` of each row (0 outside the mask); its gradient goes to ``out``, maybe ``logits``."""
+    num_rows, vocab = rows.mask.shape[0], logits.shape[-1]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    log_probs, entropy = (logits.new_zeros(num_rows, dtype=dtype) for _ in range(2))
+    if num_rows > 0:
+        where, length = matrix(logits)
+        target, out_length = matrix(out)
+        logits_policy_loss_kernel[(num_programs(num_rows, logits.device),)](
+            where,
+            target,
+            row_pointers(rows),
+            log_probs,
+            entropy,
+            settings_tensor(config, temperature, grad_scale, dtype, logits.device),
+            length,
+            out_length,
+            num_rows,
+            vocab,
+            SURROGATE=SURROGATES[config.surrogate],
+            KL=config.kl,
+            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+            ENTROPY=want_entropy,
+            TILTED=config.entropy_coef != 0,
+            **launch_options(vocab, logits.dtype),
+        )
+    return log_probs, entropy if want_entropy else None

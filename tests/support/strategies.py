@@ -1,0 +1,411 @@
+"""Small random batches, and the hypothesis strategies that draw them.
+
+What a batch looks like (layout, strides, dtype, vocabulary, settings) is drawn by hypothesis; the numbers in it come
+from a generator seeded by hypothesis, which keeps an example fast and shrinks what matters.
+
+The loss is continuous but its gradient is not: it jumps where a ratio meets a clip bound, where a log-ratio meets
+`max_log_ratio`, where a reward meets the threshold. Rounding may fall on either side there, so `make_case` keeps log
+ratios `MARGIN` away from every jump, and shaped rewards are drawn from a continuum, instead of loosening any tolerance.
+"""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from egpo_kernels.recipes import EGPO, GRPO
+from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Recipe
+
+# With TRITON_INTERPRET=0 kernels are compiled and everything lives on the GPU they run on.
+DEVICE = "cuda" if os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MARGIN = 0.01
+"""Nats between a drawn log-ratio and the nearest jump of the gradient."""
+
+PER_TOKEN = ("tokens", "mask", "old_log_probs", "ref_log_probs", "entropy_mask")
+PER_EITHER = ("advantages", "rollout_weights", "temperature")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Case:
+    """One batch: the arguments of the public functions under their names, and what a test needs beside them.
+
+    `advantages` serve the loss functions when they are called alone; `upstream` is the gradient given to `backward`.
+    """
+
+    logits: Tensor
+    tokens: Tensor
+    groups: Any
+    rewards: Tensor
+    advantages: Tensor
+    upstream: Tensor
+    recipe: Recipe = EGPO
+    mask: Tensor | None = None
+    old_log_probs: Tensor | None = None
+    ref_log_probs: Tensor | None = None
+    rollout_weights: Tensor | None = None
+    entropy_mask: Tensor | None = None
+    correct: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    temperature: float | Tensor = 1.0
+    num_tokens: Any = None
+    num_sequences: Any = None
+    grad_scale: float = 1.0
+
+    def __repr__(self) -> str:
+        def brief(value):
+            if isinstance(value, Tensor) and value.dim():
+                return f"{value.dtype} {list(value.shape)} strides {value.stride()}"
+            return repr(value)
+
+        return "Case(" + ", ".join(f"{name}={brief(value)}" for name, value in vars(self).items()) + ")"
+
+    def replace(self, **changes) -> "Case":
+        return dataclasses.replace(self, **changes)
+
+    def double(self) -> "Case":
+        """The same numbers in float64: what exact results are computed from."""
+        changed = {
+            name: value.double()
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        }
+        return self.replace(**changed)
+
+    @property
+    def num_rewards(self) -> int:
+        return self.rewards.shape[0]
+
+    @property
+    def offsets(self) -> list[int]:
+        """Row i belongs to sequence s when offsets[s] <= i < offsets[s + 1]."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens.tolist()
+        return [number * self.tokens.shape[1] for number in range(self.num_rewards + 1)]
+
+    @property
+    def index(self) -> Tensor:
+        """The sequence [N] of each row; rows past the last sequence say the last."""
+        index = torch.full((self.tokens.numel(),), self.num_rewards - 1)
+        for number, (start, stop) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
+            index[start:stop] = number
+        return index.to(self.tokens.device)
+
+    @property
+    def counted(self) -> Tensor:
+        """Which rows [N] count."""
+        counts = (self.tokens != -100 if self.mask is None else self.mask != 0).reshape(-1).clone()
+        counts[self.offsets[-1] :] = False
+        return counts
+
+    @property
+    def group_numbers(self) -> Tensor:
+        """The group [S] of each sequence, numbered from 0."""
+        if isinstance(self.groups, int):
+            return torch.arange(self.num_rewards) // self.groups
+        names = self.groups.tolist() if isinstance(self.groups, Tensor) else list(self.groups)
+        numbers: dict[Any, int] = {}
+        return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
+
+    def rows(self, value: Any) -> Tensor:
+        """A value given per sequence, per token or as a float, as [N]."""
+        if not isinstance(value, Tensor):
+            return torch.full((self.tokens.numel(),), float(value), dtype=torch.float64, device=self.tokens.device)
+        per_sequence = value.shape in ((self.num_rewards,), (self.num_rewards, 1))
+        return value.reshape(-1)[self.index] if per_sequence else value.reshape(-1)
+
+    def log_softmax(self) -> Tensor:
+        """Tempered log-probabilities [N, V] in float64, uniform where a row does not count."""
+        logits = self.logits.reshape(-1, self.logits.shape[-1]).double()
+        logits = torch.where(self.counted[:, None], logits, 0.0)
+        heat = torch.where(self.counted, self.rows(self.temperature).double(), 1.0)
+        return torch.log_softmax(logits / heat[:, None], -1)
+
+    def log_probs(self) -> Tensor:
+        """Log-probs of the tokens [N] in float64, 0 where a row does not count."""
+        column = torch.where(self.counted, self.tokens.reshape(-1), 0)
+        return torch.where(self.counted, self.log_softmax().gather(-1, column[:, None])[:, 0], 0.0)
+
+    def take(self, first: int, last: int) -> "Case":
+        """Sequences first to last - 1 as a micro-batch; views, nothing is copied."""
+        rows, packed = slice(self.offsets[first], self.offsets[last]), self.cu_seqlens is not None
+        sequences = slice(first, last)
+        changes: dict[str, Any] = {"groups": 1, "rewards": self.rewards[sequences]}
+        changes["logits"] = self.logits[rows] if packed else self.logits[sequences]
+        if packed:
+            changes["cu_seqlens"] = self.cu_seqlens[first : last + 1] - self.cu_seqlens[first]
+        for name in (*PER_TOKEN, *PER_EITHER, "upstream"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.dim():
+                per_sequence = name in PER_EITHER and value.shape[0] == self.num_rewards
+                changes[name] = value[sequences] if per_sequence or not packed else value[rows]
+        return self.replace(**changes)
+
+    def loss_arguments(self) -> dict[str, Any]:
+        """What every loss function takes under the same name."""
+        names = ("old_log_probs", "ref_log_probs", "rollout_weights", "cu_seqlens", "num_tokens", "num_sequences")
+        return {name: getattr(self, name) for name in names}
+
+
+def strided(values: Tensor, kind: str) -> Tensor:
+    """The same values behind other strides; what lies between is NaN, so that reading it shows."""
+    values = values.to(DEVICE)
+    shape, vocab = values.shape, values.shape[-1]
+    if kind == "contiguous":
+        return values.contiguous()
+    if kind == "transposed" and len(shape) == 3:
+        view = values.new_full((shape[1], shape[0], vocab), torch.nan).transpose(0, 1)
+    elif kind == "transposed":
+        view = values.new_full((2 * shape[0], vocab), torch.nan)[::2]
+    elif kind == "padded rows":
+        view = values.new_full((*shape[:-1], vocab + 5), torch.nan)[..., :vocab]
+    else:
+        view = values.new_full((*shape[:-1], vocab + 16), torch.nan)[..., 3 : 3 + vocab]
+    view.copy_(values)
+    return view
+
+
+STRIDES = ("contiguous", "padded rows", "transposed", "wider vocabulary")
+
+
+def make_case(
+    seed: int,
+    *,
+    group_sizes: tuple[int, ...] = (4, 3),
+    length: int = 4,
+    vocab: int = 33,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "padded",
+    strides: str = "contiguous",
+    recipe: Recipe = EGPO,
+    names: str = "tensor",
+    mask: str = "bool",
+    old: str = "near",
+    temperature: str = "float",
+    padded_vocab: bool = False,
+    garbage: bool = False,
+) -> Case:
+    """A batch with the groups of these sizes in shuffled order; equal settings give equal batches.
+
+    `mask`: "none" (tokens -100 instead), "bool", "int", "float". `old`: "none", "near", "far". `temperature`: "one",
+    "float", "sequence", "token". `garbage` puts NaN where nothing may be read.
+    """
+    rng = np.random.default_rng(seed)
+    sequences, wide = sum(group_sizes), torch.float64 if dtype == torch.float64 else torch.float32
+    lengths = rng.integers(0, length + 1, sequences)
+    if layout == "padded":
+        shape, cu_seqlens = (sequences, length), None
+        inside = np.arange(length)[None] < lengths[:, None]
+    else:
+        cu_seqlens = torch.tensor([0, *lengths.cumsum()], dtype=torch.int32 if seed % 2 else torch.int64)
+        shape = (int(lengths.sum()) + int(rng.integers(1, 4)),)
+        inside = np.arange(shape[0]) < lengths.sum()
+    counted = inside & (rng.random(shape) < 0.85)
+
+    logits = rng.normal(size=(*shape, vocab)) * rng.choice([0.5, 2.0, 6.0]) + rng.choice([0.0, 0.0, 100.0, -1000.0])
+    tokens = rng.integers(0, vocab, shape)
+    if padded_vocab and vocab > 4:
+        logits[..., -2:] = -np.inf
+        tokens %= vocab - 2
+    logits = torch.from_numpy(logits).to(dtype)
+    tokens = torch.from_numpy(tokens)
+    keep = torch.from_numpy(np.asarray(counted))
+    if garbage or mask == "none":
+        tokens[~keep] = -100
+    if garbage:
+        logits[~keep] = torch.nan
+    kinds = {"bool": torch.bool, "int": torch.int64, "float": torch.float32}
+    given_mask = None if mask == "none" else keep.to(kinds[mask])
+
+    def tensor(values: Any, hide: bool = False) -> Tensor:
+        made = torch.as_tensor(np.asarray(values)).to(wide)
+        return torch.where(keep, made, torch.nan) if hide and garbage else made
+
+    numbers = np.repeat(np.arange(len(group_sizes)), group_sizes)
+    if names != "int":
+        numbers = rng.permutation(numbers)
+    rewards = np.zeros(sequences)
+    for group, size in enumerate(group_sizes):
+        rewards[numbers == group] = _rewards(rng, size)
+
+    heat: Any = 1.0 if temperature == "one" else float(rng.choice([1.0, 0.7, 1.6]))
+    if temperature in ("sequence", "token"):
+        heat = tensor(rng.uniform(0.5, 2.0, sequences if temperature == "sequence" else shape))
+    per_token = rng.random() < 0.5
+    advantages = rng.normal(size=shape if per_token else sequences) * (rng.random(shape if per_token else 1) < 0.8)
+    weights = rng.uniform(0.3, 2.0, shape if rng.random() < 0.5 else (sequences, 1) if seed % 2 else sequences)
+    weights[rng.random(weights.shape) < 0.1] = np.nan
+    case = Case(
+        logits=strided(logits, strides),
+        tokens=tokens,
+        groups=_names(rng, numbers, group_sizes, names),
+        rewards=tensor(rewards),
+        advantages=tensor(advantages, hide=per_token),
+        upstream=tensor(rng.normal(size=shape) if recipe.loss.reduction == "none" else rng.choice([1.0, 0.5, -3.0])),
+        recipe=recipe,
+        mask=given_mask,
+        rollout_weights=tensor(weights) if rng.random() < 0.4 else None,
+        entropy_mask=torch.from_numpy(np.asarray(rng.random(shape) < 0.7)) if rng.random() < 0.3 else None,
+        correct=torch.from_numpy(rng.random(sequences) < 0.5) if rng.random() < 0.2 else None,
+        cu_seqlens=cu_seqlens,
+        temperature=heat,
+        num_tokens=[None, 29, torch.tensor(17)][rng.integers(3)],
+        num_sequences=[None, 11, torch.tensor(5.0)][rng.integers(3)],
+    )
+    case = _on_device(case)
+    changes: dict[str, Any] = {}
+    if old != "none":
+        log_ratio = _log_ratios(rng, case, far=old == "far", sequence=recipe.loss.ratio == "sequence")
+        changes["old_log_probs"] = tensor((case.log_probs().cpu() - log_ratio).view(shape), hide=True)
+    if recipe.loss.kl_coef or rng.random() < 0.3:
+        drift = torch.from_numpy(rng.normal(size=shape) * 0.5).view(-1)
+        drift = _away_from(drift, (-recipe.loss.max_log_ratio, recipe.loss.max_log_ratio))
+        changes["ref_log_probs"] = tensor((case.log_probs().cpu() + drift).view(shape), hide=True)
+    return _on_device(case.replace(**changes))
+
+
+def _on_device(case: Case) -> Case:
+    moved = {name: value.to(DEVICE) for name, value in vars(case).items() if isinstance(value, Tensor)}
+    return case.replace(**{**moved, "logits": case.logits})
+
+
+def _rewards(rng: np.random.Generator, size: int) -> np.ndarray:
+    kind = rng.choice(["binary", "binary", "shaped", "wrong", "right", "collapsed", "non-finite"])
+    if kind == "shaped":
+        return rng.normal(size=size)
+    if kind in ("wrong", "right", "collapsed"):
+        return np.full(size, {"wrong": 0.0, "right": 1.0, "collapsed": rng.normal()}[kind])
+    rewards = rng.integers(0, 2, size).astype(float)
+    if kind == "non-finite":
+        rewards[rng.random(size) < 0.4] = rng.choice([np.nan, np.inf, -np.inf])
+    return rewards
+
+
+def _names(rng: np.random.Generator, numbers: np.ndarray, sizes: tuple[int, ...], kind: str) -> Any:
+    if kind == "int":
+        return sizes[0]
+    ids = rng.choice(np.arange(-5, 50), len(sizes), replace=False)[numbers]
+    if kind == "tensor":
+        return torch.from_numpy(ids).to(torch.int32 if len(ids) % 2 else torch.int64)
+    strings = [f"prompt-{number}" for number in ids]
+    return strings if kind == "strings" else np.array(strings, dtype=object)
+
+
+def _bounds(config: PolicyLossConfig) -> tuple[float, ...]:
+    """Log-ratios at which the gradient jumps."""
+    ratios = (1 - config.clip_low, 1 + config.clip_high, config.dual_clip or 0.0)
+    return (*(math.log(ratio) for ratio in ratios if ratio > 0), -config.max_log_ratio, config.max_log_ratio)
+
+
+def _away_from(values: Tensor, bounds: tuple[float, ...]) -> Tensor:
+    # Upwards, from the lowest bound to the highest: a value pushed past one bound is then tested against the next.
+    for bound in sorted(bounds):
+        values = torch.where((values - bound).abs() < MARGIN, bound + 1.5 * MARGIN, values)
+    return values
+
+
+def _log_ratios(rng: np.random.Generator, case: Case, far: bool, sequence: bool) -> Tensor:
+    """Log-ratios [N] some of which are clipped; far ones lie beyond every bound, or at infinity."""
+    config, index, counted = case.recipe.loss, case.index.cpu(), case.counted.cpu()
+    log_ratio = torch.from_numpy(rng.normal(size=index.shape[0]) * 0.4)
+    if far:
+        beyond = config.max_log_ratio + 5.0
+        chosen = torch.from_numpy(rng.choice([-2.5, 2.5, -beyond, beyond, np.inf], index.shape[0]))
+        log_ratio = torch.where(torch.from_numpy(rng.random(index.shape[0]) < 0.2), chosen, log_ratio)
+    limit = config.max_log_ratio
+    log_ratio = _away_from(log_ratio, _bounds(config))
+    for number in range(case.num_rewards if sequence else 0):
+        own = counted & (index == number)
+        for _ in range(20):
+            mean = log_ratio[own].clamp(-limit, limit).mean()
+            if not own.any() or all(abs(mean - bound) > MARGIN for bound in _bounds(config)):
+                break
+            log_ratio[own] = _away_from(log_ratio[own] + 2 * MARGIN, (-limit, limit))
+    return log_ratio
+
+
+def advantage_configs() -> st.SearchStrategy[AdvantageConfig]:
+    """Every option of the group level."""
+    return st.builds(
+        AdvantageConfig,
+        scale=st.sampled_from(["group_std", "none"]),
+        std_eps=st.sampled_from([1e-6, 0.1]),
+        weight=st.sampled_from(["inverse_uncertainty", "inverse_uncertainty", "none"]),
+        statistic=st.sampled_from(["nll", "nll", "shannon"]),
+        uncertainty_eps=st.sampled_from([1e-5, 0.1]),
+        clamp=st.sampled_from(["asymmetric", "symmetric", "negative_only", "positive_only", "none"]),
+        weight_bounds=st.sampled_from([(0.8, 2.0), (0.0, 1.0), (1.0, 1.0), (0.5, 1.25)]),
+        renorm=st.sampled_from(["none", "after", "before"]),
+        all_wrong=st.sampled_from(["negative", "negative_no_correct", "zero"]),
+        nsr_scale=st.sampled_from([1.0, 0.25, 0.0]),
+        lock_all_wrong=st.booleans(),
+        singleton=st.sampled_from(["zero", "raw"]),
+        correct_threshold=st.sampled_from([0.5, 0.0, -0.25]),
+    )
+
+
+@st.composite
+def loss_configs(draw) -> PolicyLossConfig:
+    """Every option of the token level."""
+    reduction = draw(
+        st.sampled_from(
+            ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "sum", "none"]
+        )
+    )
+    return PolicyLossConfig(
+        ratio=draw(st.sampled_from(["token", "token", "sequence"])),
+        clip_low=draw(st.sampled_from([0.2, 0.0, 1.0])),
+        clip_high=draw(st.sampled_from([0.2, 0.28, 0.0])),
+        dual_clip=draw(st.sampled_from([None, 3.0, 1.5])),
+        max_log_ratio=draw(st.sampled_from([20.0, 1.0])),
+        kl=draw(st.sampled_from(["k1", "k2", "k3"])),
+        kl_coef=draw(st.sampled_from([0.0, 0.1, 1.0])),
+        entropy_coef=draw(st.sampled_from([0.0, 0.0, 0.02, -0.5])),
+        reduction=reduction,
+        norm_length=7.0 if reduction == "seq_mean_token_sum_norm" else None,
+    )
+
+
+def recipes() -> st.SearchStrategy[Recipe]:
+    """The published settings now and then, any settings mostly."""
+    anything = st.builds(Recipe, name=st.just("drawn"), advantage=advantage_configs(), loss=loss_configs())
+    return st.one_of(st.sampled_from([EGPO, GRPO]), anything, anything, anything)
+
+
+def vocabularies() -> st.SearchStrategy[int]:
+    """Small, odd and even; sometimes more than one block."""
+    small = st.integers(2, 64)
+    return st.one_of(small, small, small, small, st.integers(180, 260), st.sampled_from([1023, 1024, 1100]))
+
+
+@st.composite
+def cases(draw, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
+    """Any batch."""
+    names = draw(st.sampled_from(["tensor", "strings", "objects", "int"]))
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    vocab = draw(vocabularies())
+    case = make_case(
+        draw(st.integers(0, 2**31)),
+        group_sizes=tuple([sizes[0]] * len(sizes) if names == "int" else sizes),
+        length=draw(st.integers(1, 2 if vocab > 300 else 4)),
+        vocab=vocab,
+        dtype=draw(st.sampled_from(dtypes)),
+        layout=draw(st.sampled_from(["padded", "packed"])),
+        strides=draw(st.sampled_from(STRIDES)),
+        recipe=draw(recipes()),
+        names=names,
+        mask=draw(st.sampled_from(["bool", "none", "int", "float"])),
+        old=draw(st.sampled_from(["none", "near", "near", "far"])),
+        temperature=draw(st.sampled_from(["one", "float", "sequence", "token"])),
+        padded_vocab=draw(st.booleans()),
+        garbage=draw(st.booleans()),
+    )
+    # A power of two between expected and actual upstream: the second pass over the gradient then rounds nothing.
+    ratio = draw(st.sampled_from([1.0, 1.0, 2.0]))
+    per_token = case.recipe.loss.reduction == "none"
+    return case.replace(grad_scale=1.0 if per_token else abs(float(case.upstream)) * ratio)
