@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -13,7 +14,9 @@ from demo.history import History, auc
 
 CORRECT, INCORRECT = "#1b7f5c", "#c8472d"
 EGPO, GRPO = "#2b5fa5", "#8a8a8a"
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "axes.titlesize": 12}
+# Log axes: what lies outside is drawn at the edge.
+SMALLEST_H, LARGEST_H = 1e-3, 10.0
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10.5, "axes.titlesize": 12}
 
 
 def draw_uncertainty(history: History, caption: str, path: Path) -> None:
@@ -36,43 +39,42 @@ def draw_training(history: History, caption: str, path: Path) -> None:
 
 def _histogram(axes, history: History) -> None:
     kinds = [("correct", history.uncertainties(True), CORRECT), ("incorrect", history.uncertainties(False), INCORRECT)]
-    top = max(values.max().item() for _, values, _ in kinds if len(values))
-    bins = [top * edge / 30 for edge in range(31)]
+    bins = torch.logspace(math.log10(SMALLEST_H), math.log10(LARGEST_H), 33).numpy()
     for name, values, colour in kinds:
         if len(values) == 0:
             continue
-        label = f"{name}: n = {len(values)}, mean {values.mean():.2f}"
+        label = f"{name}: n = {len(values)}, mean {values.mean():.2f} (dashed)"
         weights = [1 / len(values)] * len(values)
-        axes.hist(values.numpy(), bins, weights=weights, color=colour, alpha=0.5, label=label)
+        axes.hist(
+            values.clamp(SMALLEST_H, LARGEST_H).numpy(), bins, weights=weights, color=colour, alpha=0.5, label=label
+        )
         axes.axvline(values.mean().item(), color=colour, linestyle="--")
     correct, incorrect = kinds[0][1], kinds[1][1]
     title = "All answers"
     if len(correct) and len(incorrect):
         title += f": gap {incorrect.mean() - correct.mean():+.2f}, AUC {auc([(correct, incorrect)]):.2f}"
     axes.set_title(title)
-    axes.set_xlabel("uncertainty H of an answer (nats per token)")
+    axes.set_xscale("log")
+    axes.set_xlabel("uncertainty H of an answer (nats per token, log scale)")
     axes.set_ylabel("share of the answers of its kind")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.legend(frameon=False)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend(frameon=False, loc="upper left")
 
 
 def _by_group(axes, history: History) -> None:
     mixed = history.mixed_groups()
     title = f"Same prompt: {len(mixed)} mixed groups"
     if mixed:
-        means = [(correct.mean().item(), incorrect.mean().item()) for correct, incorrect in mixed]
-        top = 1.05 * max(map(max, means))
-        axes.plot([0, top], [0, top], color="black", linewidth=0.8, label="equally uncertain")
+        means = [tuple(kind.mean().clamp(SMALLEST_H, LARGEST_H).item() for kind in kinds) for kinds in mixed]
+        axes.plot([SMALLEST_H, LARGEST_H], [SMALLEST_H, LARGEST_H], color="black", label="equally uncertain")
         axes.scatter(*zip(*means, strict=True), color=INCORRECT, alpha=0.6, label="one group of 8 answers")
-        axes.set_xlim(0, top)
-        axes.set_ylim(0, top)
         above = sum(incorrect > correct for correct, incorrect in means)
         title += f", {above} above the line, AUC {auc(mixed):.2f}"
         axes.legend(frameon=False, loc="lower right")
-    axes.set_aspect("equal")
+    axes.set(xscale="log", yscale="log", xlim=(SMALLEST_H, LARGEST_H), ylim=(SMALLEST_H, LARGEST_H), aspect="equal")
     axes.set_title(title)
-    axes.set_xlabel("mean H of its correct answers (nats per token)")
-    axes.set_ylabel("mean H of its incorrect answers (nats per token)")
+    axes.set_xlabel("mean H of correct answers (nats per token)")
+    axes.set_ylabel("mean H of incorrect answers (nats per token)")
 
 
 def _held_out(axes, history: History) -> None:
@@ -83,28 +85,28 @@ def _held_out(axes, history: History) -> None:
     axes.errorbar(steps, rewards, errors, color=EGPO, marker="o", capsize=3, label="mean, bar: ±1 standard error")
     axes.set_title(f"Reward on {prompts} held-out prompts, greedy answers")
     axes.set_ylabel("share answered correctly")
-    axes.legend(frameon=False, loc="lower right")
     _step_axis(axes)
 
 
 def _gradient_share(axes, history: History) -> None:
     steps = [record["step"] for record in history.steps]
-    for name, colour, marker in (("EGPO", EGPO, "o"), ("GRPO", GRPO, "s")):
-        shares = [record["share_with_gradient"][name] for record in history.steps]
-        label = f"{name} (mean {sum(shares) / len(shares):.0%})"
-        axes.plot(steps, shares, color=colour, marker=marker, label=label)
+    shares = {name: [record["share_with_gradient"][name] for record in history.steps] for name in ("EGPO", "GRPO")}
+    for (name, values), colour, marker in zip(shares.items(), (EGPO, GRPO), "os", strict=True):
+        axes.plot(steps, values, color=colour, marker=marker, label=f"{name}: mean {sum(values) / len(values):.0%}")
+    axes.fill_between(steps, shares["GRPO"], shares["EGPO"], color=EGPO, alpha=0.1, label="all-wrong groups")
     axes.set_title("Answers that get a gradient, on the very same rollouts")
     axes.set_ylabel("share with advantage other than 0")
-    axes.legend(frameon=False, loc="lower right")
     _step_axis(axes)
 
 
 def _step_axis(axes) -> None:
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(0, 1.15)
+    axes.set_yticks([tick / 5 for tick in range(6)])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimizer step")
     axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="upper center", ncol=3, fontsize=9.5, columnspacing=1.0, handlelength=1.4)
 
 
 def _finish(figure, caption: str, path: Path) -> None:

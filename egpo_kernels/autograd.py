@@ -51,15 +51,19 @@ class TokenLogProbs(torch.autograd.Function):
             logits.detach(), list(rows), temperature, want_entropy, backend
         )
         ctx.save_for_backward(logits, maximum, sum_exp, entropy)
-        ctx.rows, ctx.options = rows, (temperature, want_entropy, inplace, backend)
+        ctx.rows, ctx.options, ctx.overwritten = rows, (temperature, want_entropy, inplace, backend), False
         ctx.set_materialize_grads(False)
         return log_probs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         """Gradient with respect to the logits only."""
-        logits, maximum, sum_exp, entropy = ctx.saved_tensors
         temperature, want_entropy, inplace, backend = ctx.options
+        if inplace and not torch.compiler.is_compiling():
+            if ctx.overwritten:
+                raise RuntimeError(CONSUMED)
+            ctx.overwritten = True
+        logits, maximum, sum_exp, entropy = ctx.saved_tensors
         if not want_entropy:
             grad_entropy = None
         if grad_log_probs is None:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -93,13 +94,21 @@ def _(
     return log_probs, entropy, maximum, sum_exp
 
 
+def _new_gradient(logits: Tensor) -> Tensor:
+    if logits.device.type != "cpu":
+        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    # numpy asks the system for huge pages: touching small ones first costs a CPU more than the arithmetic.
+    memory = np.empty(logits.numel() * logits.element_size(), np.uint8)
+    return torch.from_numpy(memory).view(logits.dtype).view(logits.shape)
+
+
 @custom_op("egpo_kernels::logits_gradient", mutates_args=())
 def logits_gradient(
     logits: Tensor, rows: OptionalTensors, statistics: list[Tensor], upstream: OptionalTensors, temperature: float,
     backend: str,
 ) -> Tensor:
     """Gradient ``[B, T, V]`` from ``statistics`` (maximum, sum of exponentials, entropy) and ``upstream`` (dL/dl, dL/dEnt)."""
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    gradient = _new_gradient(logits)
     implementation(backend).logits_gradient(logits, Rows(*rows), statistics, upstream, temperature, gradient)  # type: ignore[arg-type]
     return gradient
 
@@ -179,7 +188,7 @@ def logits_policy_loss(
     want_entropy: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Metrics vector (the loss among them) and gradient ``[B, T, V]``; ``scalars`` are temperature and grad_scale."""
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    gradient = _new_gradient(logits)
     return _loss_and_gradient(logits, rows, segments, config, scalars, want_entropy, backend, gradient), gradient
 
 

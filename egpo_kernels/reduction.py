@@ -1,19 +1,44 @@
 """Rows, sequences and groups: sums over segments, and the factor a reduction gives each token."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from egpo_kernels.types import PolicyLossConfig
 
 
+class _SegmentSum(torch.autograd.Function):
+    """`torch.segment_reduce`, whose own backward cannot be differentiated: this one is a gather, which can."""
+
+    @staticmethod
+    def forward(values: Tensor, offsets: Tensor) -> Tensor:
+        """Accumulate in float64 where the device has it."""
+        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        return torch.segment_reduce(values.to(wide), "sum", offsets=offsets, unsafe=True).to(values.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keep the offsets."""
+        values, offsets = inputs
+        ctx.save_for_backward(offsets)
+        ctx.num_rows = values.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Give each row its segment's gradient; rows past the last offset are in no sum."""
+        (offsets,) = ctx.saved_tensors
+        inside = torch.arange(ctx.num_rows, device=offsets.device) < offsets[-1]
+        return torch.where(inside, per_row(gradient, segment_index(offsets, ctx.num_rows)), 0.0), None
+
+
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sum ``values [N]`` over ``offsets[i] : offsets[i + 1]`` to ``[S]``; differentiable, repeatable, no sync.
+    """Sum floating ``values [N]`` over ``offsets[i] : offsets[i + 1]`` to ``[S]``; twice differentiable, repeatable, no
+    sync.
 
     Accumulates in float64 where the device has it, so that a sequence of 70000 tokens loses nothing.
     """
-    wide = torch.float32 if values.device.type == "mps" else torch.float64
-    sums = torch.segment_reduce(values.to(wide), "sum", offsets=offsets, unsafe=True)
-    return sums.to(values.dtype) if values.dtype.is_floating_point else sums
+    return _SegmentSum.apply(values, offsets)
 
 
 def segment_index(offsets: Tensor, num_rows: int) -> Tensor:

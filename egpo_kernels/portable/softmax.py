@@ -1,7 +1,7 @@
 """A chunk of rows: softmax, statistics, and the gradient of the logits.
 
-With ``p = softmax(z / temperature)``, upstream ``a = dL/dl`` and ``c = dL/dEnt``, and ``entr(p) = -p log p``:
-``dz = (a onehot - (a + c Ent) p + c entr(p)) / temperature``, where ``Ent = sum entr(p)``.
+With ``x = (z - max z) / temperature``, ``s = sum e^x``, ``p = e^x / s``, upstream ``a = dL/dl`` and ``c = dL/dEnt``:
+``Ent = log s - sum p x`` and ``dz = (a onehot - (a + c (Ent - log s)) p - c p x) / temperature``.
 """
 
 from collections.abc import Iterator
@@ -16,11 +16,13 @@ CPU_CHUNK_BYTES = 5 << 20
 """Working memory of a chunk on a CPU: it stays in cache from one step over it to the next."""
 DEVICE_CHUNK_BYTES = 256 << 20
 """Elsewhere: rows enough to fill the device."""
+LOWEST = -1e4
+"""exp of this is 0 in float64 too; 0 times it is 0, where 0 times -inf would be NaN."""
 
 
 class Chunk(NamedTuple):
     """Consecutive rows: ``logits`` and ``out`` ``[R, V]`` where they lie, scratch ``p`` and ``spare`` in the compute
-    dtype, ``rows`` of those ``[R]``, where they stand among all (``place``) and whether all of them count."""
+    dtype, ``rows`` of those ``[R]``, and where they stand among all."""
 
     logits: Tensor
     out: Tensor
@@ -28,7 +30,6 @@ class Chunk(NamedTuple):
     spare: Tensor
     rows: Rows
     place: slice
-    whole: bool
 
 
 class Statistics(NamedTuple):
@@ -63,8 +64,8 @@ def chunks(logits: Tensor, rows: Rows, live: Tensor, out: Tensor | None = None) 
                 target.zero_()
                 continue
             here = Rows(*(None if field is None else field[place] for field in rows))._replace(mask=counted)
-            whole, used = on_cpu and bool(counted.all()), stop - start
-            yield Chunk(logits[number, start:stop], target, p[:used], spare[:used], here, place, whole)
+            used = stop - start
+            yield Chunk(logits[number, start:stop], target, p[:used], spare[:used], here, place)
 
 
 def _merges(tensor: Tensor) -> bool:
@@ -83,19 +84,37 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
 
 
 def softmax(chunk: Chunk, temperature: float, want_entropy: bool) -> Statistics:
-    """Fill ``chunk.p`` with the probabilities (and ``chunk.spare`` with entr(p)); return the rows' statistics."""
+    """Fill ``chunk.p`` with the probabilities (and ``chunk.spare`` with p x); return the rows' statistics."""
     heat = _temperature(chunk, temperature)
+    heated = isinstance(heat, Tensor) or heat != 1
     maximum = chunk.logits.amax(-1).to(chunk.p.dtype)
     scaled = chunk.logits
-    if scaled.dtype != chunk.p.dtype or isinstance(heat, Tensor) or heat != 1:
+    if heated or scaled.dtype != chunk.p.dtype:
         scaled = chunk.spare.copy_(chunk.logits)
-        if isinstance(heat, Tensor) or heat != 1:
-            scaled.sub_(maximum[:, None]).div_(heat[:, None] if isinstance(heat, Tensor) else heat)
+    if heated:
+        scaled.sub_(maximum[:, None]).div_(heat[:, None] if isinstance(heat, Tensor) else heat)
     torch.softmax(scaled, -1, out=chunk.p)
-    # The largest probability is exp(0) / sum.
+    # The largest probability is exp(0) / s.
     sum_exp = chunk.p.amax(-1).reciprocal()
-    entropy = _entropy(chunk).where(maximum != -torch.inf, 0.0) if want_entropy else None
+    entropy = None
+    if want_entropy:
+        if not heated:
+            torch.sub(scaled, maximum[:, None], out=chunk.spare)
+        entropy = torch.where(maximum == -torch.inf, 0.0, sum_exp.log() - _mean_exponent(chunk))
     return Statistics(_log_probs(chunk, maximum, sum_exp, heat), entropy, maximum, sum_exp)
+
+
+def _mean_exponent(chunk: Chunk) -> Tensor:
+    """Turn ``chunk.spare`` from x into p x and return its row sums."""
+    # A sum over one row alone is split over threads and rounds differently: never sum fewer than two.
+    rows = chunk.spare.expand(2, -1) if chunk.spare.shape[0] == 1 else chunk.spare
+    on_cpu = chunk.spare.device.type == "cpu"
+    # 0 * -inf is NaN where a probability is 0. On a CPU, where looking is free, -inf is looked for first; a NaN in
+    # another row hides it.
+    if not on_cpu or not chunk.spare.amin() > -torch.inf:
+        chunk.spare.clamp_(min=LOWEST)
+    chunk.spare.mul_(chunk.p)
+    return rows.sum(-1)[: chunk.spare.shape[0]]
 
 
 def _temperature(chunk: Chunk, temperature: float) -> Tensor | float:
@@ -117,33 +136,28 @@ def _log_probs(chunk: Chunk, maximum: Tensor, sum_exp: Tensor, heat: Tensor | fl
     return torch.where(valid, found, torch.nan)
 
 
-def _entropy(chunk: Chunk) -> Tensor:
-    torch.special.entr(chunk.p, out=chunk.spare)
-    # A sum over one row alone is split over threads and rounds differently: never sum fewer than two.
-    terms = chunk.spare.expand(2, -1) if chunk.spare.shape[0] == 1 else chunk.spare
-    return terms.sum(-1)[: chunk.spare.shape[0]]
-
-
 def write_gradient(
     chunk: Chunk, found: Statistics, grad_log_probs: Tensor, grad_entropy: Tensor | None, temperature: float
 ) -> None:
     """Turn ``chunk.p`` into dz and write it to ``chunk.out``; rows with nothing upstream get exact zeros."""
     heat = _temperature(chunk, temperature)
     live = chunk.rows.mask & (grad_log_probs != 0)
-    slope, bonus = grad_log_probs / heat, None
-    factor = -slope
+    slope, tilt = grad_log_probs / heat, None
+    level = -slope
     if grad_entropy is not None and found.entropy is not None:
         live = live | (chunk.rows.mask & (grad_entropy != 0))
-        bonus = (grad_entropy / heat)[:, None]
-        factor = factor - bonus[:, 0] * found.entropy
+        tilt = -grad_entropy / heat
+        level = level + tilt * (found.entropy - found.sum_exp.log())
     live = live & (found.log_probs != -torch.inf)
     column, _ = _token_column(chunk)
-    gradient = chunk.out if chunk.out.dtype == chunk.p.dtype and bonus is None else chunk.p
-    torch.mul(chunk.p, factor[:, None], out=gradient)
-    if bonus is not None:
-        gradient.addcmul_(chunk.spare, bonus)
+    gradient = chunk.out if chunk.out.dtype == chunk.p.dtype and tilt is None else chunk.p
+    torch.mul(chunk.p, level[:, None], out=gradient)
+    if tilt is not None:
+        gradient.addcmul_(chunk.spare, tilt[:, None])
     gradient.scatter_add_(-1, column, slope[:, None])
     if gradient is not chunk.out:
         chunk.out.copy_(gradient)
-    if not (chunk.whole and bool(live.all())):
+    if chunk.out.device.type == "cpu":
+        chunk.out.index_fill_(0, (~live).nonzero()[:, 0], 0)
+    else:
         chunk.out.masked_fill_(~live[:, None], 0)

@@ -1,11 +1,11 @@
 """Group level of EGPO (arXiv 2602.22751, Eq. 2, 5-13), as `egpo_kernels.advantages` writes it in torch.
 
-A block of sequences meets every other sequence and adds up those of its own group: no sort, no atomics, any ids in any
-order. Every member of a group adds the same numbers in the same order, so that all hold bitwise the same statistics.
+A block of sequences meets every other sequence and adds up those of its own group: no sort, no atomics, any ids in
+any order. All members of a group add the same numbers in the same order, so they hold bitwise the same statistics.
 """
 
 import functools
-from typing import Any, NamedTuple
+from collections import namedtuple
 
 import torch
 import triton
@@ -14,125 +14,52 @@ from torch import Tensor
 
 from egpo_kernels import metrics
 from egpo_kernels.advantages import COLLAPSED
-from egpo_kernels.triton.segments import SEGMENT_BLOCK, as_bytes, combine, segment_total, store_partials
+from egpo_kernels.triton.segments import as_bytes, combine, sequence_uncertainty, store_maxima, store_sums
 from egpo_kernels.types import AdvantageConfig
 
-BLOCK_I = 32
-BLOCK_J = 128
+LAUNCH = {"BLOCK_I": 16, "BLOCK_J": 128, "num_warps": 8}
+NUM_SUMMARIES = tl.constexpr(len(metrics.SUMMARIES))
+NUM_SUMS = tl.constexpr(len(metrics.GROUP.sums))
+NUM_SLOTS = tl.constexpr(len(metrics.GROUP.slots))
+NO_SEQUENCE = tl.constexpr(2**31 - 1)
 
 
-class Settings(NamedTuple):
-    """The numbers of the group level, in the order they lie in the settings tensor."""
+# The numbers of the group level, in the order they lie in the settings tensor.
+Settings = namedtuple(
+    "Settings", "correct_threshold collapsed std_eps nsr_scale uncertainty_eps weight_low weight_high"
+)
 
-    correct_threshold: Any
-    collapsed: Any
-    std_eps: Any
-    nsr_scale: Any
-    uncertainty_eps: Any
-    weight_low: Any
-    weight_high: Any
+# The choices of the group level, each known when the kernel is compiled.
+Options = namedtuple("Options", "scale weight clamp renorm all_wrong lock_all_wrong singleton")
 
+# Sequences [S], in and out; correct_ptr may be None, counts_ptr is None without tokens.
+Pointers = namedtuple(
+    "Pointers",
+    "ids_ptr rewards_ptr correct_ptr uncertainty_ptr counts_ptr advantages_ptr weights_ptr base_ptr",
+)
 
-class Options(NamedTuple):
-    """The choices of the group level, known when a kernel is compiled."""
+# A block of sequences; reward is 0 where not usable, uncertainty 0 where not known.
+Sequences = namedtuple("Sequences", "offs valid ids reward usable correct uncertainty known")
 
-    scale: Any
-    weight: Any
-    clamp: Any
-    renorm: Any
-    all_wrong: Any
-    lock_all_wrong: Any
-    singleton: Any
+# A group: first member, numbers of members, then sums and maxima over usable rewards and known uncertainties.
+Group = namedtuple("Group", "first size usable correct known reward highest highest_negated uncertainty")
 
-
-class Pointers(NamedTuple):
-    """Sequences ``[S]``, in and out; ``correct_ptr`` may be None, ``counts_ptr`` None where no tokens were given."""
-
-    ids_ptr: Any
-    rewards_ptr: Any
-    correct_ptr: Any
-    uncertainty_ptr: Any
-    counts_ptr: Any
-    advantages_ptr: Any
-    weights_ptr: Any
-    base_ptr: Any
-
-
-class Sequences(NamedTuple):
-    """A block of sequences; ``reward`` is 0 where not ``usable``, ``uncertainty`` 0 where not ``known``."""
-
-    offs: Any
-    valid: Any
-    ids: Any
-    reward: Any
-    usable: Any
-    correct: Any
-    uncertainty: Any
-    known: Any
-
-
-class Group(NamedTuple):
-    """What a sequence knows of its group: sums and maxima over usable rewards and known uncertainties."""
-
-    first: Any
-    size: Any
-    usable: Any
-    correct: Any
-    reward: Any
-    highest: Any
-    highest_negated: Any
-    known: Any
-    uncertainty: Any
-
-
-class Rules(NamedTuple):
-    """Which rule a sequence's group falls under."""
-
-    single: Any
-    unusable: Any
-    collapsed: Any
-    any_correct: Any
-    penalised: Any
-
-
-class Summary(NamedTuple):
-    """Count, total, maximum and maximum of the negated values."""
-
-    count: Any
-    total: Any
-    high: Any
-    low: Any
+# Which rules a group falls under.
+Rules = namedtuple("Rules", "single unusable collapsed any_correct penalised")
 
 
 @triton.jit
 def load_settings(settings_ptr):
-    """Read the settings tensor."""
+    """Read the settings tensor; every program reads the same few bytes, which stay in cache."""
     return Settings(
-        tl.load(settings_ptr),
-        tl.load(settings_ptr + 1),
-        tl.load(settings_ptr + 2),
-        tl.load(settings_ptr + 3),
-        tl.load(settings_ptr + 4),
-        tl.load(settings_ptr + 5),
-        tl.load(settings_ptr + 6),
-    )
-
-
-@triton.jit
-def uncertainty_kernel(values_ptr, mask_ptr, offsets_ptr, uncertainty_ptr, counts_ptr, BLOCK: tl.constexpr):
-    """One sequence per program: H (Eq. 5/6), the mean over counted tokens, at least 0; NaN where there is none."""
-    sequence = tl.program_id(0)
-    start, stop = tl.load(offsets_ptr + sequence), tl.load(offsets_ptr + sequence + 1)
-    total, count = segment_total(values_ptr, mask_ptr, start, stop, BLOCK)
-    mean = total / tl.maximum(count, 1).to(total.dtype)
-    known = (count > 0) & (tl.abs(mean) < float("inf"))
-    tl.store(uncertainty_ptr + sequence, tl.where(known, tl.maximum(mean, 0.0), float("nan")))
-    tl.store(counts_ptr + sequence, count)
+        tl.load(settings_ptr), tl.load(settings_ptr + 1), tl.load(settings_ptr + 2), tl.load(settings_ptr + 3),
+        tl.load(settings_ptr + 4), tl.load(settings_ptr + 5), tl.load(settings_ptr + 6),
+    )  # fmt: skip
 
 
 @triton.jit
 def load_sequences(pointers, offs, num_sequences, settings):
-    """Read a block of sequences; those past the end are neither usable nor known."""
+    """Read a block of sequences; those past the end are not valid, usable, correct or known."""
     valid = offs < num_sequences
     ids = tl.load(pointers.ids_ptr + offs, mask=valid, other=0)
     reward = tl.load(pointers.rewards_ptr + offs, mask=valid, other=float("nan"))
@@ -148,77 +75,58 @@ def load_sequences(pointers, offs, num_sequences, settings):
 
 
 @triton.jit
-def together(mine, others):
-    """Which pairs ``[mine, others]`` belong to one group."""
-    return (mine.ids[:, None] == others.ids[None, :]) & others.valid[None, :]
-
-
-@triton.jit
 def number(flags):
-    """How many ``flags`` are set in each row."""
+    """How many flags are set in each row."""
     return tl.sum(flags.to(tl.int32), axis=1)
 
 
 @triton.jit
-def add_sequences(group, same, others):
-    """Group statistics with those of ``others`` that are the ``same`` group added."""
+def meet(pointers, mine, first, num_sequences, settings, BLOCK_J: tl.constexpr):
+    """Return the sequences from ``first`` on, which pairs ``[mine, others]`` share a group, and whether any does."""
+    others = load_sequences(pointers, first + tl.arange(0, BLOCK_J), num_sequences, settings)
+    same = (mine.ids[:, None] == others.ids[None, :]) & others.valid[None, :]
+    return others, same, tl.sum(number(same), axis=0) > 0
+
+
+@triton.jit
+def joined(group, same, others):
+    """Return each group with those of ``others`` added that are the ``same`` group."""
     usable = same & others.usable[None, :]
     reward = others.reward[None, :]
     return Group(
-        tl.minimum(group.first, tl.min(tl.where(same, others.offs[None, :], 2147483647), axis=1)),
-        group.size + number(same),
-        group.usable + number(usable),
-        group.correct + number(usable & others.correct[None, :]),
-        group.reward + tl.sum(tl.where(usable, reward, 0.0), axis=1),
-        tl.maximum(group.highest, tl.max(tl.where(usable, reward, float("-inf")), axis=1)),
-        tl.maximum(group.highest_negated, tl.max(tl.where(usable, -reward, float("-inf")), axis=1)),
-        group.known + number(same & others.known[None, :]),
-        group.uncertainty + tl.sum(tl.where(same, others.uncertainty[None, :], 0.0), axis=1),
+        first=tl.minimum(group.first, tl.min(tl.where(same, others.offs[None, :], NO_SEQUENCE), axis=1)),
+        size=group.size + number(same),
+        usable=group.usable + number(usable),
+        correct=group.correct + number(usable & others.correct[None, :]),
+        known=group.known + number(same & others.known[None, :]),
+        reward=group.reward + tl.sum(tl.where(usable, reward, 0.0), axis=1),
+        highest=tl.maximum(group.highest, tl.max(tl.where(usable, reward, float("-inf")), axis=1)),
+        highest_negated=tl.maximum(
+            group.highest_negated, tl.max(tl.where(usable, -reward, float("-inf")), axis=1)
+        ),
+        uncertainty=group.uncertainty + tl.sum(tl.where(same, others.uncertainty[None, :], 0.0), axis=1),
     )
 
 
 @triton.jit
-def gather_group(pointers, mine, num_sequences, settings, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
-    """First meeting: size, rewards and uncertainties of each sequence's group."""
-    none, zero = tl.zeros([BLOCK_I], tl.int32), tl.zeros([BLOCK_I], mine.reward.dtype)
+def gather_groups(pointers, mine, num_sequences, settings, BLOCK_J: tl.constexpr):
+    """First round of meetings: everything that needs no mean."""
+    none, zero = tl.zeros_like(mine.offs), tl.zeros_like(mine.reward)
     nothing = zero + float("-inf")
-    group = Group(none + 2147483647, none, none, none, zero, nothing, nothing, none, zero)
+    group = Group(none + NO_SEQUENCE, none, none, none, none, zero, nothing, nothing, zero)
     for first in range(0, num_sequences, BLOCK_J):
-        others = load_sequences(pointers, first + tl.arange(0, BLOCK_J), num_sequences, settings)
-        same = together(mine, others)
+        others, same, any_same = meet(pointers, mine, first, num_sequences, settings, BLOCK_J)
         # Most blocks hold no sequence of these groups; adding nothing would change no bit.
-        if tl.sum(number(same), axis=0) > 0:
-            group = add_sequences(group, same, others)
+        if any_same:
+            group = joined(group, same, others)
     return group
 
 
 @triton.jit
-def spread_group(pointers, mine, group, num_sequences, settings, options, BLOCK_J: tl.constexpr):
-    """Second meeting: squared deviations from the group's mean reward, and (to renormalise) the sum of weights."""
-    mean_reward, mean_uncertainty = means(group, settings)
-    squares, weights = mean_reward * 0.0, mean_reward * 0.0
-    for first in range(0, num_sequences, BLOCK_J):
-        others = load_sequences(pointers, first + tl.arange(0, BLOCK_J), num_sequences, settings)
-        same = together(mine, others)
-        if tl.sum(number(same), axis=0) > 0:
-            centred = tl.where(same & others.usable[None, :], others.reward[None, :] - mean_reward[:, None], 0.0)
-            squares += tl.sum(centred * centred, axis=1)
-            if options.renorm != "none":
-                weight = raw_weights(
-                    others.uncertainty[None, :], others.known[None, :], mean_uncertainty[:, None], settings
-                )
-                if options.renorm == "after":
-                    weight = clamp_weights(weight, others.correct[None, :], settings, options)
-                weights += tl.sum(tl.where(same, weight, 0.0), axis=1)
-    return squares, weights
-
-
-@triton.jit
-def means(group, settings):
-    """Mean reward and mean uncertainty of each sequence's group."""
-    dtype = group.reward.dtype
-    reward = group.reward / tl.maximum(group.usable, 1).to(dtype)
-    return reward, group.uncertainty / tl.maximum(group.known, 1).to(dtype)
+def means(group):
+    """Mean reward and mean uncertainty of each group."""
+    reward = group.reward / tl.maximum(group.usable, 1).to(group.reward.dtype)
+    return reward, group.uncertainty / tl.maximum(group.known, 1).to(group.reward.dtype)
 
 
 @triton.jit
@@ -229,8 +137,8 @@ def raw_weights(uncertainty, known, mean_uncertainty, settings):
 
 
 @triton.jit
-def clamp_weights(weights, correct, settings, options):
-    """Eq. 8: correct answers weigh at least 1, incorrect ones at most 1, or as far as the clamp says so."""
+def clamped(weights, correct, settings, options):
+    """Correct answers weigh at least 1 and incorrect ones at most 1 (Eq. 8), where the clamp is one-sided."""
     lower, upper = settings.weight_low, settings.weight_high
     if options.clamp == "asymmetric" or options.clamp == "positive_only":
         lower = tl.where(correct, 1.0, settings.weight_low)
@@ -242,49 +150,43 @@ def clamp_weights(weights, correct, settings, options):
 
 
 @triton.jit
-def renormalised(weights, group, total):
-    """Divide by the group's mean weight (Eq. 9)."""
-    return tl.where(total > 0, weights * group.size.to(weights.dtype) / total, weights)
-
-
-@triton.jit
-def final_weights(mine, group, rules, total, settings, options):
-    """Weight of each sequence, ``total`` being the sum over its group where that is asked for."""
-    _, mean_uncertainty = means(group, settings)
-    if options.weight == "none":
-        return mean_uncertainty * 0.0 + 1.0
-    else:
-        weights = raw_weights(mine.uncertainty, mine.known, mean_uncertainty, settings)
-        if options.renorm == "before":
-            weights = renormalised(weights, group, total)
-        weights = clamp_weights(weights, mine.correct, settings, options)
-        if options.renorm == "after":
-            weights = renormalised(weights, group, total)
-        locked = rules.single
-        if options.lock_all_wrong:
-            locked = locked | rules.penalised
-        return tl.where(locked, 1.0, weights)
+def spread_groups(pointers, mine, group, num_sequences, settings, options, BLOCK_J: tl.constexpr):
+    """Second round: squared distances from the group's mean reward and, to renormalise, the sum of weights."""
+    mean_reward, mean_uncertainty = means(group)
+    squares, weights = tl.zeros_like(mean_reward), tl.zeros_like(mean_reward)
+    for first in range(0, num_sequences, BLOCK_J):
+        others, same, any_same = meet(pointers, mine, first, num_sequences, settings, BLOCK_J)
+        if any_same:
+            distance = others.reward[None, :] - mean_reward[:, None]
+            squares += tl.sum(tl.where(same & others.usable[None, :], distance * distance, 0.0), axis=1)
+            if options.renorm != "none":
+                known = others.known[None, :]
+                weight = raw_weights(others.uncertainty[None, :], known, mean_uncertainty[:, None], settings)
+                if options.renorm == "after":
+                    weight = clamped(weight, others.correct[None, :], settings, options)
+                weights += tl.sum(tl.where(same, weight, 0.0), axis=1)
+    return squares, weights
 
 
 @triton.jit
 def find_rules(group, settings, options):
-    """Group of one, fewer than two usable rewards, collapsed; else mixed. And who gets the penalty (Eq. 13)."""
+    """Group of one, fewer than two usable rewards, collapsed, else mixed; and who is penalised (Eq. 13)."""
     single, unusable = group.size == 1, (group.size > 1) & (group.usable < 2)
     largest = tl.maximum(tl.maximum(group.highest, group.highest_negated), 1.0)
     collapsed = group.highest + group.highest_negated <= settings.collapsed * largest
     any_correct = group.correct > 0
     penalised = ~any_correct & ~single & ~unusable
-    if options.all_wrong == "zero":
-        penalised = penalised & ~penalised
     if options.all_wrong == "negative":
         penalised = penalised & collapsed
+    elif options.all_wrong == "zero":
+        penalised = penalised & False
     return Rules(single, unusable, collapsed, any_correct, penalised)
 
 
 @triton.jit
 def base_advantages(mine, group, rules, squares, settings, options):
-    """Reward relative to the group (Eq. 2, 10), or what the group's rule says."""
-    mean_reward, _ = means(group, settings)
+    """Reward relative to its group (Eq. 2, 10), or what the group's rule says."""
+    mean_reward, _ = means(group)
     base = mine.reward - mean_reward
     if options.scale == "group_std":
         freedom = tl.maximum(group.usable - 1, 1).to(base.dtype)
@@ -299,36 +201,55 @@ def base_advantages(mine, group, rules, squares, settings, options):
 
 
 @triton.jit
-def summary(values, where):
-    """A metric's raw parts over ``where``, lane by lane."""
-    nothing = float("-inf")
-    return Summary(
-        where, tl.where(where, values, 0.0), tl.where(where, values, nothing), tl.where(where, -values, nothing)
-    )
+def final_weights(mine, group, rules, total, settings, options):
+    """Weights (Eq. 7), clamped (Eq. 8) and renormalised (Eq. 9) by their sum ``total`` over the group."""
+    if options.weight == "none":
+        return tl.zeros_like(mine.reward) + 1.0
+    else:
+        _, mean_uncertainty = means(group)
+        weights = raw_weights(mine.uncertainty, mine.known, mean_uncertainty, settings)
+        size = group.size.to(weights.dtype)
+        if options.renorm == "before":
+            weights = tl.where(total > 0, weights * size / total, weights)
+        weights = clamped(weights, mine.correct, settings, options)
+        if options.renorm == "after":
+            weights = tl.where(total > 0, weights * size / total, weights)
+        if options.lock_all_wrong:
+            weights = tl.where(rules.penalised, 1.0, weights)
+        return tl.where(rules.single, 1.0, weights)
 
 
 @triton.jit
-def store_metrics(pointers, partials_ptr, mine, group, rules, advantages, weights, incomplete, settings):
+def store_summary(row_ptr, SUMMARY: tl.constexpr, values, where):
+    """Count, sum, maximum and maximum of the negated ``values``: the slots of one of `metrics.SUMMARIES`."""
+    store_sums(row_ptr + 2 * SUMMARY, (where, tl.where(where, values, 0.0)))
+    high, low = tl.where(where, values, float("-inf")), tl.where(where, -values, float("-inf"))
+    store_maxima(row_ptr + NUM_SUMS + 2 * SUMMARY, (high, low))
+
+
+@triton.jit
+def store_metrics(row_ptr, pointers, mine, group, rules, advantages, weights, incomplete, settings):
     """The slots of `egpo_kernels.metrics.GROUP`, in its order."""
-    known, right, wrong = mine.known, mine.valid & mine.correct, mine.valid & ~mine.correct
-    h, h_right, h_wrong = (
-        summary(mine.uncertainty, known), summary(mine.uncertainty, known & right), summary(mine.uncertainty, known & wrong)
-    )
-    w, w_right, w_wrong = summary(weights, mine.valid), summary(weights, right), summary(weights, wrong)
-    a = summary(advantages, mine.valid)
-    empty = mine.valid & ~mine.valid
-    if pointers.counts_ptr is not None:
-        empty = tl.load(pointers.counts_ptr + mine.offs, mask=mine.valid, other=1) == 0
-    first = mine.valid & (group.first == mine.offs)
+    valid, right, wrong = mine.valid, mine.valid & mine.correct, mine.valid & ~mine.correct
+    store_summary(row_ptr, 0, mine.uncertainty, mine.known)
+    store_summary(row_ptr, 1, mine.uncertainty, mine.known & right)
+    store_summary(row_ptr, 2, mine.uncertainty, mine.known & wrong)
+    store_summary(row_ptr, 3, weights, valid)
+    store_summary(row_ptr, 4, weights, right)
+    store_summary(row_ptr, 5, weights, wrong)
+    store_summary(row_ptr, 6, advantages, valid)
+    if pointers.counts_ptr is None:
+        empty = valid & False
+    else:
+        empty = tl.load(pointers.counts_ptr + mine.offs, mask=valid, other=1) == 0
+    first = valid & (group.first == mine.offs)
     rest = first & ~(rules.single | rules.unusable)
-    sums = (
-        h.count, h.total, h_right.count, h_right.total, h_wrong.count, h_wrong.total,
-        w.count, w.total, w_right.count, w_right.total, w_wrong.count, w_wrong.total, a.count, a.total,
-        mine.valid & (weights == settings.weight_low),
-        mine.valid & (weights == 1),
-        mine.valid & (weights == settings.weight_high),
+    flags = (
+        valid & (weights == settings.weight_low),
+        valid & (weights == 1),
+        valid & (weights == settings.weight_high),
         empty,
-        mine.valid & ~mine.usable,
+        valid & ~mine.usable,
         first & incomplete,
         first,
         first & rules.single,
@@ -337,12 +258,8 @@ def store_metrics(pointers, partials_ptr, mine, group, rules, advantages, weight
         rest & rules.collapsed & rules.any_correct,
         rest & ~rules.collapsed & ~rules.any_correct,
         rest & ~rules.collapsed & rules.any_correct,
-    )  # fmt: skip
-    maxima = (
-        h.high, h.low, h_right.high, h_right.low, h_wrong.high, h_wrong.low,
-        w.high, w.low, w_right.high, w_right.low, w_wrong.high, w_wrong.low, a.high, a.low,
-    )  # fmt: skip
-    store_partials(partials_ptr, sums, maxima)
+    )
+    store_sums(row_ptr + 2 * NUM_SUMMARIES, flags)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "group_size"])
@@ -350,12 +267,12 @@ def group_advantages_kernel(
     pointers, partials_ptr, settings_ptr, options, num_sequences, group_size, BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Advantages of a block of sequences; ``group_size`` 0 means any."""
+    """Advantages (Eq. 11) of a block of sequences; ``group_size`` 0 stands for any."""
     settings = load_settings(settings_ptr)
     offs = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     mine = load_sequences(pointers, offs, num_sequences, settings)
-    group = gather_group(pointers, mine, num_sequences, settings, BLOCK_I, BLOCK_J)
-    squares, total = spread_group(pointers, mine, group, num_sequences, settings, options, BLOCK_J)
+    group = gather_groups(pointers, mine, num_sequences, settings, BLOCK_J)
+    squares, total = spread_groups(pointers, mine, group, num_sequences, settings, options, BLOCK_J)
     rules = find_rules(group, settings, options)
     base = base_advantages(mine, group, rules, squares, settings, options)
     weights = final_weights(mine, group, rules, total, settings, options)
@@ -364,65 +281,34 @@ def group_advantages_kernel(
     tl.store(pointers.advantages_ptr + offs, advantages, mask=mine.valid)
     tl.store(pointers.weights_ptr + offs, weights, mask=mine.valid)
     tl.store(pointers.base_ptr + offs, base, mask=mine.valid)
-    store_metrics(pointers, partials_ptr, mine, group, rules, advantages, weights, incomplete, settings)
+    row_ptr = partials_ptr + tl.program_id(0) * NUM_SLOTS
+    store_metrics(row_ptr, pointers, mine, group, rules, advantages, weights, incomplete, settings)
 
 
 @functools.lru_cache(maxsize=256)
 def _settings_tensor(config: AdvantageConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Put the numbers of ``config`` on ``device``, once for each set of values."""
-    values = Settings(
-        correct_threshold=config.correct_threshold,
-        collapsed=COLLAPSED,
-        std_eps=config.std_eps,
-        nsr_scale=config.nsr_scale,
-        uncertainty_eps=config.uncertainty_eps,
-        weight_low=config.weight_bounds[0],
-        weight_high=config.weight_bounds[1],
-    )
+    numbers = (config.correct_threshold, COLLAPSED, config.std_eps, config.nsr_scale, config.uncertainty_eps)
+    values = Settings(*numbers, *config.weight_bounds)
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def _options(config: AdvantageConfig) -> Options:
-    weighed = config.weight != "none"
-    return Options(
-        scale=tl.constexpr(config.scale),
-        weight=tl.constexpr(config.weight),
-        clamp=tl.constexpr(config.clamp if weighed else "none"),
-        renorm=tl.constexpr(config.renorm if weighed else "none"),
-        all_wrong=tl.constexpr(config.all_wrong),
-        lock_all_wrong=tl.constexpr(config.lock_all_wrong and weighed),
-        singleton=tl.constexpr(config.singleton),
-    )
-
-
 def group_advantages(
-    ids: Tensor,
-    rewards: Tensor,
-    correct: Tensor | None,
-    values: Tensor | None,
-    mask: Tensor | None,
-    offsets: Tensor,
-    config: AdvantageConfig,
-    group_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ids: Tensor, rewards: Tensor, correct: Tensor | None, values: Tensor | None, mask: Tensor | None,
+    offsets: Tensor, config: AdvantageConfig, group_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Advantages, weights, base advantages, uncertainty ``[S]`` and raw metrics of whole groups."""
-    num_sequences = ids.shape[0]
-    advantages, weights, base = (rewards.new_empty(num_sequences) for _ in range(3))
-    uncertainty, counts = rewards.new_full((num_sequences,), torch.nan), None
-    num_programs = triton.cdiv(num_sequences, BLOCK_I)
-    partials = rewards.new_empty(num_programs, len(metrics.GROUP.slots))
-    if num_sequences:
+    advantages, weights, base = (torch.empty_like(rewards) for _ in range(3))
+    uncertainty, counts = torch.full_like(rewards, torch.nan), None
+    partials = rewards.new_empty(triton.cdiv(ids.shape[0], LAUNCH["BLOCK_I"]), len(metrics.GROUP.slots))
+    if ids.shape[0]:
         if values is not None and mask is not None:
-            counts = torch.empty_like(ids, dtype=torch.int32)
-            uncertainty_kernel[(num_sequences,)](
-                values.contiguous(), as_bytes(mask), offsets.contiguous(), uncertainty, counts, BLOCK=SEGMENT_BLOCK
-            )
+            uncertainty, counts = sequence_uncertainty(values, mask, offsets)
         inputs = (ids.contiguous(), rewards.contiguous(), as_bytes(correct), uncertainty, counts)
-        pointers, settings = (
-            Pointers(*inputs, advantages, weights, base),
-            _settings_tensor(config, rewards.dtype, rewards.device),
-        )
-        group_advantages_kernel[(num_programs,)](
-            pointers, partials, settings, _options(config), num_sequences, group_size or 0, BLOCK_I, BLOCK_J
+        pointers = Pointers(*inputs, advantages, weights, base)
+        settings = _settings_tensor(config, rewards.dtype, rewards.device)
+        options = Options(*(tl.constexpr(getattr(config, name)) for name in Options._fields))
+        group_advantages_kernel[(partials.shape[0],)](
+            pointers, partials, settings, options, ids.shape[0], group_size or 0, **LAUNCH
         )
     return advantages, weights, base, uncertainty, combine(partials, metrics.GROUP)

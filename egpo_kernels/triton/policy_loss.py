@@ -1,4 +1,4 @@
-"""Log-prob level: reduced loss of each token, its gradient, and the raw metrics (EGPO, arXiv 2602.22751, Eq. 12)."""
+"""Log-prob level: reduced loss of each token, its gradient, raw metrics (EGPO, arXiv 2602.22751, Eq. 12)."""
 
 from typing import Any, NamedTuple
 
@@ -8,19 +8,20 @@ import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels import metrics
-from egpo_kernels.triton.segments import SEGMENT_BLOCK, combine, store_partials
+from egpo_kernels.triton.segments import combine, store_maxima, store_sums
 from egpo_kernels.triton.settings import load_settings, row_pointers, settings_tensor
 from egpo_kernels.triton.surrogates import SURROGATES, token_log_ratio, token_terms
 from egpo_kernels.types import PolicyLossConfig, Rows
 
 BLOCK = 256
+SEQUENCE = {"BLOCK": 1024, "num_warps": 8}
 
 
 class Scores(NamedTuple):
     """What a policy gave each token; with a sequence ratio also each token's sequence and what it shares.
 
-    ``log_ratio_ptr`` is the ratio's logarithm, ``slope_ptr`` the gradient of the surrogate losses with respect to the
-    log-prob of any one token (its own log-ratio not clamped).
+    ``log_ratio_ptr`` is the ratio's logarithm, ``slope_ptr`` the gradient of the sequence's surrogate losses with
+    respect to the log-prob of any one of its tokens whose own log-ratio is not clamped.
     """
 
     log_probs_ptr: Any
@@ -32,7 +33,7 @@ class Scores(NamedTuple):
 
 @triton.jit
 def load_log_probs(rows, log_probs_ptr, offs, stop):
-    """Return counted rows, those of them that are live (log-prob not -inf), and log-probs, 0 where not live."""
+    """Return which rows count, which of them are live (log-prob not -inf), and log-probs, 0 where not live."""
     counted = tl.load(rows.mask_ptr + offs, mask=offs < stop, other=0) != 0
     log_prob = tl.load(log_probs_ptr + offs, mask=counted, other=0.0)
     live = counted & (log_prob != float("-inf"))
@@ -41,7 +42,7 @@ def load_log_probs(rows, log_probs_ptr, offs, stop):
 
 @triton.jit
 def row_terms(rows, scores, offs, live, log_prob, settings, SURROGATE: tl.constexpr, KL: tl.constexpr):
-    """Terms of tokens with their own ratio or their sequence's, and the index of the sequence in the second case."""
+    """Terms of tokens with their own ratio or their sequence's; in the second case also the sequence."""
     index, shared = None, None
     if scores.log_ratio_ptr is not None:
         index = tl.load(scores.index_ptr + offs, mask=live, other=0)
@@ -53,7 +54,7 @@ def row_terms(rows, scores, offs, live, log_prob, settings, SURROGATE: tl.conste
 def sequence_kernel(
     rows, scores, offsets_ptr, settings_ptr, SURROGATE: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One sequence per program: its mean log-ratio (GSPO, arXiv 2507.18071, Eq. 7) and, if asked for, its slope."""
+    """One sequence per program: mean log-ratio (GSPO, arXiv 2507.18071, Eq. 7) and, if asked for, slope."""
     settings = load_settings(settings_ptr)
     sequence = tl.program_id(0)
     start, stop = tl.load(offsets_ptr + sequence), tl.load(offsets_ptr + sequence + 1)
@@ -84,7 +85,7 @@ def sequence_kernel(
 def missing(pointer, offs, counted):
     """Where an optional tensor is NaN."""
     if pointer is None:
-        return counted & ~counted
+        return counted & False
     else:
         values = tl.load(pointer + offs, mask=counted, other=0.0)
         return values != values
@@ -94,7 +95,7 @@ def missing(pointer, offs, counted):
 def outside_vocab(tokens_ptr, offs, counted, vocab):
     """Where a counted token is no index into the vocabulary."""
     if tokens_ptr is None:
-        return counted & ~counted
+        return counted & False
     else:
         token = tl.load(tokens_ptr + offs, mask=counted, other=0)
         return counted & ((token < 0) | (token >= vocab))
@@ -139,7 +140,9 @@ def policy_loss_kernel(
     )
     # A NaN ratio makes the largest and the smallest ratio NaN.
     maxima = (tl.where(counted, ratio, float("-inf")), tl.where(counted, -ratio, float("-inf")))
-    store_partials(partials_ptr, sums, maxima)
+    row_ptr = partials_ptr + tl.program_id(0) * (len(sums) + len(maxima))
+    store_sums(row_ptr, sums)
+    store_maxima(row_ptr + len(sums), maxima)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -163,7 +166,7 @@ def policy_loss_gradient_kernel(
 
 
 class Prepared(NamedTuple):
-    """Arguments the kernels share; with a sequence ratio what a sequence's tokens share is already computed."""
+    """Arguments both kernels take; with a sequence ratio, what a sequence's tokens share is computed."""
 
     rows: Any
     scores: Scores
@@ -172,21 +175,26 @@ class Prepared(NamedTuple):
 
 
 def _prepare(
-    log_probs: Tensor, entropy: Tensor | None, rows: Rows, segments: list[Tensor], config: PolicyLossConfig, slope: bool
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    rows: Rows,
+    segments: list[Tensor],
+    config: PolicyLossConfig,
+    want_slope: bool,
 ) -> Prepared:
     assert rows.advantages is not None and rows.factor is not None
     pointers = row_pointers(rows)
     settings = settings_tensor(config, 1.0, 1.0, log_probs.dtype, log_probs.device)
-    options = {"SURROGATE": SURROGATES[config.surrogate], "KL": config.kl}
+    options = {"SURROGATE": SURROGATES[config.surrogate], "KL": config.kl, "BLOCK": BLOCK}
     scores = Scores(log_probs.contiguous(), None if entropy is None else entropy.contiguous())
     if config.ratio == "sequence":
         offsets, index = segments
         num_sequences = offsets.shape[0] - 1
-        shared = [log_probs.new_empty(num_sequences) if wanted else None for wanted in (True, slope)]
+        shared = [log_probs.new_empty(num_sequences) if wanted else None for wanted in (True, want_slope)]
         scores = Scores(*scores[:2], index.contiguous(), *shared)
         if num_sequences:
             sequence_kernel[(num_sequences,)](
-                pointers, scores, offsets.contiguous(), settings, **options, BLOCK=SEGMENT_BLOCK
+                pointers, scores, offsets.contiguous(), settings, **options | SEQUENCE
             )
     return Prepared(pointers, scores, settings, options)
 
@@ -199,14 +207,14 @@ def policy_loss(
     config: PolicyLossConfig,
     vocab: int,
 ) -> tuple[Tensor, Tensor]:
-    """Reduced loss of each token ``[N]`` and the raw metrics; ``segments`` are offsets ``[S + 1]``, index ``[N]``."""
+    """Reduced loss of each token ``[N]``, raw metrics; ``segments`` are offsets ``[S + 1]``, index ``[N]``."""
     num_rows = log_probs.shape[0]
     losses = torch.empty_like(log_probs, memory_format=torch.contiguous_format)
     partials = log_probs.new_empty(triton.cdiv(num_rows, BLOCK), len(metrics.TOKEN.slots))
     if num_rows:
-        made = _prepare(log_probs, entropy, rows, segments, config, slope=False)
+        made = _prepare(log_probs, entropy, rows, segments, config, want_slope=False)
         policy_loss_kernel[(partials.shape[0],)](
-            made.rows, made.scores, losses, partials, made.settings, num_rows, vocab, **made.options, BLOCK=BLOCK
+            made.rows, made.scores, losses, partials, made.settings, num_rows, vocab, **made.options
         )
     return losses, combine(partials, metrics.TOKEN)
 
@@ -218,8 +226,8 @@ def policy_loss_gradient(
     num_rows = log_probs.shape[0]
     slopes, bonus = (torch.empty_like(log_probs, memory_format=torch.contiguous_format) for _ in range(2))
     if num_rows:
-        made = _prepare(log_probs, None, rows, segments, config, slope=True)
+        made = _prepare(log_probs, None, rows, segments, config, want_slope=True)
         policy_loss_gradient_kernel[(triton.cdiv(num_rows, BLOCK),)](
-            made.rows, made.scores, slopes, bonus, made.settings, num_rows, **made.options, BLOCK=BLOCK
+            made.rows, made.scores, slopes, bonus, made.settings, num_rows, **made.options
         )
     return slopes, bonus

@@ -16,7 +16,7 @@ def rescale_kernel(
     gradient_ptr, upstream_ptr, expected_ptr, num_chunks, inner, width, outer_stride, inner_stride,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Multiply ``[outer, inner, width]`` by upstream / expected; every program leaves at once when they are equal."""
+    """Multiply ``[outer, inner, width]`` by upstream / expected; programs leave at once when they are equal."""
     expected = tl.load(expected_ptr)
     upstream = tl.load(upstream_ptr).to(expected.dtype)
     if upstream != expected:
@@ -42,7 +42,7 @@ def _on_device(value: float, dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 def rescale_(gradient: Tensor, upstream: Tensor, expected: float) -> None:
-    """Multiply ``gradient`` (last stride 1) by ``upstream / expected`` in place, without a pass when they are equal."""
+    """Multiply ``gradient`` (last stride 1) by ``upstream / expected`` in place; no pass when they are equal."""
     if gradient.numel() == 0:
         return
     if gradient.is_contiguous():
@@ -56,7 +56,14 @@ def rescale_(gradient: Tensor, upstream: Tensor, expected: float) -> None:
     outer_stride, inner_stride, _ = (0,) * missing + gradient.stride()
     num_chunks = outer * inner * triton.cdiv(width, BLOCK)
     dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    expected_on_device = _on_device(float(expected), dtype, gradient.device)
     rescale_kernel[(min(num_chunks, MAX_PROGRAMS),)](
-        gradient, upstream, expected_on_device, num_chunks, inner, width, outer_stride, inner_stride, BLOCK=BLOCK
+        gradient,
+        upstream,
+        _on_device(float(expected), dtype, gradient.device),
+        num_chunks,
+        inner,
+        width,
+        outer_stride,
+        inner_stride,
+        BLOCK=BLOCK,
     )

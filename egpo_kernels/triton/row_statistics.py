@@ -30,8 +30,8 @@ def row_statistics_kernel(
         return
     row_ptr = row_pointer(logits, row, length)
     inverse_temperature = row_inverse_temperature(rows, row, load_settings(settings_ptr))
-    found = sweep_statistics(row_ptr, vocab, LOG2_E * inverse_temperature, DTYPE, ENTROPY, BLOCK_V)
     _, logit = load_token(rows, row, row_ptr, vocab, True, DTYPE)
+    found = sweep_statistics(row_ptr, vocab, LOG2_E * inverse_temperature, DTYPE, ENTROPY, BLOCK_V)
     log_prob, entropy = token_statistics(found, logit, inverse_temperature)
     tl.store(log_probs_ptr + row, log_prob)
     tl.store(maximum_ptr + row, found.maximum)

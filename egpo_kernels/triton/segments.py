@@ -35,13 +35,35 @@ def segment_sum_kernel(values_ptr, mask_ptr, offsets_ptr, sums_ptr, BLOCK: tl.co
 
 
 def segment_sum(values: Tensor, mask: Tensor | None, offsets: Tensor) -> Tensor:
-    """Sum ``values [N]`` where ``mask [N]`` (everywhere if None) over ``offsets[i] : offsets[i + 1]`` to ``[S]``."""
+    """Sum ``values [N]`` over ``offsets[i] : offsets[i + 1]`` to ``[S]``, only where ``mask [N]`` if it is given."""
     sums = values.new_zeros(offsets.shape[0] - 1)
     if sums.shape[0] and values.shape[0]:
         segment_sum_kernel[(sums.shape[0],)](
             values.contiguous(), as_bytes(mask), offsets.contiguous(), sums, BLOCK=SEGMENT_BLOCK
         )
     return sums
+
+
+@triton.jit
+def segment_mean_kernel(values_ptr, mask_ptr, offsets_ptr, means_ptr, counts_ptr, BLOCK: tl.constexpr):
+    """One segment per program: the mean of its counted values, at least 0; NaN where it is not finite."""
+    segment = tl.program_id(0)
+    start, stop = tl.load(offsets_ptr + segment), tl.load(offsets_ptr + segment + 1)
+    total, count = segment_total(values_ptr, mask_ptr, start, stop, BLOCK)
+    mean = total / tl.maximum(count, 1).to(total.dtype)
+    known = (count > 0) & (tl.abs(mean) < float("inf"))
+    tl.store(means_ptr + segment, tl.where(known, tl.maximum(mean, 0.0), float("nan")))
+    tl.store(counts_ptr + segment, count)
+
+
+def sequence_uncertainty(values: Tensor, mask: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return H ``[S]`` (Eq. 5/6), NaN where a sequence has none, and its counted tokens ``[S]``."""
+    num_sequences = offsets.shape[0] - 1
+    uncertainty, counts = values.new_empty(num_sequences), offsets.new_empty(num_sequences, dtype=torch.int32)
+    segment_mean_kernel[(num_sequences,)](
+        values.contiguous(), as_bytes(mask), offsets.contiguous(), uncertainty, counts, BLOCK=SEGMENT_BLOCK
+    )
+    return uncertainty, counts
 
 
 def as_bytes(flags: Tensor | None) -> Tensor | None:
@@ -57,14 +79,17 @@ def highest(values):
 
 
 @triton.jit
-def store_partials(partials_ptr, sums, maxima):
-    """Reduce ``sums`` and ``maxima`` (tuples of lanes, in the order of the table) to this program's row."""
-    dtype = partials_ptr.dtype.element_ty
-    row_ptr = partials_ptr + tl.program_id(0) * (len(sums) + len(maxima))
-    for slot in tl.static_range(len(sums)):
-        tl.store(row_ptr + slot, tl.sum(sums[slot].to(dtype), axis=0))
-    for slot in tl.static_range(len(maxima)):
-        tl.store(row_ptr + len(sums) + slot, highest(maxima[slot].to(dtype)))
+def store_sums(slot_ptr, values):
+    """Store the sum of each block of lanes in the tuple ``values``, one slot after the other."""
+    for slot in tl.static_range(len(values)):
+        tl.store(slot_ptr + slot, tl.sum(values[slot].to(slot_ptr.dtype.element_ty), axis=0))
+
+
+@triton.jit
+def store_maxima(slot_ptr, values):
+    """Store the largest lane of each block in the tuple ``values``, one slot after the other."""
+    for slot in tl.static_range(len(values)):
+        tl.store(slot_ptr + slot, highest(values[slot].to(slot_ptr.dtype.element_ty)))
 
 
 @triton.jit(do_not_specialize=["num_partials"])
@@ -81,7 +106,8 @@ def combine_kernel(
     for first in range(0, num_partials, BLOCK):
         offs = first + tl.arange(0, BLOCK)
         valid = (offs < num_partials)[:, None] & (slots < NUM_SLOTS)[None, :]
-        partial = tl.load(partials_ptr + offs[:, None] * NUM_SLOTS + slots[None, :], mask=valid, other=float("-inf"))
+        partial_ptrs = partials_ptr + offs[:, None] * NUM_SLOTS + slots[None, :]
+        partial = tl.load(partial_ptrs, mask=valid, other=float("-inf"))
         total += tl.where(valid & is_sum, partial, 0.0)
         best = tl.where((partial > best) | (partial != partial), partial, best)
     raw = tl.where(slots < NUM_SUMS, tl.sum(total, axis=0), highest(best))

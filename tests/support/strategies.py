@@ -203,7 +203,9 @@ def make_case(
         inside = np.arange(length)[None] < lengths[:, None]
     else:
         cu_seqlens = torch.tensor([0, *lengths.cumsum()], dtype=torch.int32 if seed % 2 else torch.int64)
-        shape = (int(lengths.sum()) + int(rng.integers(1, 4)),)
+        rows = int(lengths.sum() + rng.integers(1, 4))
+        # With as many rows as sequences a per-token value would be read as one per sequence.
+        shape = (rows + (rows == sequences),)
         inside = np.arange(shape[0]) < lengths.sum()
     counted = inside & (rng.random(shape) < 0.85)
 

@@ -1,0 +1,255 @@
+"""The one accuracy rule, and the sizes of the terms it is measured in.
+
+    error <= 1.5 x largest error of `reference` in the same dtype + 4 eps x sum |terms| + 1/2 unit in the last place
+
+Errors are distances from the same numbers computed in float64; for 16-bit logits that means the rounded logits, upcast.
+The three parts answer three questions. What does the plainest code get? What must any float32 code lose? What does the
+output's dtype lose, whatever was computed? Nothing here is tuned: eps is the compute dtype's, and `terms` follow from the
+formulas. The last two parts hold element by element, so a small element is not excused by a large one.
+
+`terms` of a sum are its summands' sizes. A result of several steps has the terms of every step, carried to the end by the
+derivative (first-order error analysis), because a rounding made early is in the result too:
+
+- `l = (z_y - m)/temperature - log s`: both parts are <= 0, so they sum to |l|; and s = 1 + ... is itself rounded: |l| + 1.
+- `Ent`: sum p |log p| (1 + |log p|), each probability being as uncertain as its logarithm; again + 1 for log s.
+- A log-ratio: |l| + 1 + |l_old|, nothing on-policy (the ratio is 1 by definition) or where it is clamped.
+- Uncertainty H from log-probs of the same logits: mean (|l| + 1); from given ones: H. A weight: itself, times the relative
+  uncertainties of the two H in it. A base advantage: (|r| + mean |r|) / std, (1 + |A|) times as the std has it too.
+- The loss: per token, surrogate + KL + entropy bonus, each with its derivative's share of the above; then their sum.
+- The gradient: its coefficients' terms, each with its own element of `onehot`, of p (as uncertain as log p and one more
+  rounding: 2 + |log p|) and of p (log p + Ent), over the temperature.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.types import GroupAdvantages
+from tests.support.strategies import Case
+
+EXACT = ("count/sum", "tokens/sum", "rows/sum", "tokens/sum", "sequences/sum", "correct/sum", "rewards/sum")
+"""Ends of the keys of whole numbers, which no rounding excuses; shares are counts once multiplied by their total."""
+SHARES = ("clip_low/mean", "clip_high/mean", "at_lower/mean", "at_one/mean", "at_upper/mean")
+
+
+def assert_accurate(actual: Tensor, reference: Tensor, exact: Tensor, terms: Tensor | float, name: str) -> None:
+    """Hold `actual` to the rule; `reference` has the same dtype, `exact` and `terms` broadcast in float64."""
+    assert actual.shape == reference.shape == exact.shape, f"{name}: {actual.shape}, {reference.shape}, {exact.shape}"
+    assert actual.dtype == reference.dtype, f"{name}: {actual.dtype} where reference has {reference.dtype}"
+    assert exact.dtype == torch.float64, f"{name}: exact is {exact.dtype}"
+    eps = torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).eps
+    got, plain, want = (tensor.detach().double() for tensor in (actual, reference, exact))
+    finite = want.isfinite() & want.to(actual.dtype).isfinite()
+    special = want.to(actual.dtype).double()
+    same = (got == special) | (got.isnan() & special.isnan())
+    assert (same | finite).all(), f"{name}: {_first(got, special, ~(same | finite))}"
+    if not finite.any():
+        return
+    error, reference_error = (torch.where(finite, (value - want).abs(), 0.0) for value in (got, plain))
+    limit = 1.5 * reference_error.nan_to_num(0.0).max() + 4 * eps * terms + half_ulp(want, actual.dtype)
+    wrong = finite & ~(error <= limit)
+    if wrong.any():
+        worst = (error / limit).nan_to_num(torch.inf)[wrong].max()
+        largest = reference_error.max()
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {got.numel()} too far off, {float(worst):.3g} times what is allowed; "
+            f"largest error {float(error.max()):.3g}, of reference {float(largest):.3g}; {_first(got, want, wrong)}"
+        )
+
+
+def _first(got: Tensor, want: Tensor, wrong: Tensor) -> str:
+    place = tuple(wrong.nonzero()[0].tolist())
+    return f"at {place} {got[place].item()!r} instead of {want[place].item()!r}"
+
+
+def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the distance between neighbours of `dtype` at the size of the float64 `values`."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(torch.where(values.isfinite(), values, 0.0))
+    spacing = torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
+    return spacing.clamp(min=info.smallest_normal * info.eps) / 2
+
+
+def assert_bits(actual: Tensor, expected: Tensor, name: str) -> None:
+    """The same bits; NaN equals NaN, and 0 equals -0."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, f"{name}: {actual.shape}, {actual.dtype}"
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    assert same.all(), f"{name}: {int((~same).sum())} of {same.numel()} differ, {_first(actual, expected, ~same)}"
+
+
+class GroupTerms(NamedTuple):
+    """Sizes of the terms of the group-level results, [S] each."""
+
+    uncertainty: Tensor
+    weights: Tensor
+    advantages: Tensor
+
+
+def group_terms(case: Case, found: GroupAdvantages) -> GroupTerms:
+    """Terms of a float64 case's `group_advantages`."""
+    config, numbers = case.recipe.advantage, case.group_numbers.to(case.rewards.device)
+    size = 0.0
+    if config.statistic == "shannon":
+        size = _mean_per_sequence(case, _entropy_terms(case.log_softmax()))
+    elif case.old_log_probs is None:
+        size = _mean_per_sequence(case, case.log_probs().abs() + 1)
+    uncertainty = found.uncertainty.nan_to_num(0.0).abs()
+    # A mean over an entropy mask sums fewer terms than `size` does; its own size is then the larger of the two.
+    terms = uncertainty + size
+    relative = terms / (uncertainty + config.uncertainty_eps)
+    base = torch.zeros_like(uncertainty)
+    for number in numbers.unique():
+        own = numbers == number
+        usable = own & case.rewards.isfinite()
+        rewards = case.rewards[usable]
+        if len(rewards) > 1:
+            spread = rewards.std() + config.std_eps if config.scale == "group_std" and rewards.std() > 0 else 1.0
+            base[usable] = (rewards.abs() + rewards.abs().mean()) / spread
+            # The mean H of the group is as uncertain as its members together.
+            relative[own] = relative[own] + terms[own].sum() / (uncertainty[own].sum() + config.uncertainty_eps)
+    weights = found.weights * (2 + relative)
+    advantages = found.weights * base * (1 + found.base.abs()) + weights * found.base.abs()
+    return GroupTerms(terms, weights, advantages)
+
+
+def _mean_per_sequence(case: Case, values: Tensor) -> Tensor:
+    sums = torch.zeros_like(case.rewards).index_add_(0, case.index, torch.where(case.counted, values, 0.0))
+    return sums / counts_per_sequence(case).clamp(min=1)
+
+
+def counts_per_sequence(case: Case) -> Tensor:
+    """Counted tokens [S], float64."""
+    zeros = torch.zeros(case.num_rewards, dtype=torch.float64, device=case.rewards.device)
+    return zeros.index_add_(0, case.index, case.counted.double())
+
+
+def reduction_factors(case: Case) -> Tensor:
+    """What the reduction multiplies each row's loss by [N], 0 where it does not count."""
+    config, counts = case.recipe.loss, counts_per_sequence(case)
+    tokens = float(counts.sum() if case.num_tokens is None else case.num_tokens)
+    sequences = float((counts > 0).sum() if case.num_sequences is None else case.num_sequences)
+    factor = {
+        "token_mean": torch.full_like(counts, 1 / max(tokens, 1)),
+        "seq_mean_token_mean": 1 / (max(sequences, 1) * counts.clamp(min=1)),
+        "seq_mean_token_sum": torch.full_like(counts, 1 / max(sequences, 1)),
+        "seq_mean_token_sum_norm": torch.full_like(counts, 1 / (max(sequences, 1) * (config.norm_length or 1))),
+    }.get(config.reduction, torch.ones_like(counts))
+    return torch.where(case.counted, factor[case.index], 0.0)
+
+
+def _entropy_terms(log_softmax: Tensor) -> Tensor:
+    surprisal = torch.where(log_softmax == -torch.inf, 0.0, -log_softmax)
+    return 1 + (log_softmax.exp() * surprisal * (1 + surprisal)).sum(-1)
+
+
+def gradient_terms(case: Case, slope: Tensor, bonus: Tensor) -> Tensor:
+    """Terms [N, V] of a float64 case's logits gradient, from those of dL/dl and dL/dEnt [N]."""
+    log_softmax = case.log_softmax()
+    entropy, surprisal = _entropy_terms(log_softmax)[:, None], torch.where(log_softmax.isfinite(), -log_softmax, 0.0)
+    own = torch.where(case.counted, case.tokens.reshape(-1), 0)[:, None]
+    probabilities = log_softmax.exp()
+    # sum p |log p| is below `entropy`, which also bounds the error of Ent.
+    mixed = probabilities * (surprisal * (1 + surprisal) + entropy * (2 + surprisal))
+    terms = slope[:, None] * (probabilities * (2 + surprisal)).scatter_add(-1, own, torch.ones_like(entropy))
+    heat = torch.where(case.counted, case.rows(case.temperature).double(), 1.0)
+    return torch.where(case.counted[:, None], (terms + bonus[:, None] * mixed) / heat[:, None], 0.0)
+
+
+class TokenTerms(NamedTuple):
+    """Sizes of the terms of the token-level results: [N], [N, V] for the logits gradient, and by metric."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    loss: Tensor
+    slope: Tensor
+    bonus: Tensor
+    logits: Tensor
+    metrics: dict[str, Tensor]
+
+
+def token_terms(case: Case, advantages: Tensor, advantage_terms: Tensor) -> TokenTerms:
+    """Terms of a float64 case's policy loss; `advantages` and `advantage_terms` are [N]."""
+    config, counted = case.recipe.loss, case.counted
+    factor, limit = reduction_factors(case), config.max_log_ratio
+    log_probs, entropy = case.log_probs().abs() + 1, _entropy_terms(case.log_softmax())
+    zeros = torch.zeros_like(log_probs)
+
+    def only_counted(values: Tensor) -> Tensor:
+        return torch.where(counted, values, 0.0)
+
+    def difference(other: Tensor | None) -> tuple[Tensor, Tensor]:
+        """other - l, clamped, and the size of its terms."""
+        if other is None:
+            return zeros, zeros
+        value = only_counted(other.reshape(-1) - case.log_probs())
+        size = torch.where(value.abs() < limit, log_probs + other.reshape(-1).abs(), 0.0)
+        return value.clamp(-limit, limit), only_counted(size)
+
+    down, unsure = difference(case.old_log_probs)
+    log_ratio = -down
+    if config.ratio == "sequence":
+        log_ratio, unsure = (_mean_per_sequence(case, value)[case.index] for value in (log_ratio, unsure))
+    ratio = log_ratio.exp()
+    bounded = torch.where(
+        advantages > 0, ratio.clamp(max=1 + config.clip_high), ratio.clamp(min=1 - config.clip_low)
+    )
+    if config.dual_clip is not None:
+        bounded = torch.where(advantages < 0, bounded.clamp(max=config.dual_clip), bounded)
+    weight = zeros + 1 if case.rollout_weights is None else case.rows(case.rollout_weights).nan_to_num(1.0).abs()
+    surrogate = weight * bounded * (advantages.abs() * (1 + unsure) + advantage_terms)
+    x, unsure_x = difference(case.ref_log_probs)
+    kl = {"k1": x.abs() + unsure_x, "k2": x.square() / 2 + x.abs() * unsure_x}.get(
+        config.kl, x.exp() + x.abs() + 1 + (1 + x.exp()) * unsure_x
+    )
+    kl_slope = {"k1": zeros + 1, "k2": x.abs() + unsure_x}.get(config.kl, 1 + x.exp() * (1 + unsure_x))
+    parts = [only_counted(factor * part) for part in (surrogate, config.kl_coef * kl, abs(config.entropy_coef) * entropy)]
+    slope = parts[0]
+    if config.ratio == "sequence":
+        slope = _mean_per_sequence(case, slope)[case.index]
+    slope = only_counted(slope + factor * config.kl_coef * kl_slope)
+    bonus = only_counted(factor * abs(config.entropy_coef))
+    loss = parts[0] + parts[1] + parts[2]
+    seen = {
+        "policy/loss/sum": loss.sum(),
+        "policy/loss/surrogate/sum": parts[0].sum(),
+        "policy/loss/kl/sum": parts[1].sum(),
+        "policy/loss/entropy/sum": parts[2].sum(),
+        "policy/ratio/mean": only_counted(ratio * (1 + unsure)).sum() / counted.sum(),
+        "policy/ratio/max": only_counted(ratio * (1 + unsure)).max() if len(ratio) else zeros.sum(),
+        "policy/ratio/min": only_counted(ratio * (1 + unsure)).max() if len(ratio) else zeros.sum(),
+        "policy/approx_kl/mean": only_counted(ratio * (1 + unsure) + 1 + log_ratio.abs() + unsure).sum()
+        / counted.sum(),
+        "policy/ref_kl/mean": only_counted(kl).sum() / counted.sum(),
+        "policy/entropy/mean": only_counted(entropy).sum() / counted.sum(),
+    }
+    return TokenTerms(log_probs, entropy, loss, slope, bonus, gradient_terms(case, slope, bonus), seen)
+
+
+def group_metric_terms(terms: GroupTerms) -> dict[str, Tensor]:
+    """Terms of the group-level metrics: the largest member's for a mean, minimum, maximum or gap, the sum's for a sum."""
+    found = {"egpo/advantage/sum": terms.advantages.sum(), "egpo/uncertainty/gap/mean": 2 * terms.uncertainty.max()}
+    sizes = {"uncertainty": terms.uncertainty, "weight": terms.weights, "advantage": terms.advantages}
+    for name, values in sizes.items():
+        for part in ("", "/correct", "/incorrect"):
+            found.update({f"egpo/{name}{part}/{kind}": values.max() for kind in ("mean", "min", "max")})
+    return found
+
+
+def assert_metrics(actual: dict, reference: dict, exact: dict, terms: dict, renormalised: bool = False) -> None:
+    """Every metric under the rule, whole numbers exactly, and the same keys.
+
+    After renormalisation a weight is on a bound only by the accident of a rounding, so those shares are not compared.
+    """
+    assert actual.keys() == reference.keys() == exact.keys()
+    for key, value in actual.items():
+        assert value.dim() == 0 and not value.requires_grad, key
+        if key.endswith(SHARES):
+            total = "policy/tokens/sum" if key.startswith("policy/") else "egpo/sequences/sum"
+            counts = [(found[key].double() * found[total].double()).round() for found in (actual, exact)]
+            if not (renormalised and "/at_" in key):
+                assert_bits(*counts, key)
+        elif key in terms:
+            assert_accurate(value, reference[key], exact[key], terms[key], key)
+        else:
+            assert_bits(value.double(), exact[key], key)

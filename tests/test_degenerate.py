@@ -1,0 +1,194 @@
+"""Batches with little or nothing in them, and logits that lie oddly in memory."""
+
+import pytest
+import torch
+
+import egpo_kernels as ek
+from tests.support.batches import (
+    BACKENDS,
+    FAST,
+    LAYOUTS,
+    PATHS,
+    differentiate,
+    from_log_probs,
+    make_batch,
+    one_pass,
+    only_log_probs,
+    two_pass,
+    whole_groups,
+)
+
+EVERY_PATH = pytest.mark.parametrize("path", [*PATHS.values(), from_log_probs], ids=[*PATHS, "from_log_probs"])
+EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
+EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+REDUCTIONS = ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "sum"]
+
+
+def assert_nothing(result):
+    assert result.loss == 0
+    assert (result.gradient == 0).all()
+    for key, value in result.metrics.items():
+        if key.startswith("policy/") and key.endswith("/sum"):
+            assert value == 0, key
+
+
+def cut(batch, sequences, tokens):
+    """The first sequences and token positions only; packed: the first tokens, all in the last sequence."""
+    offsets = batch.cu_seqlens
+    if offsets is None:
+        per_token = [tensor[:sequences, :tokens] for tensor in batch[:5]]
+    else:
+        per_token = [tensor[:tokens] for tensor in batch[:5]]
+        offsets = torch.zeros(sequences + 1, dtype=torch.int32)
+        offsets[-1] = tokens if sequences else 0
+    return batch._replace(
+        **dict(zip(batch._fields[:5], per_token, strict=True)),
+        advantages=batch.advantages[:sequences],
+        rewards=batch.rewards[:sequences],
+        groups=batch.groups[:sequences],
+        cu_seqlens=offsets,
+    )
+
+
+@pytest.mark.parametrize("sequences, tokens", [(0, 4), (4, 0), (0, 0)], ids=["no_sequences", "no_tokens", "nothing"])
+@EVERY_PATH
+@EVERY_LAYOUT
+@EVERY_BACKEND
+def test_nothing_in_the_batch(path, layout, backend, sequences, tokens):
+    batch = cut(make_batch(layout), sequences, tokens)
+    if path is only_log_probs and layout == "packed":
+        batch = batch._replace(mask=batch.counts)
+    assert_nothing(differentiate(path, batch, backend))
+
+
+@EVERY_PATH
+@EVERY_LAYOUT
+@EVERY_BACKEND
+def test_nothing_counts(path, layout, backend):
+    batch = make_batch(layout)
+    assert_nothing(differentiate(path, batch._replace(mask=torch.zeros_like(batch.mask)), backend))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@EVERY_BACKEND
+def test_nothing_counts_in_any_reduction(reduction, backend):
+    batch = make_batch()
+    batch = batch._replace(mask=torch.zeros_like(batch.mask))
+    config = ek.PolicyLossConfig(
+        reduction=reduction, norm_length=8 if reduction == "seq_mean_token_sum_norm" else None, entropy_coef=0.1
+    )
+    assert_nothing(differentiate(one_pass, batch, backend, config=config))
+    assert_nothing(differentiate(one_pass, batch, backend, config=config, num_tokens=0, num_sequences=0))
+
+
+@EVERY_PATH
+@EVERY_LAYOUT
+@EVERY_BACKEND
+def test_empty_sequences(path, layout, backend):
+    lengths = (0, 3, 0, 2, 0, 0)
+    result = differentiate(path, make_batch(layout, lengths=lengths), backend)
+    assert result.loss.isfinite() and result.gradient.isfinite().all()
+
+
+@EVERY_LAYOUT
+@EVERY_BACKEND
+def test_empty_sequences_do_not_count(layout, backend):
+    config = ek.PolicyLossConfig(reduction="seq_mean_token_mean")
+    batch = make_batch(layout, lengths=(3, 0, 0, 2))
+    loss, _ = one_pass(batch, backend, config)
+    fewer, _ = one_pass(batch, backend, config, num_sequences=2)
+    assert loss == fewer
+
+
+@EVERY_LAYOUT
+@EVERY_BACKEND
+def test_groups_of_one(layout, backend):
+    batch = make_batch(layout)
+    batch = batch._replace(groups=["a", "b", "c", "d"])
+    result = differentiate(whole_groups, batch, backend)
+    assert_nothing(result._replace(metrics={}))
+    assert result.metrics["egpo/groups/single/sum"] == 4
+    raw = ek.group_advantages(
+        batch.groups,
+        batch.rewards,
+        batch.old_log_probs,
+        cu_seqlens=batch.cu_seqlens,
+        config=ek.AdvantageConfig(singleton="raw"),
+        backend=backend,
+    )
+    assert torch.equal(raw.advantages, batch.rewards) and (raw.weights == 1).all()
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0], ids=["wrong", "right"])
+@EVERY_LAYOUT
+@EVERY_BACKEND
+def test_everybody_the_same(reward, layout, backend):
+    batch = make_batch(layout)
+    result = differentiate(whole_groups, batch._replace(rewards=torch.full((4,), reward)), backend)
+    assert result.loss.isfinite() and result.gradient.isfinite().all()
+    assert (result.gradient[batch.counts].abs().sum() > 0) == (reward == 0)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 3, 17, 1025])
+@pytest.mark.parametrize("path", [one_pass, two_pass, only_log_probs])
+@pytest.mark.parametrize("backend", FAST)
+def test_any_vocabulary(path, vocab, backend):
+    batch = make_batch("padded", vocab, lengths=(2, 1))
+    found, wanted = differentiate(path, batch, backend), differentiate(path, batch, "reference")
+    torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.gradient, wanted.gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", [one_pass, two_pass, whole_groups])
+@EVERY_LAYOUT
+@pytest.mark.parametrize("backend", ["reference", "portable"])  # interpreted kernels take minutes
+def test_many_tokens(path, layout, backend):
+    short, times = make_batch("padded", vocab=3, lengths=(4, 4)), 16400
+    long = short._replace(**{name: getattr(short, name).repeat_interleave(times, 1) for name in short._fields[:5]})
+    assert long.tokens.shape[1] > 65536
+    if layout == "packed":
+        flat = {name: getattr(long, name).flatten(0, 1) for name in long._fields[:5]}
+        long = long._replace(**flat, cu_seqlens=torch.tensor([0, 4 * times, 8 * times]))
+    # Every row is there many times over, so a mean over tokens does not change.
+    found, wanted = differentiate(path, long, backend), differentiate(path, short, backend)
+    torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-5, atol=1e-6)
+    gradient = found.gradient.view(-1, times, 3)[:, 0] * times
+    torch.testing.assert_close(gradient, wanted.gradient.view(-1, 3), rtol=1e-3, atol=1e-4)
+
+
+def lying(logits, how):
+    """The same logits, otherwise in memory."""
+    if how == "transposed":
+        return logits.transpose(0, 1).contiguous().transpose(0, 1)
+    wider = torch.zeros(*logits.shape[:-1], logits.shape[-1] + 5)
+    if how == "columns":
+        wider[..., 2:-3] = logits
+        return wider[..., 2:-3]
+    longer = torch.zeros(logits.shape[0], 2 * logits.shape[1] + 1, logits.shape[2])
+    longer[:, 1::2] = logits
+    return longer[:, 1::2]
+
+
+@pytest.mark.parametrize("how", ["transposed", "columns", "rows"])
+@pytest.mark.parametrize("path", [one_pass, two_pass, only_log_probs])
+@EVERY_BACKEND
+def test_views_are_read_where_they_lie(path, how, backend):
+    batch = make_batch()
+    wanted = differentiate(path, batch, backend)
+    base = lying(batch.logits, how)
+    assert not base.is_contiguous() and torch.equal(base, batch.logits)
+    logits = base.detach().requires_grad_()
+    loss, _ = path(batch._replace(logits=logits), backend)
+    loss.backward()
+    assert torch.equal(loss, wanted.loss)
+    assert torch.equal(logits.grad, wanted.gradient)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_packed_view_is_read_where_it_lies(backend):
+    batch = make_batch("packed")
+    wanted = differentiate(one_pass, batch, backend)
+    wide = torch.nn.functional.pad(batch.logits, (3, 2))[:, 3:-2]
+    assert wide.stride(0) == 42
+    found = differentiate(one_pass, batch._replace(logits=wide), backend)
+    assert torch.equal(found.loss, wanted.loss) and torch.equal(found.gradient, wanted.gradient)

@@ -1,0 +1,102 @@
+"""A surrogate is written twice, in torch and as a device function: the two tables agree, derivatives included."""
+
+import dataclasses
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from egpo_kernels import surrogates as torch_side
+from egpo_kernels.triton import surrogates as triton_side
+from egpo_kernels.triton.settings import load_settings, settings_tensor
+from egpo_kernels.types import PolicyLossConfig
+
+CONFIGS = [
+    PolicyLossConfig(),
+    PolicyLossConfig(clip_low=0.2, clip_high=0.28, dual_clip=3.0),
+    PolicyLossConfig(clip_low=0.0, clip_high=0.0),
+    PolicyLossConfig(clip_low=1.0, clip_high=4.0, dual_clip=1.5),
+]
+
+
+@triton.jit
+def surrogate_kernel(
+    log_probs_ptr, log_ratio_ptr, advantages_ptr, out_ptr, settings_ptr, SURROGATE: tl.constexpr, BLOCK: tl.constexpr
+):
+    offs = tl.arange(0, BLOCK)
+    loss, slope, low, high = SURROGATE(
+        tl.load(log_probs_ptr + offs),
+        tl.load(log_ratio_ptr + offs),
+        tl.load(advantages_ptr + offs),
+        load_settings(settings_ptr),
+    )
+    tl.store(out_ptr + offs, loss)
+    tl.store(out_ptr + BLOCK + offs, slope)
+    tl.store(out_ptr + 2 * BLOCK + offs, low.to(tl.float64))
+    tl.store(out_ptr + 3 * BLOCK + offs, high.to(tl.float64))
+
+
+@triton.jit
+def kl_kernel(log_probs_ptr, ref_ptr, out_ptr, settings_ptr, KL: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    value, slope = triton_side.kl_estimate(
+        tl.load(log_probs_ptr + offs), tl.load(ref_ptr + offs), load_settings(settings_ptr), KL
+    )
+    tl.store(out_ptr + offs, value)
+    tl.store(out_ptr + BLOCK + offs, slope)
+
+
+def settings_of(config):
+    return settings_tensor(config, 1.0, 1.0, torch.float64, torch.device("cpu"))
+
+
+def points(count=256):
+    generator = torch.Generator().manual_seed(0)
+    log_probs = -3 * torch.rand(count, dtype=torch.float64, generator=generator)
+    old = log_probs + torch.randn(count, dtype=torch.float64, generator=generator)
+    advantages = torch.randn(count, dtype=torch.float64, generator=generator)
+    advantages[:8] = 0
+    return log_probs, old, advantages
+
+
+def test_the_tables_name_the_same_surrogates():
+    choices = {field.name: field for field in dataclasses.fields(PolicyLossConfig)}["surrogate"].metadata["choices"]
+    assert set(torch_side.SURROGATES) == set(triton_side.SURROGATES) == set(choices)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", torch_side.SURROGATES)
+def test_value_derivative_and_clip_flags_agree(name, config):
+    log_probs, old, advantages = points()
+    leaf = log_probs.clone().requires_grad_()
+    log_ratio = leaf - old
+    terms = torch_side.SURROGATES[name](leaf, log_ratio, advantages, config)
+    (slope,) = torch.autograd.grad(terms.loss.sum(), leaf)
+
+    out = torch.empty(4, len(log_probs), dtype=torch.float64)
+    surrogate_kernel[(1,)](
+        log_probs, log_ratio.detach(), advantages, out, settings_of(config), triton_side.SURROGATES[name], len(log_probs)
+    )
+    torch.testing.assert_close(out[0], terms.loss.detach(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(out[1], slope, rtol=1e-14, atol=0)
+    assert torch.equal(out[2].bool(), terms.clipped_low)
+    assert torch.equal(out[3].bool(), terms.clipped_high)
+    if config == CONFIGS[1]:
+        assert terms.clipped_low.any() and terms.clipped_high.any() and (slope == 0).sum() < len(slope)
+
+
+@pytest.mark.parametrize("max_log_ratio", [0.5, 20.0])
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_kl_estimators_agree(kl, max_log_ratio):
+    config = PolicyLossConfig(kl=kl, max_log_ratio=max_log_ratio)
+    log_probs, ref, _ = points()
+    leaf = log_probs.clone().requires_grad_()
+    value = torch_side.kl_estimate(leaf, ref, config)
+    (slope,) = torch.autograd.grad(value.sum(), leaf)
+
+    out = torch.empty(2, len(log_probs), dtype=torch.float64)
+    kl_kernel[(1,)](log_probs, ref, out, settings_of(config), kl, len(log_probs))
+    eps = torch.finfo(torch.float64).eps
+    assert (out[0] - value.detach()).abs().max() <= 4 * eps * (ref - log_probs).exp().max()
+    assert (out[1] - slope).abs().max() <= 4 * eps * (ref - log_probs).exp().max()
