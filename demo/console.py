@@ -8,6 +8,8 @@ from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from demo.history import FILES
+
 HEADER = (
     "                             groups: all          uncertainty       weight      sum of\n"
     "step  reward     loss   grad  mixed wrong right   right wrong    min mean  max   adv.  seconds"
@@ -62,8 +64,7 @@ class Console:
         for name, value in rows:
             table.add_row(name, value)
         self._print(table)
-        names = ("summary.md", "uncertainty.png", "training.png", "log.jsonl", "rollouts.jsonl")
-        self._print(("Done" if finished else "Stopped early; what was done is") + f" in {folder}/: {', '.join(names)}")
+        self._print(("Done" if finished else "Stopped early; what was done is") + f" in {folder}/: {', '.join(FILES)}")
 
     def _print(self, what, style: str | None = None) -> None:
         self._console.print(what, style=style, soft_wrap=isinstance(what, str))

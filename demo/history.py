@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+FILES = ("summary.md", "uncertainty.png", "training.png", "log.jsonl", "rollouts.jsonl")
+
 
 class History:
     """Records in memory and in `log.jsonl` and `rollouts.jsonl`; a line is in its file once the call returns."""
@@ -15,10 +17,11 @@ class History:
         self.steps: list[dict] = []
         self.held_out: list[dict] = []
         self.rollouts: list[dict] = []
+        # An earlier run's pictures beside this run's log would mislead.
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
         self._log = folder / "log.jsonl"
         self._rollouts = folder / "rollouts.jsonl"
-        self._log.write_text("")
-        self._rollouts.write_text("")
 
     def add_run(self, settings: dict) -> None:
         """The first line of the log: what was run."""

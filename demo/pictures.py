@@ -39,7 +39,7 @@ def draw_training(history: History, caption: str, path: Path) -> None:
 
 def _histogram(axes, history: History) -> None:
     kinds = [("correct", history.uncertainties(True), CORRECT), ("incorrect", history.uncertainties(False), INCORRECT)]
-    bins = torch.logspace(math.log10(SMALLEST_H), math.log10(LARGEST_H), 33).numpy()
+    bins = torch.logspace(math.log10(SMALLEST_H), math.log10(LARGEST_H), 33, dtype=torch.float64).numpy()
     for name, values, colour in kinds:
         if len(values) == 0:
             continue

@@ -17,24 +17,24 @@ COLLAPSED = 1e-6
 
 
 class Groups(NamedTuple):
-    """Sequences ``[S]`` sorted by group: ``order`` sorts, ``index`` numbers each sequence's group, ``offsets [S+1]``
+    """Sequences ``[S]`` sorted by group: ``order`` sorts, ``number`` is each sequence's group, ``offsets [S+1]``
     bounds the groups in sorted order (empty ones at the end), ``first`` marks one member of each group."""
 
     order: Tensor
-    index: Tensor
+    number: Tensor
     offsets: Tensor
     first: Tensor
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum ``values [S]`` over each sequence's group, ``[S]``."""
-        return segment_sum(values[self.order], self.offsets)[self.index]
+        return segment_sum(values[self.order], self.offsets)[self.number]
 
     def max(self, values: Tensor) -> Tensor:
         """Largest of ``values [S]`` in each sequence's group, ``[S]``."""
         best = torch.segment_reduce(
             values[self.order], "max", offsets=self.offsets, unsafe=True, initial=metrics.NOTHING
         )
-        return best[self.index]
+        return best[self.number]
 
 
 def make_groups(ids: Tensor) -> Groups:
@@ -43,11 +43,11 @@ def make_groups(ids: Tensor) -> Groups:
     ordered = ids[order]
     starts = torch.ones_like(ordered, dtype=torch.bool)
     starts[1:] = ordered[1:] != ordered[:-1]
-    number = starts.long().cumsum(0) - 1
-    index, first = torch.empty_like(number), torch.empty_like(starts)
-    index[order], first[order] = number, starts
-    offsets = torch.searchsorted(number, torch.arange(ids.shape[0] + 1, device=ids.device))
-    return Groups(order, index, offsets, first)
+    running = starts.long().cumsum(0) - 1
+    number, first = torch.empty_like(running), torch.empty_like(starts)
+    number[order], first[order] = running, starts
+    offsets = torch.searchsorted(running, torch.arange(ids.shape[0] + 1, device=ids.device))
+    return Groups(order, number, offsets, first)
 
 
 def sequence_uncertainty(

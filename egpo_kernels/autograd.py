@@ -118,6 +118,7 @@ class PolicyLoss(torch.autograd.Function):
         log_probs, entropy = ctx.saved_tensors
         config, backend = ctx.options
         rows = Rows(*ctx.rows)
+        assert rows.factor is not None
         with torch.no_grad():
             scaled = rows._replace(factor=rows.factor * upstream)
             slope, bonus = torch.ops.egpo_kernels.policy_loss_gradient(

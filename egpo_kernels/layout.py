@@ -19,30 +19,30 @@ class Layout(NamedTuple):
     """How rows belong to sequences: sequence i owns rows ``offsets[i] : offsets[i + 1]``.
 
     ``shape`` is that of a per-token tensor (``(S, T)`` padded, ``(N,)`` packed); ``poison`` is a 0-d 1.0, or NaN when
-    ``cu_seqlens`` on a device was malformed; ``index [N]`` is each row's sequence.
+    ``cu_seqlens`` on a device was malformed; ``sequence [N]`` is each row's.
     """
 
     shape: tuple[int, ...]
     num_sequences: int
     offsets: Tensor
     poison: Tensor
-    index: Tensor
+    sequence: Tensor
 
     @property
     def num_rows(self) -> int:
         """Flattened positions N, padding included."""
-        return self.index.shape[0]
+        return self.sequence.shape[0]
 
     def per_token(self, name: str, value: Any, kind: str) -> Tensor:
         """Check a per-token tensor and flatten it to ``[N]``."""
-        return check_tensor(name, value, kind, self._token_shapes(), self.index.device).reshape(-1)
+        return check_tensor(name, value, kind, self._token_shapes(), self.sequence.device).reshape(-1)
 
     def per_token_or_sequence(self, name: str, value: Any, kind: str, columns: bool = False) -> Tensor:
         """Check a tensor given per sequence (where shapes agree) or per token, and return it per row ``[N]``."""
         shapes = {"[S]": (self.num_sequences,)} | ({"[S, 1]": (self.num_sequences, 1)} if columns else {})
-        check_tensor(name, value, kind, {**shapes, **self._token_shapes()}, self.index.device)
+        check_tensor(name, value, kind, {**shapes, **self._token_shapes()}, self.sequence.device)
         if any(value.shape == shape for shape in shapes.values()):
-            return per_row(value.reshape(-1), self.index)
+            return per_row(value.reshape(-1), self.sequence)
         return value.reshape(-1)
 
     def _token_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -77,7 +77,7 @@ def one_sequence(shape: tuple[int, ...], device: torch.device) -> Layout:
 
 def counted(mask: Any, tokens: Tensor | None, layout: Layout) -> Tensor:
     """Return the rows that count, ``[N]`` bool: ``mask``, else ``tokens != -100``, else every row in a sequence."""
-    inside = torch.arange(layout.num_rows, device=layout.index.device) < layout.offsets[-1]
+    inside = torch.arange(layout.num_rows, device=layout.sequence.device) < layout.offsets[-1]
     if mask is not None:
         return inside & (layout.per_token("mask", mask, "real") != 0)
     return inside if tokens is None else inside & (tokens != IGNORED)
@@ -98,7 +98,7 @@ def group_ids(groups: Any, num_sequences: int, device: torch.device, group_size:
     """
     if isinstance(groups, bool) or groups is None:
         raise TypeError(f"groups is {groups!r}; it must be ids per sequence (tensor, list, numpy array) or an int")
-    if isinstance(groups, (int, torch.SymInt)):
+    if isinstance(groups, int):
         if groups < 1 or num_sequences % groups:
             raise ValueError(f"groups is {groups}; it must be >= 1 and divide the {num_sequences} sequences")
         if group_size is not None and group_size != groups:

@@ -133,7 +133,7 @@ def wants_entropy(config: PolicyLossConfig, mode: str) -> bool:
 
 def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: Options) -> Rows:
     """Spread what the loss needs over rows ``[N]``, with the mask of the rows that are looked at."""
-    layout, dtype, mask, device = call.layout, call.dtype, call.rows.mask, call.layout.index.device
+    layout, dtype, mask, device = call.layout, call.dtype, call.rows.mask, call.layout.sequence.device
     if config.kl_coef > 0 and given.ref_log_probs is None:
         raise ValueError(f"ref_log_probs is None with kl_coef = {config.kl_coef}; it must be given per token")
 
@@ -146,7 +146,7 @@ def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: O
         weights = layout.per_token_or_sequence("rollout_weights", weights, "real", columns=True).detach().to(dtype)
     num_tokens = check_count("num_tokens", options.num_tokens, device)
     num_sequences = check_count("num_sequences", options.num_sequences, device)
-    factor = reduction_factor(mask, layout.offsets, layout.index, config, num_tokens, num_sequences, dtype)
+    factor = reduction_factor(mask, layout.offsets, layout.sequence, config, num_tokens, num_sequences, dtype)
     rows = call.rows._replace(
         advantages=advantages,
         factor=factor * layout.poison.to(dtype),
@@ -168,7 +168,7 @@ def _active(rows: Rows, layout: Layout, config: PolicyLossConfig) -> Tensor:
         active = active & (rows.rollout_weights != 0)
     if config.ratio == "sequence":
         # A shared ratio needs every token of the sequences that have an active one.
-        active = rows.mask & per_row(counts_per_sequence(active, layout.offsets) > 0, layout.index)
+        active = rows.mask & per_row(counts_per_sequence(active, layout.offsets) > 0, layout.sequence)
     return active
 
 
@@ -195,7 +195,7 @@ def loss_from_logits(
     loss, vector = autograd.LogitsPolicyLoss.apply(
         call.logits,
         call.layout.offsets,
-        call.layout.index,
+        call.layout.sequence,
         config.json,
         call.temperature,
         scale,
@@ -217,7 +217,7 @@ def loss_from_log_probs(
         loss = losses if per_token else metrics.total(losses)
     else:
         loss, vector = autograd.PolicyLoss.apply(
-            *found, layout.offsets, layout.index, config.json, per_token, call.vocab, call.backend, *rows
+            *found, layout.offsets, layout.sequence, config.json, per_token, call.vocab, call.backend, *rows
         )
     loss = loss.view(layout.shape) if per_token else loss
     return LossOutput(loss, _named(vector, rows, config, options, found.entropy is not None))

@@ -20,14 +20,14 @@ NOTHING = float("-inf")
 class Metric(NamedTuple):
     """A reported number: ``sum`` / ``max`` of a slot, ``mean`` over a count, ``min`` of a negated slot, or ``gap``.
 
-    ``slot`` names the raw slot; for a gap, the mean subtracted from. ``count`` names the slot of its count; for a
+    ``slot`` names the raw slot; for a gap, the mean subtracted from. ``over`` names the slot of its count; for a
     gap, the mean that is subtracted.
     """
 
     key: str
     kind: str
     slot: str
-    count: str
+    over: str
 
 
 class Table(NamedTuple):
@@ -52,12 +52,12 @@ def _metric(key: str, count: str, slot: str = "") -> Metric:
     return Metric(key, key.rsplit("/", 1)[1], slot or key, count)
 
 
-_TOKEN_SUMS = ("policy/tokens/sum", "policy/loss/sum", "policy/loss/surrogate/sum", "policy/loss/kl/sum")
+_TOKEN_SUMS: tuple[str, ...] = ("policy/tokens/sum", "policy/loss/sum", "policy/loss/surrogate/sum", "policy/loss/kl/sum")
 _TOKEN_SUMS += ("policy/loss/entropy/sum",)
-_TOKEN_MEANS = ("policy/clip_low/mean", "policy/clip_high/mean", "policy/ratio/mean", "policy/approx_kl/mean")
+_TOKEN_MEANS: tuple[str, ...] = ("policy/clip_low/mean", "policy/clip_high/mean", "policy/ratio/mean", "policy/approx_kl/mean")
 _TOKEN_MEANS += ("policy/ref_kl/mean", "policy/entropy/mean")
-_TOKEN_COUNTS = ("policy/invalid_tokens/sum", "policy/nonfinite_rows/sum", "policy/unscored_tokens/sum")
-_TOKEN_MAXIMA = ("policy/ratio/max", "policy/ratio/min")
+_TOKEN_COUNTS: tuple[str, ...] = ("policy/invalid_tokens/sum", "policy/nonfinite_rows/sum", "policy/unscored_tokens/sum")
+_TOKEN_MAXIMA: tuple[str, ...] = ("policy/ratio/max", "policy/ratio/min")
 
 TOKEN = Table(
     sums=_TOKEN_SUMS + _TOKEN_MEANS + _TOKEN_COUNTS,
@@ -67,7 +67,7 @@ TOKEN = Table(
     ),
 )
 
-SUMMARIES = ("uncertainty", "uncertainty/correct", "uncertainty/incorrect")
+SUMMARIES: tuple[str, ...] = ("uncertainty", "uncertainty/correct", "uncertainty/incorrect")
 SUMMARIES += ("weight", "weight/correct", "weight/incorrect", "advantage")
 _SHARES = ("egpo/weight/at_lower/mean", "egpo/weight/at_one/mean", "egpo/weight/at_upper/mean")
 _GROUP_COUNTS = tuple(
@@ -106,7 +106,7 @@ GROUP = Table(
 )
 
 # The key under which the count of a mean, minimum or maximum is itself reported.
-_COUNT_KEYS = {m.key: m.count for t in (TOKEN, GROUP) for m in t.metrics if m.kind in ("mean", "min", "max")}
+_COUNT_KEYS = {m.key: m.over for t in (TOKEN, GROUP) for m in t.metrics if m.kind in ("mean", "min", "max")}
 _GAPS = {m.key: m for t in (TOKEN, GROUP) for m in t.metrics if m.kind == "gap"}
 _KNOWN = {metric.key: metric for table in (TOKEN, GROUP) for metric in table.metrics}
 
@@ -163,13 +163,13 @@ def _plan(table: Table, device: torch.device) -> tuple[Tensor, ...]:
     gap = [metric.kind == "gap" for metric in metrics]
     columns = (
         [0 if metric.kind == "gap" else slots.index(metric.slot) for metric in metrics],
-        [slots.index(metric.count) if metric.key in _COUNT_KEYS else 0 for metric in metrics],
+        [slots.index(metric.over) if metric.key in _COUNT_KEYS else 0 for metric in metrics],
         [metric.kind == "mean" for metric in metrics],
         [metric.kind == "min" for metric in metrics],
         [metric.key in _COUNT_KEYS for metric in metrics],
         gap,
         [keys.index(metric.slot) if metric.kind == "gap" else 0 for metric in metrics],
-        [keys.index(metric.count) if metric.kind == "gap" else 0 for metric in metrics],
+        [keys.index(metric.over) if metric.kind == "gap" else 0 for metric in metrics],
     )
     pin = device.type == "cuda"
     return tuple(torch.tensor(column, pin_memory=pin).to(device, non_blocking=True) for column in columns)
@@ -210,7 +210,7 @@ def combine_metrics(metrics: Iterable[Metrics]) -> Metrics:
     merged = {key: _merge(key, [part for part in parts if key in part]) for key in keys if key not in _GAPS}
     for key in keys:
         if key in _GAPS:
-            merged[key] = merged[_GAPS[key].slot] - merged[_GAPS[key].count]
+            merged[key] = merged[_GAPS[key].slot] - merged[_GAPS[key].over]
     return {key: merged[key] for key in keys}
 
 

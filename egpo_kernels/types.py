@@ -214,7 +214,7 @@ class Recipe:
         changed: dict[str, Any] = {"name": settings.get("name", self.name)}
         for half, kind in (("advantage", AdvantageConfig), ("loss", PolicyLossConfig)):
             own = {key: value for key, value in settings.items() if key in halves[half]}
-            changed[half] = kind(**{**halves[half], **own})  # type: ignore[operator]
+            changed[half] = kind(**{**halves[half], **own})
         return Recipe(**changed)
 
     def to_dict(self) -> dict[str, Any]:

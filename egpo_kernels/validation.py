@@ -53,10 +53,9 @@ def check_logits(name: str, logits: Any, packed: bool) -> Tensor:
 
 
 def check_not_overlapping(logits: Tensor) -> None:
-    """Raise when rows of ``logits`` share memory, so that a gradient written in place would be lost."""
+    """Raise when rows of ``logits [B, T, V]`` share memory, so that a gradient written in place would be lost."""
     reach = logits.shape[-1]
-    dims = sorted(range(logits.dim() - 1), key=lambda dim: logits.stride(dim))
-    for dim in dims:
+    for dim in (1, 0) if logits.stride(0) >= logits.stride(1) else (0, 1):
         if logits.shape[dim] > 1 and logits.stride(dim) < reach:
             raise ValueError(
                 f"logits with strides {logits.stride()} overlap themselves, and inplace_grad=True would write a "
@@ -94,7 +93,7 @@ def check_count(name: str, value: Any, device: torch.device) -> Tensor | float |
         return None
     if isinstance(value, Tensor):
         return check_tensor(name, value, "real", {"a 0-d tensor": ()}, device)
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}; it must be a number >= 0, a 0-d tensor or None")
     if not 0 <= value < float("inf"):
         raise ValueError(f"{name} is {value!r}; it must be a number >= 0, a 0-d tensor or None")

@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import egpo_kernels as ek
 from tests.support.batches import (
     FAST,
+    LAYOUTS,
     differentiate,
     from_log_probs,
     make_batch,
@@ -43,7 +44,7 @@ def int_groups(batch, backend):
 def scaled(batch, backend):
     """Loss per token of one pass with another temperature, an accumulation scale and rollout weights."""
     return one_pass(
-        batch, backend, temperature=0.7, grad_scale=0.5, num_tokens=torch.tensor(24), rollout_weights=batch.advantages
+        batch, backend, temperature=0.7, grad_scale=0.5, num_tokens=batch.mask.sum(), rollout_weights=batch.advantages
     )
 
 
@@ -54,7 +55,7 @@ def per_token(batch, backend):
 
 
 PATHS = [one_pass, two_pass, whole_groups, only_log_probs, from_log_probs, int_groups, scaled, per_token]
-CASES = [(path, layout) for path, layout in zip(PATHS * 2, ["padded", "packed"] * len(PATHS), strict=True)]
+CASES = [(path, layout) for path in PATHS for layout in LAYOUTS]
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +81,94 @@ def assert_close(found, wanted):
 @FAST_BACKEND
 def test_compiled_equals_eager_and_compiles_once(path, layout, backend):
     counter = CompileCounterWithBackend("aot_eager")
-    step = compiled(path, counter)
+    step, frames = compiled(path, counter), []
     for lengths, vocab in ((3, 4, 2, 4), 37), ((5, 3, 2, 2, 6, 4), 41):
         batch = make_batch(layout, vocab, lengths=lengths)
         assert_close(differentiate(step, batch, backend), differentiate(path, batch, backend))
-    assert counter.frame_count == 1
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@FAST_BACKEND
+def test_group_advantages(layout, backend):
+    def advantages(batch, groups):
+        return ek.group_advantages(
+            groups, batch.rewards, batch.old_log_probs, batch.mask, cu_seqlens=batch.cu_seqlens, backend=backend
+        )
+
+    counter = CompileCounterWithBackend("aot_eager")
+    step = compiled(advantages, counter)
+    for lengths in ((3, 4, 2, 4), (5, 3, 2, 2, 6, 4)):
+        batch = make_batch(layout, lengths=lengths)
+        for groups in (batch.groups, 2):
+            found, wanted = step(batch, groups), advantages(batch, groups)
+            for name in ("advantages", "weights", "base", "uncertainty"):
+                torch.testing.assert_close(getattr(found, name), getattr(wanted, name))
+            assert found.metrics.keys() == wanted.metrics.keys()
+
+
+def test_next_token_targets():
+    step = compiled(ek.next_token_targets)
+    for shape in ((2, 5), (3, 7)):
+        ids, mask = torch.randint(9, shape), torch.randint(2, shape)
+        for found, wanted in zip(step(ids, mask), ek.next_token_targets(ids, mask), strict=True):
+            assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("counts", [(24, 31, 40), (24.0, 31.5, 40.25)], ids=["int", "float"])
+def test_global_counts_may_change(counts):
+    # They do so with every batch.
+    counter, frames, batch = CompileCounterWithBackend("aot_eager"), [], make_batch()
+    step = compiled(one_pass, counter)
+    for count in counts:
+        found, wanted = (differentiate(call, batch, "portable", num_tokens=count) for call in (step, one_pass))
+        assert_close(found, wanted)
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[2]
+
+
+@pytest.mark.parametrize("path", [one_pass, two_pass])
+@FAST_BACKEND
+def test_in_place(path, backend):
+    batch = make_batch()
+
+    def step(batch, backend):
+        return path(batch._replace(logits=batch.logits * 1.0), backend, inplace_grad=True)
+
+    assert_close(differentiate(compiled(step), batch, backend), differentiate(path, batch, backend))
+
+
+@FAST_BACKEND
+def test_values_are_checked(backend):
+    batch = make_batch()
+    batch.tokens[0, 1] = 99
+    with pytest.raises(ValueError, match="tokens holds 99"):
+        compiled(one_pass)(batch, backend)
+    packed = make_batch("packed")
+    packed.cu_seqlens[1] = 9
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        compiled(one_pass)(packed, backend)
+
+
+@FAST_BACKEND
+def test_a_model_in_front(backend):
+    torch.manual_seed(0)
+    head, batch = torch.nn.Linear(6, 37), make_batch()
+    hidden = torch.randn(*batch.tokens.shape, 6)
+
+    def step(hidden, batch):
+        return whole_groups(batch._replace(logits=head(hidden)), backend).loss
+
+    gradients = []
+    for call in (step, compiled(step)):
+        head.zero_grad()
+        call(hidden, batch).backward()
+        gradients.append(head.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def test_inductor():
+    batch = make_batch()
+    wanted = differentiate(one_pass, batch, "portable")
+    assert_close(differentiate(compiled(one_pass, "inductor"), batch, "portable"), wanted)

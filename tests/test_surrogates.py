@@ -78,8 +78,8 @@ def test_value_derivative_and_clip_flags_agree(name, config):
     surrogate_kernel[(1,)](
         log_probs, log_ratio.detach(), advantages, out, settings_of(config), triton_side.SURROGATES[name], len(log_probs)
     )
-    torch.testing.assert_close(out[0], terms.loss.detach(), rtol=1e-14, atol=0)
-    torch.testing.assert_close(out[1], slope, rtol=1e-14, atol=0)
+    torch.testing.assert_close(out[0], terms.loss.detach(), rtol=4 * torch.finfo(torch.float64).eps, atol=0)
+    torch.testing.assert_close(out[1], slope, rtol=4 * torch.finfo(torch.float64).eps, atol=0)
     assert torch.equal(out[2].bool(), terms.clipped_low)
     assert torch.equal(out[3].bool(), terms.clipped_high)
     if config == CONFIGS[1]:

@@ -63,7 +63,7 @@ def chunks(logits: Tensor, rows: Rows, live: Tensor, out: Tensor | None = None) 
             if on_cpu and not counted.any():
                 target.zero_()
                 continue
-            here = Rows(*(None if field is None else field[place] for field in rows))._replace(mask=counted)
+            here = Rows(counted, *(None if field is None else field[place] for field in rows[1:]))
             used = stop - start
             yield Chunk(logits[number, start:stop], target, p[:used], spare[:used], here, place)
 

@@ -1,7 +1,7 @@
 """Group level of EGPO (arXiv 2602.22751, Eq. 2, 5-13), as `egpo_kernels.advantages` writes it in torch.
 
-A block of sequences meets every other sequence and adds up those of its own group: no sort, no atomics, any ids in
-any order. All members of a group add the same numbers in the same order, so they hold bitwise the same statistics.
+A block of sequences meets all others and adds up those of its groups: no sort, no atomics, ids in any order.
+All members of a group add the same numbers in the same order, so they hold bitwise the same statistics.
 """
 
 import functools
@@ -22,28 +22,23 @@ NUM_SUMMARIES = tl.constexpr(len(metrics.SUMMARIES))
 NUM_SUMS = tl.constexpr(len(metrics.GROUP.sums))
 NUM_SLOTS = tl.constexpr(len(metrics.GROUP.slots))
 NO_SEQUENCE = tl.constexpr(2**31 - 1)
-
+NO_REWARD = tl.constexpr(float("inf"))
 
 # The numbers of the group level, in the order they lie in the settings tensor.
 Settings = namedtuple(
     "Settings", "correct_threshold collapsed std_eps nsr_scale uncertainty_eps weight_low weight_high"
 )
-
 # The choices of the group level, each known when the kernel is compiled.
 Options = namedtuple("Options", "scale weight clamp renorm all_wrong lock_all_wrong singleton")
-
 # Sequences [S], in and out; correct_ptr may be None, counts_ptr is None without tokens.
 Pointers = namedtuple(
     "Pointers",
     "ids_ptr rewards_ptr correct_ptr uncertainty_ptr counts_ptr advantages_ptr weights_ptr base_ptr",
 )
-
 # A block of sequences; reward is 0 where not usable, uncertainty 0 where not known.
 Sequences = namedtuple("Sequences", "offs valid ids reward usable correct uncertainty known")
-
-# A group: first member, numbers of members, then sums and maxima over usable rewards and known uncertainties.
-Group = namedtuple("Group", "first size usable correct known reward highest highest_negated uncertainty")
-
+# A group: first member, member counts, sum and extremes of usable rewards, sum of known uncertainties.
+Group = namedtuple("Group", "first size usable correct known reward high low uncertainty")
 # Which rules a group falls under.
 Rules = namedtuple("Rules", "single unusable collapsed any_correct penalised")
 
@@ -52,8 +47,9 @@ Rules = namedtuple("Rules", "single unusable collapsed any_correct penalised")
 def load_settings(settings_ptr):
     """Read the settings tensor; every program reads the same few bytes, which stay in cache."""
     return Settings(
-        tl.load(settings_ptr), tl.load(settings_ptr + 1), tl.load(settings_ptr + 2), tl.load(settings_ptr + 3),
-        tl.load(settings_ptr + 4), tl.load(settings_ptr + 5), tl.load(settings_ptr + 6),
+        tl.load(settings_ptr), tl.load(settings_ptr + 1), tl.load(settings_ptr + 2),
+        tl.load(settings_ptr + 3), tl.load(settings_ptr + 4), tl.load(settings_ptr + 5),
+        tl.load(settings_ptr + 6),
     )  # fmt: skip
 
 
@@ -82,7 +78,7 @@ def number(flags):
 
 @triton.jit
 def meet(pointers, mine, first, num_sequences, settings, BLOCK_J: tl.constexpr):
-    """Return the sequences from ``first`` on, which pairs ``[mine, others]`` share a group, and whether any does."""
+    """Return sequences from ``first`` on, which pairs ``[mine, others]`` share a group, whether any does."""
     others = load_sequences(pointers, first + tl.arange(0, BLOCK_J), num_sequences, settings)
     same = (mine.ids[:, None] == others.ids[None, :]) & others.valid[None, :]
     return others, same, tl.sum(number(same), axis=0) > 0
@@ -93,6 +89,8 @@ def joined(group, same, others):
     """Return each group with those of ``others`` added that are the ``same`` group."""
     usable = same & others.usable[None, :]
     reward = others.reward[None, :]
+    high = tl.max(tl.where(usable, reward, -NO_REWARD), axis=1)
+    low = tl.min(tl.where(usable, reward, NO_REWARD), axis=1)
     return Group(
         first=tl.minimum(group.first, tl.min(tl.where(same, others.offs[None, :], NO_SEQUENCE), axis=1)),
         size=group.size + number(same),
@@ -100,10 +98,8 @@ def joined(group, same, others):
         correct=group.correct + number(usable & others.correct[None, :]),
         known=group.known + number(same & others.known[None, :]),
         reward=group.reward + tl.sum(tl.where(usable, reward, 0.0), axis=1),
-        highest=tl.maximum(group.highest, tl.max(tl.where(usable, reward, float("-inf")), axis=1)),
-        highest_negated=tl.maximum(
-            group.highest_negated, tl.max(tl.where(usable, -reward, float("-inf")), axis=1)
-        ),
+        high=tl.maximum(group.high, high),
+        low=tl.minimum(group.low, low),
         uncertainty=group.uncertainty + tl.sum(tl.where(same, others.uncertainty[None, :], 0.0), axis=1),
     )
 
@@ -112,8 +108,7 @@ def joined(group, same, others):
 def gather_groups(pointers, mine, num_sequences, settings, BLOCK_J: tl.constexpr):
     """First round of meetings: everything that needs no mean."""
     none, zero = tl.zeros_like(mine.offs), tl.zeros_like(mine.reward)
-    nothing = zero + float("-inf")
-    group = Group(none + NO_SEQUENCE, none, none, none, none, zero, nothing, nothing, zero)
+    group = Group(none + NO_SEQUENCE, none, none, none, none, zero, zero - NO_REWARD, zero + NO_REWARD, zero)
     for first in range(0, num_sequences, BLOCK_J):
         others, same, any_same = meet(pointers, mine, first, num_sequences, settings, BLOCK_J)
         # Most blocks hold no sequence of these groups; adding nothing would change no bit.
@@ -151,7 +146,7 @@ def clamped(weights, correct, settings, options):
 
 @triton.jit
 def spread_groups(pointers, mine, group, num_sequences, settings, options, BLOCK_J: tl.constexpr):
-    """Second round: squared distances from the group's mean reward and, to renormalise, the sum of weights."""
+    """Second round: squared distances from the group's mean reward; to renormalise, the sum of weights."""
     mean_reward, mean_uncertainty = means(group)
     squares, weights = tl.zeros_like(mean_reward), tl.zeros_like(mean_reward)
     for first in range(0, num_sequences, BLOCK_J):
@@ -172,8 +167,8 @@ def spread_groups(pointers, mine, group, num_sequences, settings, options, BLOCK
 def find_rules(group, settings, options):
     """Group of one, fewer than two usable rewards, collapsed, else mixed; and who is penalised (Eq. 13)."""
     single, unusable = group.size == 1, (group.size > 1) & (group.usable < 2)
-    largest = tl.maximum(tl.maximum(group.highest, group.highest_negated), 1.0)
-    collapsed = group.highest + group.highest_negated <= settings.collapsed * largest
+    largest = tl.maximum(tl.maximum(group.high, -group.low), 1.0)
+    collapsed = group.high - group.low <= settings.collapsed * largest
     any_correct = group.correct > 0
     penalised = ~any_correct & ~single & ~unusable
     if options.all_wrong == "negative":
@@ -193,10 +188,7 @@ def base_advantages(mine, group, rules, squares, settings, options):
         base = base / (tl.sqrt(squares / freedom) + settings.std_eps)
     base = tl.where(rules.collapsed | rules.unusable, 0.0, base)
     base = tl.where(rules.penalised, -settings.nsr_scale, base)
-    if options.singleton == "raw":
-        base = tl.where(rules.single, mine.reward, base)
-    else:
-        base = tl.where(rules.single, 0.0, base)
+    base = tl.where(rules.single, mine.reward if options.singleton == "raw" else 0.0, base)
     return tl.where(mine.usable, base, 0.0)
 
 
@@ -244,21 +236,14 @@ def store_metrics(row_ptr, pointers, mine, group, rules, advantages, weights, in
         empty = tl.load(pointers.counts_ptr + mine.offs, mask=valid, other=1) == 0
     first = valid & (group.first == mine.offs)
     rest = first & ~(rules.single | rules.unusable)
+    collapsed, solved = rules.collapsed, rules.any_correct
     flags = (
-        valid & (weights == settings.weight_low),
-        valid & (weights == 1),
-        valid & (weights == settings.weight_high),
-        empty,
-        valid & ~mine.usable,
-        first & incomplete,
-        first,
-        first & rules.single,
-        first & rules.unusable,
-        rest & rules.collapsed & ~rules.any_correct,
-        rest & rules.collapsed & rules.any_correct,
-        rest & ~rules.collapsed & ~rules.any_correct,
-        rest & ~rules.collapsed & rules.any_correct,
-    )
+        valid & (weights == settings.weight_low), valid & (weights == 1),
+        valid & (weights == settings.weight_high), empty, valid & ~mine.usable,
+        first & incomplete, first, first & rules.single, first & rules.unusable,
+        rest & collapsed & ~solved, rest & collapsed & solved,
+        rest & ~collapsed & ~solved, rest & ~collapsed & solved,
+    )  # fmt: skip
     store_sums(row_ptr + 2 * NUM_SUMMARIES, flags)
 
 

@@ -20,8 +20,8 @@ SEQUENCE = {"BLOCK": 1024, "num_warps": 8}
 class Scores(NamedTuple):
     """What a policy gave each token; with a sequence ratio also each token's sequence and what it shares.
 
-    ``log_ratio_ptr`` is the ratio's logarithm, ``slope_ptr`` the gradient of the sequence's surrogate losses with
-    respect to the log-prob of any one of its tokens whose own log-ratio is not clamped.
+    ``log_ratio_ptr`` is the ratio's logarithm, ``slope_ptr`` the gradient of a sequence's surrogate losses
+    with respect to the log-prob of any one of its tokens whose own log-ratio is not clamped.
     """
 
     log_probs_ptr: Any
@@ -33,7 +33,7 @@ class Scores(NamedTuple):
 
 @triton.jit
 def load_log_probs(rows, log_probs_ptr, offs, stop):
-    """Return which rows count, which of them are live (log-prob not -inf), and log-probs, 0 where not live."""
+    """Return which rows count, which of them are live (log-prob not -inf), and log-probs, else 0."""
     counted = tl.load(rows.mask_ptr + offs, mask=offs < stop, other=0) != 0
     log_prob = tl.load(log_probs_ptr + offs, mask=counted, other=0.0)
     live = counted & (log_prob != float("-inf"))
@@ -207,7 +207,7 @@ def policy_loss(
     config: PolicyLossConfig,
     vocab: int,
 ) -> tuple[Tensor, Tensor]:
-    """Reduced loss of each token ``[N]``, raw metrics; ``segments`` are offsets ``[S + 1]``, index ``[N]``."""
+    """Reduced loss of each token ``[N]``, raw metrics; ``segments``: offsets ``[S + 1]``, index ``[N]``."""
     num_rows = log_probs.shape[0]
     losses = torch.empty_like(log_probs, memory_format=torch.contiguous_format)
     partials = log_probs.new_empty(triton.cdiv(num_rows, BLOCK), len(metrics.TOKEN.slots))

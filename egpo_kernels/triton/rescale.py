@@ -16,7 +16,7 @@ def rescale_kernel(
     gradient_ptr, upstream_ptr, expected_ptr, num_chunks, inner, width, outer_stride, inner_stride,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Multiply ``[outer, inner, width]`` by upstream / expected; programs leave at once when they are equal."""
+    """Multiply ``[outer, inner, width]`` by upstream / expected; when they are equal, leave at once."""
     expected = tl.load(expected_ptr)
     upstream = tl.load(upstream_ptr).to(expected.dtype)
     if upstream != expected:
@@ -42,7 +42,7 @@ def _on_device(value: float, dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 def rescale_(gradient: Tensor, upstream: Tensor, expected: float) -> None:
-    """Multiply ``gradient`` (last stride 1) by ``upstream / expected`` in place; no pass when they are equal."""
+    """Multiply ``gradient`` (last stride 1) by ``upstream / expected`` in place; no pass if equal."""
     if gradient.numel() == 0:
         return
     if gradient.is_contiguous():

@@ -35,7 +35,7 @@ def segment_sum_kernel(values_ptr, mask_ptr, offsets_ptr, sums_ptr, BLOCK: tl.co
 
 
 def segment_sum(values: Tensor, mask: Tensor | None, offsets: Tensor) -> Tensor:
-    """Sum ``values [N]`` over ``offsets[i] : offsets[i + 1]`` to ``[S]``, only where ``mask [N]`` if it is given."""
+    """Sum ``values [N]``, where ``mask [N]`` if given, over ``offsets[i] : offsets[i + 1]`` to ``[S]``."""
     sums = values.new_zeros(offsets.shape[0] - 1)
     if sums.shape[0] and values.shape[0]:
         segment_sum_kernel[(sums.shape[0],)](

@@ -55,7 +55,8 @@ def _processors(device: torch.device) -> int:
     if device.type == "cpu":
         return 4
     properties = torch.get_device_module(device).get_device_properties(device)
-    return getattr(properties, "multi_processor_count", None) or getattr(properties, "max_compute_units", 64)
+    name = "multi_processor_count" if hasattr(properties, "multi_processor_count") else "max_compute_units"
+    return int(getattr(properties, name))
 
 
 def num_programs(num_rows: int, device: torch.device) -> int:

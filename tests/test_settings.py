@@ -1,0 +1,216 @@
+"""Settings: checked when made, frozen, replaced by name, written to plain values and read back."""
+
+import copy
+import dataclasses
+import json
+import pickle
+
+import pytest
+
+import egpo_kernels as ek
+
+CONFIGS = [ek.AdvantageConfig, ek.PolicyLossConfig]
+NAN, INF = float("nan"), float("inf")
+
+ADVANTAGE_CHOICES = {
+    "scale": ["group_std", "none"],
+    "weight": ["inverse_uncertainty", "none"],
+    "statistic": ["nll", "shannon"],
+    "clamp": ["asymmetric", "symmetric", "negative_only", "positive_only", "none"],
+    "renorm": ["none", "after", "before"],
+    "all_wrong": ["negative", "negative_no_correct", "zero"],
+    "singleton": ["zero", "raw"],
+}
+LOSS_CHOICES = {
+    "ratio": ["token", "sequence"],
+    "kl": ["k1", "k2", "k3"],
+    "reduction": ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "sum", "none"],
+}
+GOOD = [(ek.AdvantageConfig, name, value) for name, values in ADVANTAGE_CHOICES.items() for value in values]
+GOOD += [(ek.PolicyLossConfig, name, value) for name, values in LOSS_CHOICES.items() for value in values]
+GOOD += [
+    (ek.AdvantageConfig, "baseline", "mean"),
+    (ek.AdvantageConfig, "std_eps", 0),
+    (ek.AdvantageConfig, "weight_bounds", (0, 1)),
+    (ek.AdvantageConfig, "weight_bounds", [1.0, 1.0]),
+    (ek.AdvantageConfig, "nsr_scale", 0.0),
+    (ek.AdvantageConfig, "lock_all_wrong", True),
+    (ek.AdvantageConfig, "correct_threshold", -3),
+    (ek.PolicyLossConfig, "surrogate", "clip"),
+    (ek.PolicyLossConfig, "clip_low", 1.0),
+    (ek.PolicyLossConfig, "clip_high", 5.0),
+    (ek.PolicyLossConfig, "dual_clip", 3.0),
+    (ek.PolicyLossConfig, "max_log_ratio", 5),
+    (ek.PolicyLossConfig, "kl_coef", 0.1),
+    (ek.PolicyLossConfig, "entropy_coef", -0.1),
+]
+BAD_VALUES = [
+    (ek.AdvantageConfig, "std_eps", -1e-9),
+    (ek.AdvantageConfig, "std_eps", NAN),
+    (ek.AdvantageConfig, "uncertainty_eps", 0.0),
+    (ek.AdvantageConfig, "uncertainty_eps", INF),
+    (ek.AdvantageConfig, "nsr_scale", -1.0),
+    (ek.AdvantageConfig, "weight_bounds", (-0.1, 2.0)),
+    (ek.AdvantageConfig, "weight_bounds", (1.1, 2.0)),
+    (ek.AdvantageConfig, "weight_bounds", (0.8, 0.9)),
+    (ek.AdvantageConfig, "weight_bounds", (0.8, INF)),
+    (ek.AdvantageConfig, "correct_threshold", -INF),
+    (ek.PolicyLossConfig, "clip_low", 1.1),
+    (ek.PolicyLossConfig, "clip_low", -0.1),
+    (ek.PolicyLossConfig, "clip_high", -0.1),
+    (ek.PolicyLossConfig, "dual_clip", 1.0),
+    (ek.PolicyLossConfig, "max_log_ratio", 0.0),
+    (ek.PolicyLossConfig, "max_log_ratio", 81),
+    (ek.PolicyLossConfig, "kl_coef", -0.1),
+    (ek.PolicyLossConfig, "entropy_coef", NAN),
+    (ek.PolicyLossConfig, "norm_length", 100),
+    (ek.PolicyLossConfig, "reduction", "seq_mean_token_sum_norm"),
+]
+BAD_TYPES = [
+    (ek.AdvantageConfig, "std_eps", "1e-6"),
+    (ek.AdvantageConfig, "weight_bounds", 2.0),
+    (ek.AdvantageConfig, "weight_bounds", (0.8,)),
+    (ek.AdvantageConfig, "weight_bounds", ("0.8", 2.0)),
+    (ek.AdvantageConfig, "lock_all_wrong", 1),
+    (ek.PolicyLossConfig, "clip_low", None),
+    (ek.PolicyLossConfig, "clip_high", True),
+    (ek.PolicyLossConfig, "dual_clip", "3"),
+]
+CHOICES = [(ek.AdvantageConfig, name) for name in ["baseline", *ADVANTAGE_CHOICES]]
+CHOICES += [(ek.PolicyLossConfig, name) for name in ["surrogate", *LOSS_CHOICES]]
+
+
+@pytest.mark.parametrize("kind, name, value", GOOD)
+def test_good_settings(kind, name, value):
+    made = kind(**{name: value})
+    found = getattr(made, name)
+    assert list(found) == list(value) if isinstance(found, tuple) else found == value
+    assert kind.from_dict(made.to_dict()) == made
+    assert (made == kind()) is (found == getattr(kind(), name))
+    assert hash(made) == hash(kind(**{name: value}))
+
+
+@pytest.mark.parametrize("kind, name, value", BAD_VALUES)
+def test_bad_values(kind, name, value):
+    blamed = "norm_length" if name == "reduction" else name
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\.{blamed}\b.* is .* must be"):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("kind, name, value", BAD_TYPES)
+def test_bad_types(kind, name, value):
+    with pytest.raises(TypeError, match=rf"{kind.__name__}\.{name}\b.* is .* must be"):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("kind, name", CHOICES)
+@pytest.mark.parametrize("value", ["other", None, 3, ["token"], {}])
+def test_choices_are_listed_in_the_message(kind, name, value):
+    default = getattr(kind(), name)
+    with pytest.raises((ValueError, TypeError), match=rf"{kind.__name__}\.{name} is .* must be one of .*{default!r}"):
+        kind(**{name: value})
+
+
+def test_norm_length_goes_with_its_reduction():
+    made = ek.PolicyLossConfig(reduction="seq_mean_token_sum_norm", norm_length=128)
+    assert made.norm_length == 128.0
+    assert ek.PolicyLossConfig.from_dict(made.to_dict()) == made
+
+
+@pytest.mark.parametrize("kind", [*CONFIGS, ek.Recipe])
+def test_settings_are_frozen_and_keyword_only(kind):
+    made = kind()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(made, dataclasses.fields(kind)[0].name, "mean")
+    with pytest.raises(TypeError, match="positional argument"):
+        kind("mean")
+    with pytest.raises(TypeError, match="clip_hihg"):
+        kind(clip_hihg=0.3)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_settings_survive_copies(kind):
+    made = kind()
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), dataclasses.replace(made)):
+        assert other == made and other.json == made.json and hash(other) == hash(made)
+
+
+def test_defaults_are_those_of_the_method():
+    made = ek.Recipe()
+    assert made == ek.recipes.EGPO
+    assert made.name == "EGPO" and made.loss.reduction == "token_mean"
+    advantage = made.advantage
+    assert (advantage.weight, advantage.clamp, advantage.all_wrong) == ("inverse_uncertainty", "asymmetric", "negative")
+    assert advantage.weight_bounds == (0.8, 2.0) and advantage.nsr_scale == 1.0 and advantage.renorm == "none"
+    grpo = ek.recipes.GRPO
+    assert (grpo.advantage.weight, grpo.advantage.all_wrong) == ("none", "zero")
+    assert grpo.advantage.scale == "group_std" and grpo.loss.reduction == "seq_mean_token_mean"
+
+
+# Recipes.
+
+
+@pytest.mark.parametrize("name", ["egpo", "EGPO", "Egpo", "grpo", "GRPO"])
+def test_recipes_by_name_in_any_case(name):
+    assert ek.recipes.get(name) is getattr(ek.recipes, name.upper())
+
+
+def test_unknown_recipes():
+    with pytest.raises(ValueError, match="recipe is 'ppo'; it must be a Recipe or one of egpo, grpo"):
+        ek.recipes.get("ppo")
+    for value in (None, 3, ek.AdvantageConfig()):
+        with pytest.raises(TypeError, match="recipe is .* must be a Recipe"):
+            ek.recipes.get(value)
+    for name, value in (("name", 3), ("advantage", ek.PolicyLossConfig()), ("loss", {"clip_low": 0.1})):
+        with pytest.raises(TypeError, match=rf"Recipe\.{name} is .* must be"):
+            ek.Recipe(**{name: value})
+
+
+def test_replace_is_flat():
+    made = ek.recipes.EGPO.replace(clip_high=0.28, nsr_scale=0.5, name="mine", weight_bounds=[0.5, 3])
+    assert made.name == "mine" and made.loss.clip_high == 0.28 and made.advantage.nsr_scale == 0.5
+    assert made.advantage.weight_bounds == (0.5, 3.0)
+    assert made.loss.clip_low == 0.2 and made.advantage.clamp == "asymmetric"
+    assert ek.recipes.EGPO.loss.clip_high == 0.2, "the recipe itself is unchanged"
+    assert ek.recipes.EGPO.replace() == ek.recipes.EGPO
+    normed = ek.recipes.GRPO.replace(reduction="seq_mean_token_sum_norm", norm_length=512)
+    assert normed.loss.norm_length == 512 and normed.name == "GRPO"
+
+
+def test_replace_refuses_what_is_no_setting():
+    for name in ("clip", "json", "advantage", "loss"):
+        with pytest.raises(ValueError, match=f"no setting '{name}'; it must be one of name, baseline"):
+            ek.recipes.EGPO.replace(**{name: 1})
+    with pytest.raises(ValueError, match=r"PolicyLossConfig\.clip_low is 2"):
+        ek.recipes.EGPO.replace(clip_low=2)
+
+
+@pytest.mark.parametrize("recipe", [*ek.recipes.RECIPES.values(), ek.recipes.EGPO.replace(dual_clip=3, kl="k1")], ids=repr)
+def test_recipes_round_trip_through_json(recipe):
+    assert ek.Recipe.from_dict(recipe.to_dict()) == recipe
+    text = json.dumps(recipe.to_dict())
+    assert ek.Recipe.from_dict(json.loads(text)) == recipe
+    assert isinstance(recipe.to_dict()["advantage"]["weight_bounds"], list), "YAML writes no tuples"
+
+
+def test_from_dict_fills_in_defaults():
+    # As a YAML file has it.
+    made = ek.Recipe.from_dict({"name": "x", "advantage": {"weight_bounds": [1, 2]}, "loss": {"clip_low": 0}})
+    assert made == ek.Recipe(
+        name="x", advantage=ek.AdvantageConfig(weight_bounds=(1, 2)), loss=ek.PolicyLossConfig(clip_low=0)
+    )
+    assert ek.Recipe.from_dict({}) == ek.Recipe()
+
+
+def test_from_dict_refuses_unknown_names():
+    with pytest.raises(ValueError, match="Recipe has no setting 'los'"):
+        ek.Recipe.from_dict({"los": {}})
+    with pytest.raises(ValueError, match="PolicyLossConfig has no setting 'clip'"):
+        ek.Recipe.from_dict({"loss": {"clip": 0.2}})
+    with pytest.raises(ValueError, match="AdvantageConfig has no setting 'json'"):
+        ek.AdvantageConfig.from_dict({"json": "{}"})
+    for value in (None, "loss", [("clip_low", 0.1)]):
+        with pytest.raises(TypeError, match="it must be a mapping"):
+            ek.PolicyLossConfig.from_dict(value)
+        with pytest.raises(TypeError, match="it must be a mapping"):
+            ek.Recipe.from_dict({"loss": value})
