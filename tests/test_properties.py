@@ -6,7 +6,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import egpo_kernels as ek
@@ -19,9 +19,9 @@ from tests.support.accuracy import (
     group_terms,
     token_terms,
 )
+from tests.support.batches import FAST
 from tests.support.strategies import DEVICE, Case, cases, make_case
 
-BACKENDS = ["portable", "triton"]
 # Kernels are interpreted here, some milliseconds per block: fewer examples, and all of them on real hardware.
 EXAMPLES = {"portable": 1.0, "triton": 1.0 if DEVICE == "cuda" else 0.5}
 
@@ -34,6 +34,8 @@ def examples(backend: str, count: int):
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),
+        # Shrinking interpreted kernels takes minutes; run such an example on the portable backend instead.
+        phases=set(Phase) - ({Phase.shrink, Phase.explain} if backend == "triton" else set()),
     )
 
 
@@ -41,7 +43,7 @@ def over_backends(count: int, *strategies):
     """Run a test on each backend, with examples of these strategies after it."""
 
     def decorate(test):
-        @pytest.mark.parametrize("backend", BACKENDS)
+        @pytest.mark.parametrize("backend", FAST)
         def run(backend):
             @examples(backend, count)
             @given(st.tuples(*strategies))
@@ -313,7 +315,7 @@ def test_combined_metrics(backend, case):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FAST)
 def test_fp16_under_a_loss_scale(backend):
     """fp16 gradients too small for fp16 survive a GradScaler's 65536, as accurate as eager's."""
     case = make_case(3, group_sizes=(4, 4), length=4, dtype=torch.float16, mask="bool", old="near", vocab=200)

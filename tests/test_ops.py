@@ -1,0 +1,93 @@
+"""The opaque operators: schemas, fakes and autograd registration, as torch itself checks them."""
+
+import pytest
+import torch
+
+from egpo_kernels import metrics, ops
+from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Rows
+from tests.support.batches import FAST, make_batch
+
+CONFIG = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.02)
+SEQUENCE = PolicyLossConfig(ratio="sequence")
+
+
+def padded_rows(dtype=torch.float32):
+    """Logits ``[S, T, V]``, rows ``[N]`` and segments of a padded batch."""
+    batch = make_batch(dtype=dtype)
+    rows = Rows(
+        batch.mask.flatten(),
+        batch.tokens.flatten(),
+        None,
+        batch.per_token(batch.advantages).flatten(),
+        torch.full((16,), 0.1),
+        batch.old_log_probs.flatten(),
+        batch.ref_log_probs.flatten(),
+        None,
+    )
+    return batch.logits, list(rows), [torch.arange(5) * 4, torch.arange(16) // 4]
+
+
+def arguments(name, backend, dtype=torch.float32):
+    """Every operator's arguments, as autograd.py passes them."""
+    logits, rows, segments = padded_rows(dtype)
+    wide = ops.compute_dtype(dtype)
+    log_probs, entropy = torch.full((16,), -1.0, dtype=wide), torch.ones(16, dtype=wide)
+    statistics, upstream, scalars = [3 * entropy, entropy, entropy], [entropy, entropy], [1.0, 2.0]
+    return {
+        "sequence_offsets": (torch.tensor([0, 3, 7]), 9),
+        "row_statistics": (logits, rows, 0.7, True, backend),
+        "logits_gradient": (logits, rows, statistics, upstream, 1.0, backend),
+        "logits_gradient_": (logits, rows, statistics, upstream, 1.0, backend),
+        "policy_loss": (log_probs, entropy, rows, segments, CONFIG.json, 37, backend),
+        "policy_loss_gradient": (log_probs, None, rows, segments, SEQUENCE.json, backend),
+        "logits_policy_loss": (logits, rows, segments, CONFIG.json, scalars, True, backend),
+        "logits_policy_loss_": (logits, rows, segments, CONFIG.json, scalars, True, backend),
+        "group_advantages": (
+            torch.tensor([4, 4, 1, 1]),
+            torch.tensor([1.0, 0, 1, 0]),
+            [None, -log_probs, rows[0]],
+            segments[0],
+            AdvantageConfig().json,
+            2,
+            backend,
+        ),
+        "rescale_": (logits, torch.tensor(2.0), 1.0, backend),
+    }[name]
+
+
+NAMES = [
+    "sequence_offsets",
+    "row_statistics",
+    "logits_gradient",
+    "logits_gradient_",
+    "policy_loss",
+    "policy_loss_gradient",
+    "logits_policy_loss",
+    "logits_policy_loss_",
+    "group_advantages",
+    "rescale_",
+]
+
+
+def test_every_operator_is_here():
+    made = [name for name, value in vars(ops).items() if isinstance(value, torch.library.CustomOpDef)]
+    assert sorted(made) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", FAST)
+def test_opcheck(name, backend):
+    torch.library.opcheck(getattr(ops, name), arguments(name, backend))
+
+
+@pytest.mark.parametrize("name", ["row_statistics", "logits_policy_loss", "logits_gradient"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_fakes_know_other_dtypes(name, dtype):
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(ops, name), arguments(name, "portable", dtype), test_utils=checks)
+
+
+def test_results_have_the_promised_length():
+    vector, gradient = ops.logits_policy_loss(*arguments("logits_policy_loss", "portable"))
+    assert vector.shape == (len(metrics.TOKEN.keys),) and gradient.shape == (4, 4, 37)
+    assert ops.group_advantages(*arguments("group_advantages", "portable"))[-1].shape == (len(metrics.GROUP.keys),)
