@@ -140,7 +140,9 @@ def main() -> None:
     if options.peak:
         print_peak(options.tokens, options.vocab, *options.peak)
         return
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    machine = (
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     print(f"[{options.tokens} x {options.vocab}], forward + backward, {machine}")
     results = {}
     for name, dtype in DTYPES.items():
@@ -151,10 +153,9 @@ def main() -> None:
             peak = peak_bytes(options.tokens, options.vocab, name, provider)
             beyond = peak - (0 if "inplace" in provider else logits_bytes)
             results[f"{name} {provider}"] = {"seconds": seconds, "peak_bytes": peak}
-            print(
-                f"  {provider:32} {seconds:7.3f} s   {measured['eager'] / seconds:5.2f}x eager   peak {peak / MIB:6.0f} MiB"
-                f", {100 * beyond / logits_bytes:5.1f} % of the logits beyond logits and gradient"
-            )
+            ratio, share = measured["eager"] / seconds, 100 * beyond / logits_bytes
+            print(f"  {provider:32} {seconds:7.3f} s {ratio:6.2f}x eager   peak {peak / MIB:4.0f} MiB", end="")
+            print(f", beyond logits and gradient {share:5.1f} % of the logits")
     if options.out:
         report = {"machine": machine, "tokens": options.tokens, "vocab": options.vocab, "results": results}
         Path(options.out).write_text(json.dumps(report, indent=1))

@@ -3,13 +3,13 @@
 from egpo_kernels import recipes
 from egpo_kernels.api import (
     egpo_loss,
-    group_advantages,
     logits_policy_loss,
-    next_token_targets,
     policy_loss,
     token_log_probs,
 )
+from egpo_kernels.groups import group_advantages
 from egpo_kernels.metrics import combine_metrics
+from egpo_kernels.targets import next_token_targets
 from egpo_kernels.types import (
     AdvantageConfig,
     GroupAdvantages,

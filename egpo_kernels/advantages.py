@@ -18,7 +18,8 @@ COLLAPSED = 1e-6
 
 class Groups(NamedTuple):
     """Sequences ``[S]`` sorted by group: ``order`` sorts, ``number`` is each sequence's group, ``offsets [S+1]``
-    bounds the groups in sorted order (empty ones at the end), ``first`` marks one member of each group."""
+    bounds the groups in sorted order (empty ones at the end), ``first`` marks one member of each group.
+    """
 
     order: Tensor
     number: Tensor

@@ -1,17 +1,13 @@
-"""The public functions: validate, choose a backend, call it, report."""
+"""The public losses and log-probs: validate, choose a backend, call it, report."""
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from egpo_kernels import losses, recipes
-from egpo_kernels.dispatch import choose_backend
 from egpo_kernels.groups import advantages_of_groups
-from egpo_kernels.layout import counted, group_ids, make_layout
+from egpo_kernels.layout import group_ids
 from egpo_kernels.types import (
-    AdvantageConfig,
-    GroupAdvantages,
     LossOutput,
     PolicyLossConfig,
     Recipe,
@@ -45,9 +41,9 @@ def egpo_loss(
 ) -> LossOutput:
     """EGPO loss of whole groups, from logits and rewards (arXiv 2602.22751, Eq. 2-13).
 
-    `group_advantages` followed by `logits_policy_loss`. For loops that hold whole groups; trainers that micro-batch call
-    the two separately. Without ``old_log_probs`` the update is on-policy: the ratio is 1, and the uncertainty of each
-    sequence comes from these logits.
+    `group_advantages` followed by `logits_policy_loss`. For loops that hold whole groups; trainers that micro-batch
+    call the two separately. Without ``old_log_probs`` the update is on-policy: the ratio is 1, and the uncertainty of
+    each sequence comes from these logits.
 
     Args:
         logits: ``[S, T, V]``, or ``[N, V]`` packed; fp16, bf16, fp32 or fp64; undivided by the temperature;
@@ -102,75 +98,6 @@ def egpo_loss(
     given = losses.Constants(grouped.advantages, old_log_probs, ref_log_probs, rollout_weights)
     loss, seen = losses.loss_from_logits(call, given, recipe.loss, options, found)
     return LossOutput(loss, {} if metrics == "none" else {**grouped.metrics, **seen})
-
-
-def group_advantages(
-    groups: Any,
-    rewards: Tensor,
-    old_log_probs: Tensor | None = None,
-    mask: Tensor | None = None,
-    *,
-    cu_seqlens: Tensor | None = None,
-    entropy: Tensor | None = None,
-    entropy_mask: Tensor | None = None,
-    correct: Tensor | None = None,
-    config: AdvantageConfig = recipes.EGPO.advantage,
-    group_size: int | None = None,
-    backend: str = "auto",
-) -> GroupAdvantages:
-    """Advantages of whole groups (EGPO, arXiv 2602.22751, Eq. 2, 5-11, 13); call it before any micro-batching.
-
-    Args:
-        groups: Group of each sequence: integer tensor ``[S]`` (any ids, any order), list of names, numpy array, or an
-            int G for G consecutive sequences.
-        rewards: ``[S]``; a non-finite one gives advantage 0 and stays out of its group's reward statistics.
-        old_log_probs: Log-probs of the sampled tokens in nats, ``[S, T]`` or packed ``[N]``; the uncertainty's source.
-        mask: Shaped like them, nonzero counts; None counts every position.
-        cu_seqlens: ``[S + 1]`` integer, for the packed layout.
-        entropy: Shannon entropy of each position in nats, for ``statistic="shannon"``.
-        entropy_mask: Which counted tokens the uncertainty averages over; None: all of them.
-        correct: ``[S]`` bool; None: ``reward > config.correct_threshold``.
-        config: The settings.
-        group_size: Members every group must have. Where ids are on the host (list, numpy, int, CPU tensor) others
-            raise; where they are on a device their advantages are NaN and a metric counts them.
-        backend: ``auto``, ``triton``, ``portable`` or ``reference``.
-
-    Returns:
-        ``(advantages, weights, base, uncertainty, metrics)``, ``[S]`` each, float32 (float64), without gradient.
-
-    Raises:
-        ValueError: A wrong shape, device, value or combination; a weight asked for without its source.
-        TypeError: A wrong type or dtype.
-    """
-    check_instance("config", config, AdvantageConfig)
-    if not isinstance(rewards, Tensor) or rewards.dim() != 1:
-        what = list(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
-        raise ValueError(f"rewards is {what}; it must be a tensor [S], one number per sequence")
-    sequences, device = rewards.shape[0], rewards.device
-    check_tensor("rewards", rewards, "real", {"[S]": (sequences,)}, device)
-    source = old_log_probs if old_log_probs is not None else entropy
-    layout = counts = None
-    if source is not None:
-        name = "old_log_probs" if old_log_probs is not None else "entropy"
-        check_tensor(name, source, "floating", {}, device)
-        layout = make_layout(name, tuple(source.shape), cu_seqlens, device)
-        if layout.num_sequences != sequences:
-            raise ValueError(f"rewards has {sequences} entries; {name} holds {layout.num_sequences} sequences")
-        counts = counted(mask, None, layout)
-    ids = group_ids(groups, sequences, device, group_size)
-    return advantages_of_groups(
-        ids,
-        rewards,
-        old_log_probs,
-        entropy,
-        counts,
-        entropy_mask,
-        correct,
-        layout,
-        config,
-        group_size,
-        choose_backend(backend, device),
-    )
 
 
 def policy_loss(
@@ -317,32 +244,3 @@ def token_log_probs(
     shape = call.layout.shape
     entropy = None if found.entropy is None else found.entropy.view(shape)
     return TokenLogProbs(found.log_probs.view(shape), entropy)
-
-
-def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Align token ids with the logits of a causal model, so that whole logits are passed and nothing is sliced.
-
-    Slicing ``logits[:, :-1]`` works as well, but its backward makes a full-size copy of the gradient.
-
-    Args:
-        input_ids: ``[S, T]`` (or ``[T]``), integer: what the model was given.
-        mask: Shaped like input_ids: nonzero where the token itself counts; None counts every token.
-
-    Returns:
-        ``(tokens, mask)``: both rolled by -1 along the last dimension, the last position masked (bool).
-
-    Raises:
-        ValueError: Shapes or devices that differ.
-        TypeError: A wrong type or dtype.
-    """
-    if not isinstance(input_ids, Tensor) or input_ids.dim() < 1:
-        what = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise TypeError(f"input_ids is {what}; it must be an integer tensor [S, T]")
-    shape = {"the shape of input_ids": tuple(input_ids.shape)}
-    check_tensor("input_ids", input_ids, "integer", shape, input_ids.device)
-    counts = torch.ones_like(input_ids, dtype=torch.bool)
-    if mask is not None:
-        counts = check_tensor("mask", mask, "real", shape, input_ids.device) != 0
-    counts = counts.roll(-1, -1)
-    counts[..., -1:] = False
-    return input_ids.roll(-1, -1), counts

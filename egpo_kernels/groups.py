@@ -1,14 +1,84 @@
-"""Group level behind the public functions: which source the uncertainty has, which backend answers."""
+"""The public group level: validate, find the source of the uncertainty, choose a backend, call it, report."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from egpo_kernels import metrics, reference
-from egpo_kernels.layout import Layout
+from egpo_kernels import metrics, recipes, reference
+from egpo_kernels.dispatch import choose_backend
+from egpo_kernels.layout import Layout, counted, group_ids, make_layout
 from egpo_kernels.types import AdvantageConfig, GroupAdvantages
-from egpo_kernels.validation import check_complete, check_tensor
+from egpo_kernels.validation import check_complete, check_instance, check_tensor
+
+
+def group_advantages(
+    groups: Any,
+    rewards: Tensor,
+    old_log_probs: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_mask: Tensor | None = None,
+    correct: Tensor | None = None,
+    config: AdvantageConfig = recipes.EGPO.advantage,
+    group_size: int | None = None,
+    backend: str = "auto",
+) -> GroupAdvantages:
+    """Advantages of whole groups (EGPO, arXiv 2602.22751, Eq. 2, 5-11, 13); call it before any micro-batching.
+
+    Args:
+        groups: Group of each sequence: integer tensor ``[S]`` (any ids, any order), list of names, numpy array, or an
+            int G for G consecutive sequences.
+        rewards: ``[S]``; a non-finite one gives advantage 0 and stays out of its group's reward statistics.
+        old_log_probs: Log-probs of the sampled tokens in nats, ``[S, T]`` or packed ``[N]``; the uncertainty's source.
+        mask: Shaped like them, nonzero counts; None counts every position.
+        cu_seqlens: ``[S + 1]`` integer, for the packed layout.
+        entropy: Shannon entropy of each position in nats, for ``statistic="shannon"``.
+        entropy_mask: Which counted tokens the uncertainty averages over; None: all of them.
+        correct: ``[S]`` bool; None: ``reward > config.correct_threshold``.
+        config: The settings.
+        group_size: Members every group must have. Where ids are on the host (list, numpy, int, CPU tensor) others
+            raise; where they are on a device their advantages are NaN and a metric counts them.
+        backend: ``auto``, ``triton``, ``portable`` or ``reference``.
+
+    Returns:
+        ``(advantages, weights, base, uncertainty, metrics)``, ``[S]`` each, float32 (float64), without gradient.
+
+    Raises:
+        ValueError: A wrong shape, device, value or combination; a weight asked for without its source.
+        TypeError: A wrong type or dtype.
+    """
+    check_instance("config", config, AdvantageConfig)
+    if not isinstance(rewards, Tensor) or rewards.dim() != 1:
+        what = list(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
+        raise ValueError(f"rewards is {what}; it must be a tensor [S], one number per sequence")
+    sequences, device = rewards.shape[0], rewards.device
+    check_tensor("rewards", rewards, "real", {"[S]": (sequences,)}, device)
+    source = old_log_probs if old_log_probs is not None else entropy
+    layout = counts = None
+    if source is not None:
+        name = "old_log_probs" if old_log_probs is not None else "entropy"
+        check_tensor(name, source, "floating", {}, device)
+        layout = make_layout(name, tuple(source.shape), cu_seqlens, device)
+        if layout.num_sequences != sequences:
+            raise ValueError(f"rewards has {sequences} entries; {name} holds {layout.num_sequences} sequences")
+        counts = counted(mask, None, layout)
+    ids = group_ids(groups, sequences, device, group_size)
+    return advantages_of_groups(
+        ids,
+        rewards,
+        old_log_probs,
+        entropy,
+        counts,
+        entropy_mask,
+        correct,
+        layout,
+        config,
+        group_size,
+        choose_backend(backend, device),
+    )
 
 
 def advantages_of_groups(
@@ -56,22 +126,23 @@ def advantages_of_groups(
     if layout is not None:
         advantages = advantages * layout.poison
     without = ("egpo/uncertainty", "egpo/empty") if values is None else ()
-    return GroupAdvantages(
-        advantages, weights, base, uncertainty, metrics.named(vector, metrics.GROUP, without)
-    )
+    return GroupAdvantages(advantages, weights, base, uncertainty, metrics.named(vector, metrics.GROUP, without))
 
 
 def _uncertainty_source(
     old_log_probs: Any, entropy: Any, layout: Layout | None, config: AdvantageConfig
 ) -> Tensor | None:
     """Return the per-token numbers ``[N]`` whose mean is H; raise where the weight needs what was not given."""
-    name, given = ("entropy", entropy) if config.statistic == "shannon" else ("old_log_probs", old_log_probs)
-    if given is None or layout is None:
-        if config.weight != "none":
-            raise ValueError(
-                f"{name} is None with weight {config.weight!r} and statistic {config.statistic!r}; it must be given, "
-                "or use weight='none'"
-            )
-        return None
-    values = layout.per_token(name, given, "floating")
-    return values if name == "entropy" else -values
+    given = {"old_log_probs": old_log_probs, "entropy": entropy}
+    values: dict[str, Tensor] = {}
+    if layout is not None:
+        values = {name: layout.per_token(name, it, "floating") for name, it in given.items() if it is not None}
+    name = "entropy" if config.statistic == "shannon" else "old_log_probs"
+    if name in values:
+        return values[name] if name == "entropy" else -values[name]
+    if config.weight != "none":
+        raise ValueError(
+            f"{name} is None with weight {config.weight!r} and statistic {config.statistic!r}; it must be given, "
+            "or use weight='none'"
+        )
+    return None

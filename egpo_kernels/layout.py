@@ -53,7 +53,9 @@ def make_layout(name: str, shape: tuple[int, ...], cu_seqlens: Any, device: torc
     """Describe per-token tensors of ``shape``: ``[S, T]``, or ``[N]`` with ``cu_seqlens [S + 1]``."""
     if cu_seqlens is None:
         if len(shape) != 2:
-            raise ValueError(f"{name} is packed ({len(shape)}-d per token) without cu_seqlens; pass cu_seqlens [S + 1]")
+            raise ValueError(
+                f"{name} has shape {list(shape)}; it must be [S, T], or packed [N] with cu_seqlens [S + 1]"
+            )
         sequences, length = shape
         offsets = torch.arange(sequences + 1, device=device) * length
         index = torch.arange(sequences, device=device).repeat_interleave(length, output_size=sequences * length)
@@ -87,7 +89,7 @@ def temperature_rows(temperature: Any, layout: Layout, dtype: torch.dtype) -> tu
     """Return the temperature as a float and None, or as 1.0 and a tensor ``[N]`` (NaN where it is not positive)."""
     if not isinstance(temperature, Tensor):
         return check_number("temperature", temperature, low=0.0, high=float("inf"), open_low=True) or 1.0, None
-    rows = layout.per_token_or_sequence("temperature", temperature, "real").to(dtype)
+    rows = layout.per_token_or_sequence("temperature", temperature, "real").detach().to(dtype)
     return 1.0, rows
 
 
@@ -105,7 +107,8 @@ def group_ids(groups: Any, num_sequences: int, device: torch.device, group_size:
             raise ValueError(f"group_size is {group_size} with groups = {groups}; they must be equal")
         return torch.arange(num_sequences, device=device) // groups
     if isinstance(groups, Tensor):
-        ids = check_tensor("groups", groups, "integer", {"[S]": (num_sequences,)}, groups.device)
+        home = groups.device if groups.device.type == "cpu" else device
+        ids = check_tensor("groups", groups, "integer", {"[S]": (num_sequences,)}, home)
     else:
         ids = _numbered(groups, num_sequences)
     if ids.device == device:

@@ -19,7 +19,6 @@ from egpo_kernels.validation import (
     check_logits,
     check_not_overlapping,
     check_temperatures,
-    check_tensor,
     check_tokens,
 )
 

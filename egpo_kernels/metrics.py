@@ -52,12 +52,15 @@ def _metric(key: str, count: str, slot: str = "") -> Metric:
     return Metric(key, key.rsplit("/", 1)[1], slot or key, count)
 
 
-_TOKEN_SUMS: tuple[str, ...] = ("policy/tokens/sum", "policy/loss/sum", "policy/loss/surrogate/sum", "policy/loss/kl/sum")
-_TOKEN_SUMS += ("policy/loss/entropy/sum",)
-_TOKEN_MEANS: tuple[str, ...] = ("policy/clip_low/mean", "policy/clip_high/mean", "policy/ratio/mean", "policy/approx_kl/mean")
-_TOKEN_MEANS += ("policy/ref_kl/mean", "policy/entropy/mean")
-_TOKEN_COUNTS: tuple[str, ...] = ("policy/invalid_tokens/sum", "policy/nonfinite_rows/sum", "policy/unscored_tokens/sum")
-_TOKEN_MAXIMA: tuple[str, ...] = ("policy/ratio/max", "policy/ratio/min")
+def _keys(prefix: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}/{name}" for name in names)
+
+
+_TOKEN_SUMS = _keys("policy", "tokens/sum", "loss/sum", "loss/surrogate/sum", "loss/kl/sum", "loss/entropy/sum")
+_TOKEN_MEANS = _keys("policy", "clip_low/mean", "clip_high/mean", "ratio/mean", "approx_kl/mean", "ref_kl/mean")
+_TOKEN_MEANS += _keys("policy", "entropy/mean")
+_TOKEN_COUNTS = _keys("policy", "invalid_tokens/sum", "nonfinite_rows/sum", "unscored_tokens/sum")
+_TOKEN_MAXIMA = _keys("policy", "ratio/max", "ratio/min")
 
 TOKEN = Table(
     sums=_TOKEN_SUMS + _TOKEN_MEANS + _TOKEN_COUNTS,
@@ -122,9 +125,7 @@ def summary(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     return where.sum().to(values.dtype), total(chosen), high, low
 
 
-def token_metrics(
-    terms: TokenTerms, log_probs: Tensor, rows: Rows, config: PolicyLossConfig, vocab: int
-) -> Tensor:
+def token_metrics(terms: TokenTerms, log_probs: Tensor, rows: Rows, config: PolicyLossConfig, vocab: int) -> Tensor:
     """Fill the slots of `TOKEN`, in its order; ``vocab`` is 0 where tokens are not known."""
     assert rows.factor is not None
     mask, factor = rows.mask, torch.where(terms.live, rows.factor, 0.0)

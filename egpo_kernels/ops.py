@@ -6,8 +6,7 @@ A trailing underscore marks an operator that writes into its first argument.
 
 import functools
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,11 @@ from egpo_kernels.dispatch import implementation
 from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Rows
 from egpo_kernels.validation import check_complete, check_cu_seqlens, check_temperatures, check_tokens
 
+Tensors = list[Tensor]
 OptionalTensors = list[Tensor | None]
+Tensors2 = tuple[Tensor, Tensor]
+Tensors4 = tuple[Tensor, Tensor, Tensor, Tensor]
+Tensors5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @functools.lru_cache(maxsize=256)
@@ -34,64 +37,22 @@ def policy_config(text: str) -> PolicyLossConfig:
     return PolicyLossConfig.from_dict(json.loads(text))
 
 
-@contextmanager
-def _torch_func_allowed() -> Iterator[None]:
-    """Let `torch.func` work inside an operator that runs under a dispatch mode (torch.compile's first run, profilers).
-
-    Such a mode switches off, inside the operator it wraps, the dispatch keys that transforms stand on.
-    """
-    keys = torch._C.DispatchKey
-    with (
-        torch._C._SetExcludeDispatchKeyGuard(keys.FuncTorchDynamicLayerFrontMode, False),
-        torch._C._SetExcludeDispatchKeyGuard(keys.FuncTorchDynamicLayerBackMode, False),
-    ):
-        yield
-
-
-def _checked(rows: OptionalTensors, vocab: int) -> Rows:
-    made = Rows(*rows)  # type: ignore[arg-type]
-    check_tokens(made.tokens, made.mask, vocab)
-    check_temperatures(made.temperature, made.mask)
-    return made
-
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@custom_op("egpo_kernels::sequence_offsets", mutates_args=())
-def sequence_offsets(cu_seqlens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Offsets ``[S + 1]`` int64 that never leave ``[0, num_rows]``, and 1.0 or, where they had to be mended, NaN."""
-    check_cu_seqlens(cu_seqlens, num_rows)
-    given = cu_seqlens.long()
-    offsets = given.clamp(0, num_rows).cummax(0).values
-    sound = (offsets == given).all() & (given[0] == 0)
-    return offsets, torch.where(sound, 1.0, torch.nan)
+def _rows(fields: OptionalTensors) -> Rows:
+    mask, *rest = fields
+    assert mask is not None
+    return Rows(mask, *rest)
 
 
-@sequence_offsets.register_fake
-def _(cu_seqlens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(cu_seqlens, dtype=torch.long), cu_seqlens.new_empty((), dtype=torch.float32)
-
-
-@custom_op("egpo_kernels::row_statistics", mutates_args=())
-def row_statistics(
-    logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-prob, entropy (``[0]`` unless wanted), maximum and sum of exponentials of each row of ``logits [B, T, V]``, ``[N]``."""
-    checked = _checked(rows, logits.shape[-1])
-    return implementation(backend).row_statistics(logits, checked, temperature, want_entropy)
-
-
-@row_statistics.register_fake
-def _(
-    logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    count, dtype = logits.shape[0] * logits.shape[1], compute_dtype(logits.dtype)
-    entropy = logits.new_empty(count if want_entropy else 0, dtype=dtype)
-    log_probs, maximum, sum_exp = (logits.new_empty(count, dtype=dtype) for _ in range(3))
-    return log_probs, entropy, maximum, sum_exp
+def _checked(fields: OptionalTensors, vocab: int) -> Rows:
+    rows = _rows(fields)
+    check_tokens(rows.tokens, rows.mask, vocab)
+    check_temperatures(rows.temperature, rows.mask)
+    return rows
 
 
 def _new_gradient(logits: Tensor) -> Tensor:
@@ -102,141 +63,190 @@ def _new_gradient(logits: Tensor) -> Tensor:
     return torch.from_numpy(memory).view(logits.dtype).view(logits.shape)
 
 
+def _fake_gradient(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _fake_token_vector(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(len(metrics.TOKEN.keys), dtype=compute_dtype(logits.dtype))
+
+
+@custom_op("egpo_kernels::sequence_offsets", mutates_args=())
+def sequence_offsets(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
+    """Offsets ``[S + 1]`` int64 that never leave ``[0, num_rows]``, and 1.0 or, where they had to be mended, NaN."""
+    check_cu_seqlens(cu_seqlens, num_rows)
+    given = cu_seqlens.long()
+    offsets = given.clamp(0, num_rows).cummax(0).values
+    sound = (offsets == given).all() & (given[0] == 0)
+    return offsets, torch.where(sound, 1.0, torch.nan)
+
+
+@sequence_offsets.register_fake
+def _(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
+    return torch.empty_like(cu_seqlens, dtype=torch.long), cu_seqlens.new_empty((), dtype=torch.float32)
+
+
+@custom_op("egpo_kernels::row_statistics", mutates_args=())
+def row_statistics(
+    logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
+) -> Tensors4:
+    """Of each row of ``logits [B, T, V]``: log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials."""
+    checked = _checked(rows, logits.shape[-1])
+    return implementation(backend).row_statistics(logits, checked, temperature, want_entropy)
+
+
+@row_statistics.register_fake
+def _(logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str) -> Tensors4:
+    count, dtype = logits.shape[0] * logits.shape[1], compute_dtype(logits.dtype)
+    entropy = logits.new_empty(count if want_entropy else 0, dtype=dtype)
+    log_probs, maximum, sum_exp = (logits.new_empty(count, dtype=dtype) for _ in range(3))
+    return log_probs, entropy, maximum, sum_exp
+
+
 @custom_op("egpo_kernels::logits_gradient", mutates_args=())
 def logits_gradient(
-    logits: Tensor, rows: OptionalTensors, statistics: list[Tensor], upstream: OptionalTensors, temperature: float,
+    logits: Tensor,
+    rows: OptionalTensors,
+    statistics: Tensors,
+    upstream: OptionalTensors,
+    temperature: float,
     backend: str,
 ) -> Tensor:
-    """Gradient ``[B, T, V]`` from ``statistics`` (maximum, sum of exponentials, entropy) and ``upstream`` (dL/dl, dL/dEnt)."""
+    """Gradient ``[B, T, V]`` from statistics (maximum, sum of exponentials, entropy) and upstream (dL/dl, dL/dEnt)."""
     gradient = _new_gradient(logits)
-    implementation(backend).logits_gradient(logits, Rows(*rows), statistics, upstream, temperature, gradient)  # type: ignore[arg-type]
+    implementation(backend).logits_gradient(logits, _rows(rows), statistics, upstream, temperature, gradient)
     return gradient
 
 
-@logits_gradient.register_fake
-def _(
-    logits: Tensor, rows: OptionalTensors, statistics: list[Tensor], upstream: OptionalTensors, temperature: float,
-    backend: str,
-) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+logits_gradient.register_fake(_fake_gradient)
 
 
 @custom_op("egpo_kernels::logits_gradient_", mutates_args=("logits",))
 def logits_gradient_(
-    logits: Tensor, rows: OptionalTensors, statistics: list[Tensor], upstream: OptionalTensors, temperature: float,
+    logits: Tensor,
+    rows: OptionalTensors,
+    statistics: Tensors,
+    upstream: OptionalTensors,
+    temperature: float,
     backend: str,
 ) -> None:
     """As `logits_gradient`, written over ``logits``."""
-    implementation(backend).logits_gradient(logits, Rows(*rows), statistics, upstream, temperature, logits)  # type: ignore[arg-type]
+    implementation(backend).logits_gradient(logits, _rows(rows), statistics, upstream, temperature, logits)
+
+
+logits_gradient_.register_fake(lambda *_: None)
 
 
 @custom_op("egpo_kernels::policy_loss", mutates_args=())
 def policy_loss(
-    log_probs: Tensor, entropy: Tensor | None, rows: OptionalTensors, segments: list[Tensor], config: str, vocab: int,
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    rows: OptionalTensors,
+    segments: Tensors,
+    config: str,
+    vocab: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Reduced loss of each token ``[N]`` and the metrics vector; ``segments`` are offsets ``[S + 1]``, index ``[N]``."""
+) -> Tensors2:
+    """Reduced loss of each token ``[N]`` and the metrics vector; ``segments`` are offsets, sequence of each row."""
     losses, raw = implementation(backend).policy_loss(
-        log_probs, entropy, Rows(*rows), segments, policy_config(config), vocab  # type: ignore[arg-type]
+        log_probs, entropy, _rows(rows), segments, policy_config(config), vocab
     )
     return losses, metrics.finish(raw, metrics.TOKEN)
 
 
 @policy_loss.register_fake
-def _(
-    log_probs: Tensor, entropy: Tensor | None, rows: OptionalTensors, segments: list[Tensor], config: str, vocab: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(log_probs), log_probs.new_empty(len(metrics.TOKEN.keys))
+def _(log_probs: Tensor, *_: Any) -> Tensors2:
+    return torch.empty_like(log_probs), _fake_token_vector(log_probs)
 
 
 @custom_op("egpo_kernels::policy_loss_gradient", mutates_args=())
 def policy_loss_gradient(
-    log_probs: Tensor, entropy: Tensor | None, rows: OptionalTensors, segments: list[Tensor], config: str, backend: str
-) -> tuple[Tensor, Tensor]:
+    log_probs: Tensor, entropy: Tensor | None, rows: OptionalTensors, segments: Tensors, config: str, backend: str
+) -> Tensors2:
     """Gradient of the summed token losses with respect to ``log_probs`` and entropy, ``[N]`` each."""
-    with _torch_func_allowed():
-        return implementation(backend).policy_loss_gradient(
-            log_probs, entropy, Rows(*rows), segments, policy_config(config)  # type: ignore[arg-type]
-        )
+    return implementation(backend).policy_loss_gradient(
+        log_probs, entropy, _rows(rows), segments, policy_config(config)
+    )
 
 
 @policy_loss_gradient.register_fake
-def _(
-    log_probs: Tensor, entropy: Tensor | None, rows: OptionalTensors, segments: list[Tensor], config: str, backend: str
-) -> tuple[Tensor, Tensor]:
+def _(log_probs: Tensor, *_: Any) -> Tensors2:
     return torch.empty_like(log_probs), torch.empty_like(log_probs)
 
 
 def _loss_and_gradient(
-    logits: Tensor, rows: OptionalTensors, segments: list[Tensor], config: str, scalars: list[float], want_entropy: bool,
-    backend: str, gradient: Tensor,
+    logits: Tensor,
+    rows: OptionalTensors,
+    segments: Tensors,
+    config: str,
+    scalars: list[float],
+    want_entropy: bool,
+    backend: str,
+    gradient: Tensor,
 ) -> Tensor:
     package, settings, checked = implementation(backend), policy_config(config), _checked(rows, logits.shape[-1])
-    temperature, grad_scale = scalars
-    with _torch_func_allowed():
-        log_probs, entropy = package.logits_loss_gradient(
-            logits, checked, settings, temperature, grad_scale, want_entropy, gradient
-        )
+    log_probs, entropy = package.logits_loss_gradient(logits, checked, settings, *scalars, want_entropy, gradient)
     _, raw = package.policy_loss(log_probs, entropy, checked, segments, settings, logits.shape[-1])
     return metrics.finish(raw, metrics.TOKEN)
 
 
 @custom_op("egpo_kernels::logits_policy_loss", mutates_args=())
 def logits_policy_loss(
-    logits: Tensor, rows: OptionalTensors, segments: list[Tensor], config: str, scalars: list[float],
-    want_entropy: bool, backend: str,
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor,
+    rows: OptionalTensors,
+    segments: Tensors,
+    config: str,
+    scalars: list[float],
+    want_entropy: bool,
+    backend: str,
+) -> Tensors2:
     """Metrics vector (the loss among them) and gradient ``[B, T, V]``; ``scalars`` are temperature and grad_scale."""
     gradient = _new_gradient(logits)
     return _loss_and_gradient(logits, rows, segments, config, scalars, want_entropy, backend, gradient), gradient
 
 
 @logits_policy_loss.register_fake
-def _(
-    logits: Tensor, rows: OptionalTensors, segments: list[Tensor], config: str, scalars: list[float],
-    want_entropy: bool, backend: str,
-) -> tuple[Tensor, Tensor]:
-    vector = logits.new_empty(len(metrics.TOKEN.keys), dtype=compute_dtype(logits.dtype))
-    return vector, torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+def _(logits: Tensor, *_: Any) -> Tensors2:
+    return _fake_token_vector(logits), _fake_gradient(logits)
 
 
 @custom_op("egpo_kernels::logits_policy_loss_", mutates_args=("logits",))
 def logits_policy_loss_(
-    logits: Tensor, rows: OptionalTensors, segments: list[Tensor], config: str, scalars: list[float],
-    want_entropy: bool, backend: str,
+    logits: Tensor,
+    rows: OptionalTensors,
+    segments: Tensors,
+    config: str,
+    scalars: list[float],
+    want_entropy: bool,
+    backend: str,
 ) -> Tensor:
     """As `logits_policy_loss`, the gradient written over ``logits``."""
     return _loss_and_gradient(logits, rows, segments, config, scalars, want_entropy, backend, logits)
 
 
-@logits_policy_loss_.register_fake
-def _(
-    logits: Tensor, rows: OptionalTensors, segments: list[Tensor], config: str, scalars: list[float],
-    want_entropy: bool, backend: str,
-) -> Tensor:
-    return logits.new_empty(len(metrics.TOKEN.keys), dtype=compute_dtype(logits.dtype))
+logits_policy_loss_.register_fake(_fake_token_vector)
 
 
 @custom_op("egpo_kernels::group_advantages", mutates_args=())
 def group_advantages(
-    ids: Tensor, rewards: Tensor, rows: OptionalTensors, offsets: Tensor, config: str, group_size: int | None,
+    ids: Tensor,
+    rewards: Tensor,
+    rows: OptionalTensors,
+    offsets: Tensor,
+    config: str,
+    group_size: int | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Advantages, weights, base, uncertainty ``[S]`` and metrics; ``rows`` are correct ``[S]``, values, mask ``[N]``."""
+) -> Tensors5:
+    """Advantages, weights, base, uncertainty ``[S]``, metrics; ``rows``: correct ``[S]``, values and mask ``[N]``."""
     check_complete(ids, group_size)
-    *results, raw = implementation(backend).group_advantages(
+    advantages, weights, base, uncertainty, raw = implementation(backend).group_advantages(
         ids, rewards, *rows, offsets, advantage_config(config), group_size
     )
-    advantages, weights, base, uncertainty = results
     return advantages, weights, base, uncertainty, metrics.finish(raw, metrics.GROUP)
 
 
 @group_advantages.register_fake
-def _(
-    ids: Tensor, rewards: Tensor, rows: OptionalTensors, offsets: Tensor, config: str, group_size: int | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(ids: Tensor, rewards: Tensor, *_: Any) -> Tensors5:
     advantages, weights, base, uncertainty = (torch.empty_like(rewards) for _ in range(4))
     return advantages, weights, base, uncertainty, rewards.new_empty(len(metrics.GROUP.keys))
 
@@ -247,6 +257,4 @@ def rescale_(gradient: Tensor, upstream: Tensor, expected: float, backend: str) 
     implementation(backend).rescale_(gradient, upstream, expected)
 
 
-@rescale_.register_fake
-def _(gradient: Tensor, upstream: Tensor, expected: float, backend: str) -> None:
-    return None
+rescale_.register_fake(lambda *_: None)

@@ -11,7 +11,7 @@ from egpo_kernels.types import PolicyLossConfig, Rows
 def row_statistics(
     logits: Tensor, rows: Rows, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-prob, entropy (``[0]`` unless wanted), maximum and sum of exponentials ``[N]`` of the rows in the mask, 0 elsewhere."""
+    """Log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials ``[N]``; 0 outside the mask."""
     results = [logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits)) for _ in range(4)]
     for chunk in chunks(logits, rows, rows.mask):
         found = softmax(chunk, temperature, want_entropy)

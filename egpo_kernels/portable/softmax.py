@@ -22,7 +22,8 @@ LOWEST = -1e4
 
 class Chunk(NamedTuple):
     """Consecutive rows: ``logits`` and ``out`` ``[R, V]`` where they lie, scratch ``p`` and ``spare`` in the compute
-    dtype, ``rows`` of those ``[R]``, and where they stand among all."""
+    dtype, ``rows`` of those ``[R]``, and where they stand among all.
+    """
 
     logits: Tensor
     out: Tensor

@@ -29,7 +29,7 @@ Settings = namedtuple(
     "Settings", "correct_threshold collapsed std_eps nsr_scale uncertainty_eps weight_low weight_high"
 )
 # The choices of the group level, each known when the kernel is compiled.
-Options = namedtuple("Options", "scale weight clamp renorm all_wrong lock_all_wrong singleton")
+Choices = namedtuple("Choices", "scale weight clamp renorm all_wrong lock_all_wrong singleton")
 # Sequences [S], in and out; correct_ptr may be None, counts_ptr is None without tokens.
 Pointers = namedtuple(
     "Pointers",
@@ -132,20 +132,20 @@ def raw_weights(uncertainty, known, mean_uncertainty, settings):
 
 
 @triton.jit
-def clamped(weights, correct, settings, options):
+def clamped(weights, correct, settings, choices):
     """Correct answers weigh at least 1 and incorrect ones at most 1 (Eq. 8), where the clamp is one-sided."""
     lower, upper = settings.weight_low, settings.weight_high
-    if options.clamp == "asymmetric" or options.clamp == "positive_only":
+    if choices.clamp == "asymmetric" or choices.clamp == "positive_only":
         lower = tl.where(correct, 1.0, settings.weight_low)
-    if options.clamp == "asymmetric" or options.clamp == "negative_only":
+    if choices.clamp == "asymmetric" or choices.clamp == "negative_only":
         upper = tl.where(correct, settings.weight_high, 1.0)
-    if options.clamp != "none":
+    if choices.clamp != "none":
         weights = tl.minimum(tl.maximum(weights, lower), upper)
     return weights
 
 
 @triton.jit
-def spread_groups(pointers, mine, group, num_sequences, settings, options, BLOCK_J: tl.constexpr):
+def spread_groups(pointers, mine, group, num_sequences, settings, choices, BLOCK_J: tl.constexpr):
     """Second round: squared distances from the group's mean reward; to renormalise, the sum of weights."""
     mean_reward, mean_uncertainty = means(group)
     squares, weights = tl.zeros_like(mean_reward), tl.zeros_like(mean_reward)
@@ -154,59 +154,59 @@ def spread_groups(pointers, mine, group, num_sequences, settings, options, BLOCK
         if any_same:
             distance = others.reward[None, :] - mean_reward[:, None]
             squares += tl.sum(tl.where(same & others.usable[None, :], distance * distance, 0.0), axis=1)
-            if options.renorm != "none":
+            if choices.renorm != "none":
                 known = others.known[None, :]
                 weight = raw_weights(others.uncertainty[None, :], known, mean_uncertainty[:, None], settings)
-                if options.renorm == "after":
-                    weight = clamped(weight, others.correct[None, :], settings, options)
+                if choices.renorm == "after":
+                    weight = clamped(weight, others.correct[None, :], settings, choices)
                 weights += tl.sum(tl.where(same, weight, 0.0), axis=1)
     return squares, weights
 
 
 @triton.jit
-def find_rules(group, settings, options):
+def find_rules(group, settings, choices):
     """Group of one, fewer than two usable rewards, collapsed, else mixed; and who is penalised (Eq. 13)."""
     single, unusable = group.size == 1, (group.size > 1) & (group.usable < 2)
     largest = tl.maximum(tl.maximum(group.high, -group.low), 1.0)
     collapsed = group.high - group.low <= settings.collapsed * largest
     any_correct = group.correct > 0
     penalised = ~any_correct & ~single & ~unusable
-    if options.all_wrong == "negative":
+    if choices.all_wrong == "negative":
         penalised = penalised & collapsed
-    elif options.all_wrong == "zero":
+    elif choices.all_wrong == "zero":
         penalised = penalised & False
     return Rules(single, unusable, collapsed, any_correct, penalised)
 
 
 @triton.jit
-def base_advantages(mine, group, rules, squares, settings, options):
+def base_advantages(mine, group, rules, squares, settings, choices):
     """Reward relative to its group (Eq. 2, 10), or what the group's rule says."""
     mean_reward, _ = means(group)
     base = mine.reward - mean_reward
-    if options.scale == "group_std":
+    if choices.scale == "group_std":
         freedom = tl.maximum(group.usable - 1, 1).to(base.dtype)
         base = base / (tl.sqrt(squares / freedom) + settings.std_eps)
     base = tl.where(rules.collapsed | rules.unusable, 0.0, base)
     base = tl.where(rules.penalised, -settings.nsr_scale, base)
-    base = tl.where(rules.single, mine.reward if options.singleton == "raw" else 0.0, base)
+    base = tl.where(rules.single, mine.reward if choices.singleton == "raw" else 0.0, base)
     return tl.where(mine.usable, base, 0.0)
 
 
 @triton.jit
-def final_weights(mine, group, rules, total, settings, options):
+def final_weights(mine, group, rules, total, settings, choices):
     """Weights (Eq. 7), clamped (Eq. 8) and renormalised (Eq. 9) by their sum ``total`` over the group."""
-    if options.weight == "none":
+    if choices.weight == "none":
         return tl.zeros_like(mine.reward) + 1.0
     else:
         _, mean_uncertainty = means(group)
         weights = raw_weights(mine.uncertainty, mine.known, mean_uncertainty, settings)
         size = group.size.to(weights.dtype)
-        if options.renorm == "before":
+        if choices.renorm == "before":
             weights = tl.where(total > 0, weights * size / total, weights)
-        weights = clamped(weights, mine.correct, settings, options)
-        if options.renorm == "after":
+        weights = clamped(weights, mine.correct, settings, choices)
+        if choices.renorm == "after":
             weights = tl.where(total > 0, weights * size / total, weights)
-        if options.lock_all_wrong:
+        if choices.lock_all_wrong:
             weights = tl.where(rules.penalised, 1.0, weights)
         return tl.where(rules.single, 1.0, weights)
 
@@ -249,7 +249,7 @@ def store_metrics(row_ptr, pointers, mine, group, rules, advantages, weights, in
 
 @triton.jit(do_not_specialize=["num_sequences", "group_size"])
 def group_advantages_kernel(
-    pointers, partials_ptr, settings_ptr, options, num_sequences, group_size, BLOCK_I: tl.constexpr,
+    pointers, partials_ptr, settings_ptr, choices, num_sequences, group_size, BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Advantages (Eq. 11) of a block of sequences; ``group_size`` 0 stands for any."""
@@ -257,10 +257,10 @@ def group_advantages_kernel(
     offs = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     mine = load_sequences(pointers, offs, num_sequences, settings)
     group = gather_groups(pointers, mine, num_sequences, settings, BLOCK_J)
-    squares, total = spread_groups(pointers, mine, group, num_sequences, settings, options, BLOCK_J)
-    rules = find_rules(group, settings, options)
-    base = base_advantages(mine, group, rules, squares, settings, options)
-    weights = final_weights(mine, group, rules, total, settings, options)
+    squares, total = spread_groups(pointers, mine, group, num_sequences, settings, choices, BLOCK_J)
+    rules = find_rules(group, settings, choices)
+    base = base_advantages(mine, group, rules, squares, settings, choices)
+    weights = final_weights(mine, group, rules, total, settings, choices)
     incomplete = (group_size > 0) & (group.size != group_size)
     advantages = tl.where(incomplete, float("nan"), weights * base)
     tl.store(pointers.advantages_ptr + offs, advantages, mask=mine.valid)
@@ -292,8 +292,8 @@ def group_advantages(
         inputs = (ids.contiguous(), rewards.contiguous(), as_bytes(correct), uncertainty, counts)
         pointers = Pointers(*inputs, advantages, weights, base)
         settings = _settings_tensor(config, rewards.dtype, rewards.device)
-        options = Options(*(tl.constexpr(getattr(config, name)) for name in Options._fields))
+        choices = Choices(*(tl.constexpr(getattr(config, name)) for name in Choices._fields))
         group_advantages_kernel[(partials.shape[0],)](
-            pointers, partials, settings, options, ids.shape[0], group_size or 0, **LAUNCH
+            pointers, partials, settings, choices, ids.shape[0], group_size or 0, **LAUNCH
         )
     return advantages, weights, base, uncertainty, combine(partials, metrics.GROUP)

@@ -72,9 +72,7 @@ def token_log_ratio(rows, offs, live, log_prob, settings):
 
 
 @triton.jit
-def token_terms(
-    rows, offs, live, log_prob, sequence_log_ratio, settings, SURROGATE: tl.constexpr, KL: tl.constexpr
-):
+def token_terms(rows, offs, live, log_prob, sequence_log_ratio, settings, SURROGATE: tl.constexpr, KL: tl.constexpr):
     """Terms of the tokens ``offs``; nothing is read where not ``live``, and ``log_prob`` must be finite or NaN there.
 
     ``sequence_log_ratio`` is None, or the ratio's logarithm shared by a sequence; the slope is then that of the

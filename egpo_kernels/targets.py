@@ -1,0 +1,35 @@
+"""Lining up a causal model's inputs with its logits."""
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.validation import check_tensor
+
+
+def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Align token ids with the logits of a causal model, so that whole logits are passed and nothing is sliced.
+
+    Slicing ``logits[:, :-1]`` works as well, but its backward makes a full-size copy of the gradient.
+
+    Args:
+        input_ids: ``[S, T]`` (or ``[T]``), integer: what the model was given.
+        mask: Shaped like input_ids: nonzero where the token itself counts; None counts every token.
+
+    Returns:
+        ``(tokens, mask)``: both rolled by -1 along the last dimension, the last position masked (bool).
+
+    Raises:
+        ValueError: Shapes or devices that differ.
+        TypeError: A wrong type or dtype.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dim() < 1:
+        what = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise TypeError(f"input_ids is {what}; it must be an integer tensor [S, T]")
+    shape = {"the shape of input_ids": tuple(input_ids.shape)}
+    check_tensor("input_ids", input_ids, "integer", shape, input_ids.device)
+    counts = torch.ones_like(input_ids, dtype=torch.bool)
+    if mask is not None:
+        counts = check_tensor("mask", mask, "real", shape, input_ids.device) != 0
+    counts = counts.roll(-1, -1)
+    counts[..., -1:] = False
+    return input_ids.roll(-1, -1), counts

@@ -1,0 +1,211 @@
+"""What is refused, and in which words: a message names the argument, what it is and what it must be."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import egpo_kernels as ek
+from tests.support.batches import BACKENDS, make_batch
+
+LOSS, ADVANTAGE = ek.PolicyLossConfig(kl_coef=0.1), ek.AdvantageConfig()
+
+
+def valid(name, layout="padded"):
+    """Arguments that a public function accepts, all tensors among them."""
+    batch = make_batch(layout)
+    level = {"mask": batch.mask, "old_log_probs": batch.old_log_probs, "cu_seqlens": batch.cu_seqlens}
+    token = {"ref_log_probs": batch.ref_log_probs, "rollout_weights": torch.ones(4)}
+    token |= {"num_tokens": 12, "num_sequences": torch.tensor(4)}
+    logits = {"logits": batch.logits, "tokens": batch.tokens, "temperature": torch.ones(4)}
+    logits |= {"grad_scale": 1.0, "inplace_grad": False, "metrics": "all"}
+    group = {"groups": batch.groups, "rewards": batch.rewards, "entropy_mask": batch.mask}
+    group |= {"correct": batch.rewards > 0, "group_size": 2}
+    if name == "egpo_loss":
+        return {**logits, **group, **level, **token, "recipe": ek.Recipe(loss=LOSS)}
+    if name == "logits_policy_loss":
+        return {**logits, **level, **token, "advantages": batch.advantages, "config": LOSS}
+    if name == "policy_loss":
+        entropy = {"entropy": -batch.old_log_probs, "log_probs": batch.old_log_probs, "config": LOSS}
+        return {**entropy, **level, **token, "advantages": batch.advantages}
+    if name == "group_advantages":
+        return {**group, **level, "entropy": -batch.old_log_probs, "config": ADVANTAGE}
+    if name == "token_log_probs":
+        given = {key: logits[key] for key in ("logits", "tokens", "inplace_grad")}
+        return {**given, "mask": batch.counts, "temperature": 0.7, "return_entropy": True}
+    return {"input_ids": batch.tokens, "mask": batch.mask}
+
+
+FUNCTIONS = ["egpo_loss", "group_advantages", "policy_loss", "logits_policy_loss", "token_log_probs"]
+PADDED_TENSORS = [(name, key) for name in FUNCTIONS for key, value in valid(name).items() if torch.is_tensor(value)]
+
+
+def call(name, arguments, backend="portable"):
+    return getattr(ek, name)(**arguments, **({} if name == "next_token_targets" else {"backend": backend}))
+
+
+def refused(name, key, value, layout="padded", backend="portable"):
+    """The message of the error that the value gives."""
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call(name, valid(name, layout) | {key: value}, backend)
+    message = str(caught.value)
+    assert re.search(rf"\b{key}\b", message), message
+    return message
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("name", [*FUNCTIONS, "next_token_targets"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_valid_arguments_are_accepted(name, layout, backend):
+    arguments = valid(name, layout)
+    before = {key: value.clone() for key, value in arguments.items() if torch.is_tensor(value)}
+    if name != "token_log_probs" or layout == "padded":
+        arguments["temperature" if name == "token_log_probs" else "mask"] = 0.7 if name == "token_log_probs" else None
+        arguments = {key: value for key, value in arguments.items() if value is not None or key != "mask"}
+    call(name, arguments, backend)
+    for key, value in before.items():
+        given = arguments.get(key)
+        assert given is None or torch.equal(given, value), f"{key} was modified"
+
+
+# Tensors.
+
+
+@pytest.mark.parametrize("name, key", PADDED_TENSORS)
+def test_tensor_of_a_wrong_kind(name, key):
+    given = valid(name)[key]
+    wrong = [given.to(torch.complex64), {}, object()]
+    if key not in ("groups",):
+        wrong.append([0.0] * 4)
+    if key in ("tokens", "groups"):
+        wrong += [given.float(), given.bool()]
+    elif key not in ("mask", "entropy_mask", "advantages", "rewards", "rollout_weights", "temperature", "num_sequences"):
+        wrong.append(given.long())
+    for value in wrong:
+        message = refused(name, key, value)
+        assert re.search(r"\bmust be\b", message), message
+
+
+@pytest.mark.parametrize("name, key", PADDED_TENSORS)
+def test_tensor_of_a_wrong_shape(name, key):
+    given = valid(name)[key]
+    for value in (given[None], given[..., None, None], given.flatten()[:1].expand(3), given.flatten()[:0]):
+        if key != "log_probs" and not (key == "logits" and value.dim() == 3):
+            message = refused(name, key, value)
+            assert str(list(value.shape)) in message or f"{len(value)} entries" in message, message
+
+
+@pytest.mark.parametrize("name, key", PADDED_TENSORS)
+def test_tensor_on_another_device(name, key):
+    value = valid(name)[key].to("meta")
+    if key in ("logits", "log_probs") or (name, key) == ("group_advantages", "rewards"):
+        # It says where the others must be.
+        with pytest.raises(ValueError, match=r"is on cpu; it must be on meta"):
+            call(name, valid(name) | {key: value})
+    else:
+        assert "is on meta; it must be on cpu" in refused(name, key, value)
+
+
+@pytest.mark.parametrize("name, key", PADDED_TENSORS)
+def test_tensor_that_is_not_dense(name, key):
+    if key == "num_sequences":
+        pytest.skip("0-d tensors are always dense")
+    message = refused(name, key, valid(name)[key].to_sparse())
+    assert "dense" in message
+
+
+# Logits.
+
+
+@pytest.mark.parametrize("name", ["egpo_loss", "logits_policy_loss", "token_log_probs"])
+def test_logits(name):
+    logits = valid(name)["logits"]
+    assert "int64" in refused(name, "logits", logits.long())
+    assert "float8" in refused(name, "logits", logits.to(torch.float8_e4m3fn))
+    assert "must not be empty" in refused(name, "logits", logits[..., :0])
+    assert "pass logits.contiguous()" in refused(name, "logits", logits.transpose(1, 2).contiguous().transpose(1, 2))
+    assert "[S, T, V]" in refused(name, "logits", logits[0, 0])
+    if name != "token_log_probs":
+        assert "[S, T, V]" in refused(name, "logits", logits[0])
+        assert "[N, V]" in refused(name, "logits", logits, layout="packed")
+
+
+# Numbers, flags and choices.
+
+NUMBERS = {
+    "grad_scale": ([0, 0.0, -1.0, torch.nan, torch.inf], [None, "1", True, torch.tensor(1.0)]),
+    "num_tokens": ([-1, -0.5, torch.nan, torch.inf, torch.ones(1)], ["12", True, [12], torch.tensor(1j)]),
+    "num_sequences": ([-1, torch.ones(4)], ["12", False, {}]),
+    "temperature": ([0, 0.0, -0.7, torch.nan, torch.inf, torch.ones(3)], [None, "1", True, [1.0]]),
+    "group_size": ([0, -2], ["2", 2.0, True, torch.tensor(2)]),
+    "inplace_grad": ([], [None, 1, "no", torch.tensor(True)]),
+    "return_entropy": ([], [None, 1, "no", torch.tensor(True)]),
+    "metrics": (["some", ""], [None, True, ["all"]]),
+    "recipe": (["ppo", ""], [None, 3, LOSS, ek.Recipe]),
+    "config": ([], [None, "egpo", {}, ek.Recipe(), ek.PolicyLossConfig, ek.AdvantageConfig]),
+}
+CASES = [(name, key) for name in FUNCTIONS for key in NUMBERS if key in valid(name)]
+
+
+@pytest.mark.parametrize("name, key", CASES)
+def test_numbers_flags_and_choices(name, key):
+    values, types = NUMBERS[key]
+    for value in values + types:
+        assert "must be" in refused(name, key, value)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_backend(name):
+    for value, error in (("cuda", ValueError), (None, TypeError), (3, TypeError), (["triton"], TypeError)):
+        with pytest.raises(error, match="backend is .*; it must be one of 'auto', 'triton', 'portable', 'reference'"):
+            call(name, valid(name), value)
+
+
+@pytest.mark.parametrize("name", ["egpo_loss", "group_advantages"])
+def test_groups(name):
+    for value in (0, -1, 3, True, None, 2.0, "aabb", {1, 2}, [1, 2, 3], [1.5] * 4, [None] * 4, np.ones((4, 2)), [[1]] * 4):
+        assert "must" in refused(name, "groups", value)
+    assert "group_size = 2" in refused(name, "groups", [1, 1, 1, 2])
+
+
+# Arguments that need one another.
+
+
+@pytest.mark.parametrize("name", ["egpo_loss", "logits_policy_loss", "policy_loss"])
+def test_kl_needs_a_reference(name):
+    assert "kl_coef = 0.1" in refused(name, "ref_log_probs", None)
+
+
+def test_entropy_bonus_needs_the_entropy():
+    arguments = valid("policy_loss") | {"config": ek.PolicyLossConfig(entropy_coef=0.1), "entropy": None}
+    with pytest.raises(ValueError, match="entropy is None with entropy_coef = 0.1"):
+        call("policy_loss", arguments)
+
+
+@pytest.mark.parametrize("name", ["egpo_loss", "group_advantages", "policy_loss", "logits_policy_loss"])
+def test_layouts_do_not_mix(name):
+    offsets = make_batch("packed").cu_seqlens
+    for value in (offsets, [0, 3, 7], 3):
+        refused(name, "cu_seqlens", value)
+    packed = {key: valid(name, "packed")[key] for key in valid(name)}
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        call(name, packed | {"cu_seqlens": None})
+    for value in (offsets.float(), offsets[:0], offsets[None], [0, 3, 7, 9, 13], offsets.to("meta")):
+        refused(name, "cu_seqlens", value, layout="packed")
+
+
+def test_weights_per_sequence_must_be_as_many():
+    rewards = torch.ones(3)
+    with pytest.raises(ValueError, match="rewards has 3 entries; old_log_probs holds 4 sequences"):
+        call("group_advantages", valid("group_advantages") | {"rewards": rewards, "correct": None, "groups": [1, 1, 1]})
+    for value in (torch.ones(4, 1), torch.tensor(1.0), [1.0, 0, 1, 0], None):
+        assert "[S]" in refused("group_advantages", "rewards", value)
+
+
+def test_next_token_targets():
+    ids = torch.ones(2, 3, dtype=torch.long)
+    for value in (None, [[1, 2]], ids.float(), torch.tensor(1), ids.bool()):
+        refused("next_token_targets", "input_ids", value)
+    for value in ([[1, 1, 1]], torch.ones(2, 2), torch.ones(2, 3, device="meta"), torch.ones(2, 3) * 1j):
+        refused("next_token_targets", "mask", value)
