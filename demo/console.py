@@ -56,7 +56,7 @@ class Console:
     def held_out(self, record: dict) -> None:
         """One line: the reward on held-out prompts."""
         parts = ", ".join(f"{label} {part['reward']:.2f}" for label, part in record["by_task"].items())
-        self._print(f"held-out reward after {record['step']} steps: {record['reward']:.3f} ({parts})", style="cyan")
+        self._print(f"held-out reward after step {record['step']}: {record['reward']:.3f} ({parts})", style="cyan")
 
     def finish(self, rows: list[tuple[str, str]], folder: Path, finished: bool) -> None:
         """The table, and where the files are."""

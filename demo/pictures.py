@@ -48,12 +48,13 @@ def _histogram(axes, history: History) -> None:
         axes.hist(
             values.clamp(SMALLEST_H, LARGEST_H).numpy(), bins, weights=weights, color=colour, alpha=0.5, label=label
         )
-        axes.axvline(values.mean().item(), color=colour, linestyle="--")
+        axes.axvline(values.mean().item(), ymax=0.8, color=colour, linestyle="--")
     correct, incorrect = kinds[0][1], kinds[1][1]
     title = "All answers"
     if len(correct) and len(incorrect):
-        title += f": gap {incorrect.mean() - correct.mean():+.2f}, AUC {auc([(correct, incorrect)]):.2f}"
+        title += f": gap {incorrect.mean() - correct.mean():+.2f} nats/token, AUC {auc([(correct, incorrect)]):.2f}"
     axes.set_title(title)
+    axes.margins(y=0.25)
     axes.set_xscale("log")
     axes.set_xlabel("uncertainty H of an answer (nats per token, log scale)")
     axes.set_ylabel("share of the answers of its kind")

@@ -27,9 +27,8 @@ def run(recipe: Recipe, steps: int, seed: int, folder: Path) -> bool:
     history.add_run(_settings(recipe, steps, seed))
     finished = _train(recipe, steps, seed, history, console)
     rows = summary_rows(history, time.perf_counter() - start, _peak_memory())
-    caption = (
-        f"one seed ({seed}), {MODEL_NAME}, {recipe.name}, {len(history.rollouts)} answers in {len(history.steps)} steps"
-    )
+    done = f"{len(history.rollouts)} answers, {len(history.steps)} of {steps} steps"
+    caption = f"one seed ({seed}), {MODEL_NAME}, {recipe.name}, {done}"
     draw_uncertainty(history, caption, folder / "uncertainty.png")
     draw_training(history, caption, folder / "training.png")
     write_summary(rows, caption, finished, folder / "summary.md")

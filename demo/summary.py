@@ -24,7 +24,7 @@ def summary_rows(history: History, seconds: float, peak_gb: float) -> list[tuple
 
 def _reward_rows(history: History) -> list[tuple[str, str]]:
     before, after = history.held_out[0], history.held_out[-1]
-    rows = [(f"held-out reward, before -> after {after['step']} steps", _change(before, after))]
+    rows = [(f"held-out reward, step 0 -> {after['step']}", _change(before, after))]
     for label, part in after["by_task"].items():
         rows.append((f"  {label} ({part['prompts']} prompts)", _change(before["by_task"][label], part)))
     return rows

@@ -6,6 +6,8 @@ A trailing underscore marks an operator that writes into its first argument.
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -53,6 +55,21 @@ def _checked(fields: OptionalTensors, vocab: int) -> Rows:
     check_tokens(rows.tokens, rows.mask, vocab)
     check_temperatures(rows.temperature, rows.mask)
     return rows
+
+
+@contextmanager
+def _torch_func_allowed() -> Iterator[None]:
+    """Let `torch.func` work inside an operator that runs under a dispatch mode (torch.compile's first run, profilers).
+
+    Such a mode switches off, inside the operator it wraps, the dispatch keys that transforms stand on; without them
+    torch fails with "Cannot access data pointer of Tensor that doesn't have storage".
+    """
+    keys = torch._C.DispatchKey
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(keys.FuncTorchDynamicLayerFrontMode, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.FuncTorchDynamicLayerBackMode, False),
+    ):
+        yield
 
 
 def _new_gradient(logits: Tensor) -> Tensor:
@@ -164,9 +181,10 @@ def policy_loss_gradient(
     log_probs: Tensor, entropy: Tensor | None, rows: OptionalTensors, segments: Tensors, config: str, backend: str
 ) -> Tensors2:
     """Gradient of the summed token losses with respect to ``log_probs`` and entropy, ``[N]`` each."""
-    return implementation(backend).policy_loss_gradient(
-        log_probs, entropy, _rows(rows), segments, policy_config(config)
-    )
+    with _torch_func_allowed():
+        return implementation(backend).policy_loss_gradient(
+            log_probs, entropy, _rows(rows), segments, policy_config(config)
+        )
 
 
 @policy_loss_gradient.register_fake
@@ -185,7 +203,8 @@ def _loss_and_gradient(
     gradient: Tensor,
 ) -> Tensor:
     package, settings, checked = implementation(backend), policy_config(config), _checked(rows, logits.shape[-1])
-    log_probs, entropy = package.logits_loss_gradient(logits, checked, settings, *scalars, want_entropy, gradient)
+    with _torch_func_allowed():
+        log_probs, entropy = package.logits_loss_gradient(logits, checked, settings, *scalars, want_entropy, gradient)
     _, raw = package.policy_loss(log_probs, entropy, checked, segments, settings, logits.shape[-1])
     return metrics.finish(raw, metrics.TOKEN)
 

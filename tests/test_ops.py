@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from egpo_kernels import metrics, ops
 from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Rows
-from tests.support.batches import FAST, make_batch
+from tests.support.batches import FAST, PATHS, assert_same, differentiate, make_batch
 
 CONFIG = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.02)
 SEQUENCE = PolicyLossConfig(ratio="sequence")
@@ -91,3 +92,20 @@ def test_results_have_the_promised_length():
     vector, gradient = ops.logits_policy_loss(*arguments("logits_policy_loss", "portable"))
     assert vector.shape == (len(metrics.TOKEN.keys),) and gradient.shape == (4, 4, 37)
     assert ops.group_advantages(*arguments("group_advantages", "portable"))[-1].shape == (len(metrics.GROUP.keys),)
+
+
+class Watched(TorchDispatchMode):
+    """What the compiler's first run, profilers and counters of operations put around an operator."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("backend", FAST)
+def test_under_a_dispatch_mode(path, backend):
+    batch = make_batch()
+    wanted = differentiate(path, batch, backend)
+    with Watched():
+        found = differentiate(path, batch, backend)
+    assert_same(found, wanted)

@@ -559,9 +559,7 @@ def test_log_probs_and_entropy():
 def test_gradient_of_the_logits():
     """p = 1/8, 2/8, 5/8, token 2, A = 2, on-policy, temperature 1/2 (p = 1, 4, 25 of 30), a = -2: dz = a/0.5 (onehot - p)."""
     logits = tensor(1, 2, 5).log().expand(1, 1, 3).clone().requires_grad_()
-    loss, _ = ek.logits_policy_loss(
-        logits, torch.tensor([[2]]), tensor(2.0), temperature=0.5, backend="reference"
-    )
+    loss, _ = ek.logits_policy_loss(logits, torch.tensor([[2]]), tensor(2.0), temperature=0.5, backend="reference")
     loss.backward()
     close(loss.detach(), -2)
     close(logits.grad, 4 * 1 / 30, 4 * 4 / 30, -4 * 5 / 30)
@@ -582,9 +580,7 @@ def test_uncertainty_comes_from_the_logits_on_policy():
     """Two answers of one token, p = 1/8 and 5/8 of the sampled one: H = log 8 and log 1.6, without clamp or weights."""
     logits = tensor(1, 2, 5).log().expand(2, 1, 3).clone().requires_grad_()
     recipe = ek.recipes.EGPO.replace(clamp="none", uncertainty_eps=1e-12)
-    loss, metrics = ek.egpo_loss(
-        logits, torch.tensor([[0], [2]]), 2, tensor(1, 0), recipe=recipe, backend="reference"
-    )
+    loss, metrics = ek.egpo_loss(logits, torch.tensor([[0], [2]]), 2, tensor(1, 0), recipe=recipe, backend="reference")
     loss.backward()
     h = (math.log(8), math.log(1.6))
     weights = [sum(h) / 2 / value for value in h]
@@ -604,9 +600,7 @@ def test_grpo_recipe():
     logits = torch.zeros(4, 2, 3, dtype=torch.float64)
     mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]])
     tokens = torch.zeros(4, 2, dtype=torch.long)
-    loss, metrics = ek.egpo_loss(
-        logits, tokens, 2, tensor(1, 0, 0, 0), mask=mask, recipe="grpo", backend="reference"
-    )
+    loss, metrics = ek.egpo_loss(logits, tokens, 2, tensor(1, 0, 0, 0), mask=mask, recipe="grpo", backend="reference")
     close(loss, 0)  # -(+b + -b)/4, each response's mean weighing alike whatever its length
     assert metrics["egpo/weight/min"] == metrics["egpo/weight/max"] == 1
     close(metrics["egpo/advantage/sum"], 0)

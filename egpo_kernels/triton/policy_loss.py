@@ -193,7 +193,8 @@ def _prepare(
         shared = [log_probs.new_empty(num_sequences) if wanted else None for wanted in (True, want_slope)]
         scores = Scores(*scores[:2], index.contiguous(), *shared)
         if num_sequences:
-            sequence_kernel[(num_sequences,)](pointers, scores, offsets.contiguous(), settings, **options | SEQUENCE)
+            offsets, launch = offsets.contiguous(), options | SEQUENCE
+            sequence_kernel[(num_sequences,)](pointers, scores, offsets, settings, **launch)
     return Prepared(pointers, scores, settings, options)
 
 

@@ -191,9 +191,7 @@ def token_terms(case: Case, advantages: Tensor, advantage_terms: Tensor) -> Toke
     if config.ratio == "sequence":
         log_ratio, unsure = (_mean_per_sequence(case, value)[case.index] for value in (log_ratio, unsure))
     ratio = log_ratio.exp()
-    bounded = torch.where(
-        advantages > 0, ratio.clamp(max=1 + config.clip_high), ratio.clamp(min=1 - config.clip_low)
-    )
+    bounded = torch.where(advantages > 0, ratio.clamp(max=1 + config.clip_high), ratio.clamp(min=1 - config.clip_low))
     if config.dual_clip is not None:
         bounded = torch.where(advantages < 0, bounded.clamp(max=config.dual_clip), bounded)
     weight = zeros + 1 if case.rollout_weights is None else case.rows(case.rollout_weights).nan_to_num(1.0).abs()
@@ -203,7 +201,9 @@ def token_terms(case: Case, advantages: Tensor, advantage_terms: Tensor) -> Toke
         config.kl, x.exp() + x.abs() + 1 + (1 + x.exp()) * unsure_x
     )
     kl_slope = {"k1": zeros + 1, "k2": x.abs() + unsure_x}.get(config.kl, 1 + x.exp() * (1 + unsure_x))
-    parts = [only_counted(factor * part) for part in (surrogate, config.kl_coef * kl, abs(config.entropy_coef) * entropy)]
+    parts = [
+        only_counted(factor * part) for part in (surrogate, config.kl_coef * kl, abs(config.entropy_coef) * entropy)
+    ]
     slope = parts[0]
     if config.ratio == "sequence":
         slope = _mean_per_sequence(case, slope)[case.index]
