@@ -95,8 +95,6 @@ def advantages_of_groups(
     backend: str,
 ) -> GroupAdvantages:
     """Advantages ``[S]`` from ids ``[S]`` on the device, checked rewards and the counted rows ``mask [N]``."""
-    if group_size is not None and (isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1):
-        raise ValueError(f"group_size is {group_size!r}; it must be an int >= 1 or None")
     if correct is not None:
         check_tensor("correct", correct, "bool", {"[S]": tuple(rewards.shape)}, rewards.device)
     values = _uncertainty_source(old_log_probs, entropy, layout, config)

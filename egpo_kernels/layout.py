@@ -98,6 +98,8 @@ def group_ids(groups: Any, num_sequences: int, device: torch.device, group_size:
 
     Names are numbered on the host and copied without blocking.
     """
+    if group_size is not None and (isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1):
+        raise ValueError(f"group_size is {group_size!r}; it must be an int >= 1 or None")
     if isinstance(groups, bool) or groups is None:
         raise TypeError(f"groups is {groups!r}; it must be ids per sequence (tensor, list, numpy array) or an int")
     if isinstance(groups, int):

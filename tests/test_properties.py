@@ -4,6 +4,8 @@
 `test_reference.py`.
 """
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -45,12 +47,11 @@ def over_backends(count: int, *strategies):
     def decorate(test):
         @pytest.mark.parametrize("backend", FAST)
         def run(backend):
-            @examples(backend, count)
-            @given(st.tuples(*strategies))
             def on_example(drawn):
                 test(backend, *drawn)
 
-            on_example()
+            on_example.__name__ = test.__name__  # hypothesis seeds itself from it: other examples for other tests
+            examples(backend, count)(given(st.tuples(*strategies))(on_example))()
 
         run.__name__, run.__doc__ = test.__name__, test.__doc__
         return run
@@ -137,7 +138,7 @@ def micro_batches(case: Case, cuts: list[int]) -> list[Case]:
     if case.num_sequences is None:
         case = case.replace(num_sequences=int((counts > 0).sum()))
     edges = sorted({0, *(cut for cut in cuts if cut < case.num_rewards), case.num_rewards})
-    parts = [case.take(first, last) for first, last in zip(edges, edges[1:], strict=False)]
+    parts = [case.take(first, last) for first, last in itertools.pairwise(edges)]
     singles = [case.take(number, number + 1) for number in range(case.num_rewards)]
     # Packed with as many rows as sequences, a per-token value would be read as one per sequence.
     ambiguous = any(part.tokens.shape == (part.num_rewards,) for part in parts)

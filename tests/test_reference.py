@@ -1,8 +1,9 @@
-"""The specification in numbers worked out by hand, against loops written from the paper, and against its own derivatives.
+"""The specification in numbers worked out by hand, against plain loops, and against its own derivatives.
 
 Everything here runs `backend="reference"` in float64; the other backends are held to it in `test_properties.py`.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -42,7 +43,7 @@ def advantages(rewards, uncertainties=None, groups=None, correct=None, **setting
 
 # Group level, Eq. 2 and 5-13. Rewards 1, 1, 0, 0: mean 1/2, sample variance 4 x 1/4 / 3 = 1/3, so the std is 0.57735.
 RIGHT = 0.5 / (math.sqrt(1 / 3) + 1e-6)
-# Uncertainties 1, 2, 4, 1 have mean 2, so w = 2/(1 + 1e-5), 2/(2 + 1e-5), 2/(4 + 1e-5), 2/(1 + 1e-5): about 2, 1, 1/2, 2.
+# Uncertainties 1, 2, 4, 1 have mean 2, so w = 2/(1 + 1e-5), 2/(2 + 1e-5), 2/(4 + 1e-5), 2/(1 + 1e-5).
 H = (1.0, 2.0, 4.0, 1.0)
 TWO, ONE, HALF = 2 / 1.00001, 2 / 2.00001, 2 / 4.00001
 
@@ -274,7 +275,7 @@ def naive_advantages(case):
     values = -case.old_log_probs.reshape(-1)
     keep = case.counted if case.entropy_mask is None else case.counted & case.entropy_mask.reshape(-1)
     uncertainty = []
-    for start, stop in zip(case.offsets, case.offsets[1:], strict=False):
+    for start, stop in itertools.pairwise(case.offsets):
         own = [float(values[row]) for row in range(start, stop) if keep[row]]
         mean = sum(own) / len(own) if own else NAN
         uncertainty.append(max(mean, 0.0) if math.isfinite(mean) else NAN)
@@ -557,7 +558,7 @@ def test_log_probs_and_entropy():
 
 
 def test_gradient_of_the_logits():
-    """p = 1/8, 2/8, 5/8, token 2, A = 2, on-policy, temperature 1/2 (p = 1, 4, 25 of 30), a = -2: dz = a/0.5 (onehot - p)."""
+    """Temperature 1/2 makes p = 1, 4, 25 of 30; token 2, A = 2, on-policy: a = -2, dz = a/0.5 (onehot - p)."""
     logits = tensor(1, 2, 5).log().expand(1, 1, 3).clone().requires_grad_()
     loss, _ = ek.logits_policy_loss(logits, torch.tensor([[2]]), tensor(2.0), temperature=0.5, backend="reference")
     loss.backward()

@@ -45,19 +45,14 @@ GARBAGE = st.one_of(TENSORS, st.sampled_from(PLAIN))
 
 
 def snapshot(value):
-    if isinstance(value, torch.Tensor):
-        return None if value.is_meta or value.layout != torch.strided else value.detach().clone()
-    return value.copy() if isinstance(value, np.ndarray) else None
-
-
-def unchanged(value, before):
-    if isinstance(value, torch.Tensor) and before is not None:
-        return value.detach().view(torch.uint8).equal(before.view(torch.uint8)) if value.numel() and value.dim() else True
-    return not isinstance(value, np.ndarray) or np.array_equal(value, before)
+    """What a tensor or array holds, NaN equal to NaN."""
+    if isinstance(value, torch.Tensor) and not value.is_meta and value.layout == torch.strided:
+        return repr((value if value.is_complex() else value.double()).tolist())
+    return repr(value.tolist()) if isinstance(value, np.ndarray) else None
 
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, "next_token_targets"])
-@settings(max_examples=250, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2500, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_garbage_is_refused_by_name_or_answered(name, data):
     layout = data.draw(st.sampled_from(["padded", "packed"]))
@@ -74,7 +69,7 @@ def test_garbage_is_refused_by_name_or_answered(name, data):
         assert re.search(rf"\b({'|'.join(arguments)})\b", str(error)), error
     else:
         assert isinstance(result, (ek.LossOutput, ek.GroupAdvantages, ek.TokenLogProbs, tuple))
-    assert all(unchanged(value, before[key]) for key, value in arguments.items())
+    assert {key: snapshot(value) for key, value in arguments.items()} == before
 
 
 def test_positional_arguments_are_counted():

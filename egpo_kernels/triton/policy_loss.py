@@ -10,7 +10,7 @@ from torch import Tensor
 from egpo_kernels import metrics
 from egpo_kernels.triton.segments import combine, store_maxima, store_sums
 from egpo_kernels.triton.settings import load_settings, row_pointers, settings_tensor
-from egpo_kernels.triton.surrogates import SURROGATES, token_log_ratio, token_terms
+from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_log_ratio, token_terms
 from egpo_kernels.types import PolicyLossConfig, Rows
 
 BLOCK = 256
@@ -42,12 +42,12 @@ def load_log_probs(rows, log_probs_ptr, offs, stop):
 
 @triton.jit
 def row_terms(rows, scores, offs, live, log_prob, settings, SURROGATE: tl.constexpr, KL: tl.constexpr):
-    """Terms of tokens with their own ratio or their sequence's; in the second case also the sequence."""
-    index, shared = None, None
+    """Terms of tokens with their own ratio or their sequence's."""
+    shared = None
     if scores.log_ratio_ptr is not None:
         index = tl.load(scores.index_ptr + offs, mask=live, other=0)
         shared = tl.load(scores.log_ratio_ptr + index, mask=live, other=0.0)
-    return token_terms(rows, offs, live, log_prob, shared, settings, SURROGATE, KL), index
+    return token_terms(rows, offs, live, log_prob, shared, settings, SURROGATE, KL)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def policy_loss_kernel(
     settings = load_settings(settings_ptr)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     counted, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, num_rows)
-    terms, _ = row_terms(rows, scores, offs, live, log_prob, settings, SURROGATE, KL)
+    terms = row_terms(rows, scores, offs, live, log_prob, settings, SURROGATE, KL)
     entropy = tl.zeros_like(log_prob)
     if scores.entropy_ptr is not None:
         entropy = tl.load(scores.entropy_ptr + offs, mask=live, other=0.0)
@@ -154,13 +154,14 @@ def policy_loss_gradient_kernel(
     settings = load_settings(settings_ptr)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, num_rows)
-    terms, index = row_terms(rows, scores, offs, live, log_prob, settings, SURROGATE, KL)
+    terms = row_terms(rows, scores, offs, live, log_prob, settings, SURROGATE, KL)
     factor = tl.load(rows.factor_ptr + offs, mask=live, other=0.0)
     if scores.slope_ptr is None:
-        slope = factor * terms.slope
+        slope = slope_of(terms, factor, settings)
     else:
+        index = tl.load(scores.index_ptr + offs, mask=live, other=0)
         slope = tl.where(terms.inside, tl.load(scores.slope_ptr + index, mask=live, other=0.0), 0.0)
-    slope += factor * settings.kl_coef * terms.kl_slope
+        slope += factor * settings.kl_coef * terms.kl_slope
     tl.store(slopes_ptr + offs, tl.where(live, slope, 0.0), mask=offs < num_rows)
     tl.store(bonus_ptr + offs, tl.where(live, -settings.entropy_coef * factor, 0.0), mask=offs < num_rows)
 

@@ -26,25 +26,6 @@ def segment_total(values_ptr, mask_ptr, start, stop, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def segment_sum_kernel(values_ptr, mask_ptr, offsets_ptr, sums_ptr, BLOCK: tl.constexpr):
-    """One segment per program."""
-    segment = tl.program_id(0)
-    start, stop = tl.load(offsets_ptr + segment), tl.load(offsets_ptr + segment + 1)
-    total, _ = segment_total(values_ptr, mask_ptr, start, stop, BLOCK)
-    tl.store(sums_ptr + segment, total)
-
-
-def segment_sum(values: Tensor, mask: Tensor | None, offsets: Tensor) -> Tensor:
-    """Sum ``values [N]``, where ``mask [N]`` if given, over ``offsets[i] : offsets[i + 1]`` to ``[S]``."""
-    sums = values.new_zeros(offsets.shape[0] - 1)
-    if sums.shape[0] and values.shape[0]:
-        segment_sum_kernel[(sums.shape[0],)](
-            values.contiguous(), as_bytes(mask), offsets.contiguous(), sums, BLOCK=SEGMENT_BLOCK
-        )
-    return sums
-
-
-@triton.jit
 def segment_mean_kernel(values_ptr, mask_ptr, offsets_ptr, means_ptr, counts_ptr, BLOCK: tl.constexpr):
     """One segment per program: the mean of its counted values, at least 0; NaN where it is not finite."""
     segment = tl.program_id(0)

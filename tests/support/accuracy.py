@@ -2,22 +2,23 @@
 
     error <= 1.5 x largest error of `reference` in the same dtype + 4 eps x sum |terms| + 1/2 unit in the last place
 
-Errors are distances from the same numbers computed in float64; for 16-bit logits that means the rounded logits, upcast.
-The three parts answer three questions. What does the plainest code get? What must any float32 code lose? What does the
-output's dtype lose, whatever was computed? Nothing here is tuned: eps is the compute dtype's, and `terms` follow from the
-formulas. The last two parts hold element by element, so a small element is not excused by a large one.
+Errors are distances from the same numbers computed in float64; for 16-bit logits that means the rounded logits,
+upcast. The three parts answer three questions. What does the plainest code get? What must any float32 code lose? What
+does the output's dtype lose, whatever was computed? Nothing here is tuned: eps is the compute dtype's, and `terms`
+follow from the formulas. The last two parts hold element by element, so that a small element is not excused by a large
+one.
 
-`terms` of a sum are its summands' sizes. A result of several steps has the terms of every step, carried to the end by the
-derivative (first-order error analysis), because a rounding made early is in the result too:
+`terms` of a sum are its summands' sizes. A result of several steps has the terms of every step, carried to the end by
+the derivative (first-order error analysis), because a rounding made early is in the result too:
 
-- `l = (z_y - m)/temperature - log s`: both parts are <= 0, so they sum to |l|; and s = 1 + ... is itself rounded: |l| + 1.
+- `l = (z_y - m)/temperature - log s`: both parts are <= 0, so they sum to |l|; and s = 1 + ... is rounded: |l| + 1.
 - `Ent`: sum p |log p| (1 + |log p|), each probability being as uncertain as its logarithm; again + 1 for log s.
 - A log-ratio: |l| + 1 + |l_old|, nothing on-policy (the ratio is 1 by definition) or where it is clamped.
-- Uncertainty H from log-probs of the same logits: mean (|l| + 1); from given ones: H. A weight: itself, times the relative
-  uncertainties of the two H in it. A base advantage: (|r| + mean |r|) / std, (1 + |A|) times as the std has it too.
+- Uncertainty H from log-probs of the same logits: mean (|l| + 1), from given ones: H. A weight: itself, times the
+  relative uncertainties of the H in it. A base advantage: (|r| + mean |r|) / std, and again through its std.
 - The loss: per token, surrogate + KL + entropy bonus, each with its derivative's share of the above; then their sum.
-- The gradient: its coefficients' terms, each with its own element of `onehot`, of p (as uncertain as log p and one more
-  rounding: 2 + |log p|) and of p (log p + Ent), over the temperature.
+- The gradient: its coefficients' terms, each with its own element of `onehot`, of p (as uncertain as log p and one
+  more rounding: 2 + |log p|) and of p (log p + Ent), over the temperature.
 """
 
 from typing import NamedTuple
@@ -28,9 +29,8 @@ from torch import Tensor
 from egpo_kernels.types import GroupAdvantages
 from tests.support.strategies import Case
 
-EXACT = ("count/sum", "tokens/sum", "rows/sum", "tokens/sum", "sequences/sum", "correct/sum", "rewards/sum")
-"""Ends of the keys of whole numbers, which no rounding excuses; shares are counts once multiplied by their total."""
 SHARES = ("clip_low/mean", "clip_high/mean", "at_lower/mean", "at_one/mean", "at_upper/mean")
+"""Ends of the keys of shares: whole numbers once multiplied by their total, and compared as such."""
 
 
 def assert_accurate(actual: Tensor, reference: Tensor, exact: Tensor, terms: Tensor | float, name: str) -> None:
@@ -227,7 +227,7 @@ def token_terms(case: Case, advantages: Tensor, advantage_terms: Tensor) -> Toke
 
 
 def group_metric_terms(terms: GroupTerms) -> dict[str, Tensor]:
-    """Terms of the group-level metrics: the largest member's for a mean, minimum, maximum or gap, the sum's for a sum."""
+    """Terms of the group-level metrics: the largest member's for means, extremes and gaps, their sum for a sum."""
     found = {"egpo/advantage/sum": terms.advantages.sum(), "egpo/uncertainty/gap/mean": 2 * terms.uncertainty.max()}
     sizes = {"uncertainty": terms.uncertainty, "weight": terms.weights, "advantage": terms.advantages}
     for name, values in sizes.items():
