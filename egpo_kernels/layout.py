@@ -9,7 +9,7 @@ from torch import Tensor
 
 from egpo_kernels.reduction import per_row, segment_index
 from egpo_kernels.types import check_number
-from egpo_kernels.validation import check_complete, check_tensor
+from egpo_kernels.validation import check_complete, check_group_size, check_tensor
 
 IGNORED = -100
 """The token id that marks a position as not counted when no mask is given."""
@@ -98,8 +98,7 @@ def group_ids(groups: Any, num_sequences: int, device: torch.device, group_size:
 
     Names are numbered on the host and copied without blocking.
     """
-    if group_size is not None and (isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1):
-        raise ValueError(f"group_size is {group_size!r}; it must be an int >= 1 or None")
+    check_group_size(group_size)
     if isinstance(groups, bool) or groups is None:
         raise TypeError(f"groups is {groups!r}; it must be ids per sequence (tensor, list, numpy array) or an int")
     if isinstance(groups, int):
@@ -110,11 +109,11 @@ def group_ids(groups: Any, num_sequences: int, device: torch.device, group_size:
         return torch.arange(num_sequences, device=device) // groups
     if isinstance(groups, Tensor):
         home = groups.device if groups.device.type == "cpu" else device
-        ids = check_tensor("groups", groups, "integer", {"[S]": (num_sequences,)}, home)
+        ids = check_tensor("groups", groups, "integer", {"[S]": (num_sequences,)}, home).long()
     else:
         ids = _numbered(groups, num_sequences)
     if ids.device == device:
-        return ids.long()
+        return ids
     check_complete(ids, group_size)
     pinned = ids.pin_memory() if device.type == "cuda" and ids.device.type == "cpu" else ids
     return pinned.to(device, torch.long, non_blocking=True)

@@ -61,12 +61,17 @@ def clip(log_probs: Tensor, log_ratio: Tensor, advantages: Tensor, config: Polic
 SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, PolicyLossConfig], SurrogateTerms]] = {"clip": clip}
 
 
+def clamped(values: Tensor, bound: float) -> Tensor:
+    """Values clamped to +- bound without gradient where they are; NaN stays NaN, in the gradient too."""
+    return torch.where(values.abs() > bound, values.detach().clamp(-bound, bound), values)
+
+
 def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, config: PolicyLossConfig) -> Tensor:
     """KL to the reference per token: with ``x = l_ref - l``, k1 ``-x``, k2 ``x^2 / 2``, k3 ``e^x - x - 1``.
 
     Schulman, "Approximating KL divergence" (2020); x is clamped and carries no gradient where it is.
     """
-    x = (ref_log_probs - log_probs).clamp(-config.max_log_ratio, config.max_log_ratio)
+    x = clamped(ref_log_probs - log_probs, config.max_log_ratio)
     if config.kl == "k1":
         return -x
     if config.kl == "k2":
@@ -92,7 +97,7 @@ def token_terms(
     zeros = torch.zeros_like(log_probs, requires_grad=False)
     safe, advantages = select(log_probs), select(rows.advantages)
     old = safe.detach() if rows.old_log_probs is None else select(rows.old_log_probs)
-    log_ratio = (safe - old).clamp(-config.max_log_ratio, config.max_log_ratio)
+    log_ratio = clamped(safe - old, config.max_log_ratio)
     if config.ratio == "sequence":
         log_ratio = select(_sequence_mean(log_ratio, rows.mask, offsets))
     loss, low, high = SURROGATES[config.surrogate](safe, log_ratio, advantages, config)

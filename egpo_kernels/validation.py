@@ -134,11 +134,23 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> None:
     """Raise when ``cu_seqlens`` does not start at 0, decreases, or ends past the last row."""
     if not checks_values(cu_seqlens.device):
         return
+    cu_seqlens = cu_seqlens.long()
     if cu_seqlens[0] != 0 or (cu_seqlens[1:] < cu_seqlens[:-1]).any() or cu_seqlens[-1] > num_rows:
         raise ValueError(
             f"cu_seqlens starts at {int(cu_seqlens[0])} and ends at {int(cu_seqlens[-1])} over {num_rows} packed "
             "tokens; it must start at 0, never decrease, and end at or before the last token"
         )
+
+
+def check_group_size(value: Any) -> None:
+    """Raise when ``value`` is neither None nor an int that a tensor can be compared with."""
+    if value is None:
+        return
+    wanted = "it must be an int in [1, 2**31) or None"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"group_size is {value!r}; {wanted}")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"group_size is {value!r}; {wanted}")
 
 
 def check_complete(ids: Tensor, group_size: int | None) -> None:

@@ -152,7 +152,9 @@ def test_integer_flags_and_rewards_are_accepted(backend):
         changed = batch._replace(mask=-batch.mask.to(dtype) if dtype.is_signed else batch.mask.to(dtype))
         assert torch.equal(whole_groups(changed, backend).loss, wanted)
         assert torch.equal(whole_groups(batch._replace(rewards=batch.rewards.to(dtype)), backend).loss, wanted)
-    right = whole_groups(batch, backend, correct=batch.rewards.bool(), recipe=ek.recipes.EGPO.replace(correct_threshold=9))
+    right = whole_groups(
+        batch, backend, correct=batch.rewards.bool(), recipe=ek.recipes.EGPO.replace(correct_threshold=9)
+    )
     assert torch.equal(right.loss, wanted)
 
 

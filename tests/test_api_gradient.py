@@ -10,7 +10,6 @@ from tests.support.batches import (
     LAYOUTS,
     PATHS,
     TRITON,
-    assert_same,
     differentiate,
     from_log_probs,
     make_batch,
@@ -108,11 +107,9 @@ def test_half_precision_without_a_scale_waits_for_its_upstream():
     batch = make_batch(dtype=torch.float16)
     logits = batch.logits.clone().requires_grad_()
     config = ek.PolicyLossConfig()
-    names = {}
-    for scale in (1.0, 64.0):
+    for scale, ahead in ((64.0, True), (1.0, False)):
         loss, _ = one_pass(batch._replace(logits=logits), "portable", config, grad_scale=scale)
-        names[scale] = loss.grad_fn.name()
-    assert "LogitsPolicyLoss" in names[64.0] and "LogitsPolicyLoss" not in names[1.0]
+        assert ("LogitsPolicyLoss" in loss.grad_fn.name()) is ahead
 
 
 # In place.
@@ -283,7 +280,10 @@ def test_second_derivative_of_log_probs_is_refused(backend):
         gradient.square().sum().backward()
 
 
-@EVERY_PATH
+NO_SECOND = pytest.mark.xfail(reason="torch.segment_reduce has no second derivative", raises=RuntimeError)
+
+
+@pytest.mark.parametrize("path", [one_pass, pytest.param(two_pass, marks=NO_SECOND), whole_groups, only_log_probs])
 def test_reference_differentiates_twice(path):
     batch = make_batch(dtype=torch.float64, vocab=5, lengths=(2, 1))
     logits = batch.logits.clone().requires_grad_()
@@ -291,13 +291,3 @@ def test_reference_differentiates_twice(path):
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
     gradient.square().sum().backward()
     assert logits.grad.isfinite().all() and logits.grad.abs().sum() > 0
-
-
-def test_paths_are_what_they_say():
-    batch = make_batch()
-    names = {}
-    for path in (one_pass, two_pass, only_log_probs):
-        logits = batch.logits.clone().requires_grad_()
-        names[path] = path(batch._replace(logits=logits), "portable").loss.grad_fn.name()
-    assert "LogitsPolicyLoss" in names[one_pass] and "LogitsPolicyLoss" not in names[two_pass]
-    assert_same(differentiate(one_pass, batch, "portable"), differentiate(one_pass, batch, "portable"))

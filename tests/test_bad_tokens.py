@@ -1,4 +1,4 @@
-"""Token ids, temperatures and offsets that point nowhere: an error where values may be looked at, else NaN and a count."""
+"""Token ids, temperatures and offsets that point nowhere: an error where values may be looked at, else NaN."""
 
 import contextlib
 
@@ -141,7 +141,12 @@ def test_unseen_temperature_that_is_not_positive_gives_nan(path, layout, backend
 
 # Offsets of packed sequences.
 
-MALFORMED = {"starts late": [1, 3, 7, 9, 13], "decreases": [0, 7, 3, 9, 13], "too long": [0, 3, 7, 9, 99], "negative": [0, -3, 7, 9, 13]}
+MALFORMED = {
+    "starts late": [1, 3, 7, 9, 13],
+    "decreases": [0, 7, 3, 9, 13],
+    "too long": [0, 3, 7, 9, 99],
+    "negative": [0, -3, 7, 9, 13],
+}
 
 
 @pytest.mark.parametrize("offsets", MALFORMED.values(), ids=MALFORMED)
@@ -149,10 +154,12 @@ MALFORMED = {"starts late": [1, 3, 7, 9, 13], "decreases": [0, 7, 3, 9, 13], "to
 @EVERY_BACKEND
 def test_malformed_cu_seqlens_raise(path, backend, offsets):
     batch = make_batch("packed")._replace(cu_seqlens=torch.tensor(offsets))
-    with pytest.raises(ValueError, match="cu_seqlens starts at .* and ends at"):
+    with pytest.raises(ValueError, match=r"cu_seqlens starts at .* and ends at"):
         path(batch, backend)
-    with pytest.raises(ValueError, match="cu_seqlens starts at .* and ends at"):
-        ek.group_advantages(batch.groups, batch.rewards, batch.old_log_probs, cu_seqlens=batch.cu_seqlens, backend=backend)
+    with pytest.raises(ValueError, match=r"cu_seqlens starts at .* and ends at"):
+        ek.group_advantages(
+            batch.groups, batch.rewards, batch.old_log_probs, cu_seqlens=batch.cu_seqlens, backend=backend
+        )
 
 
 @pytest.mark.parametrize("offsets", MALFORMED.values(), ids=MALFORMED)

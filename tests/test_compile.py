@@ -8,6 +8,7 @@ import egpo_kernels as ek
 from tests.support.batches import (
     FAST,
     LAYOUTS,
+    NEEDS_TRITON,
     differentiate,
     from_log_probs,
     make_batch,
@@ -55,7 +56,12 @@ def per_token(batch, backend):
 
 
 PATHS = [one_pass, two_pass, whole_groups, only_log_probs, from_log_probs, int_groups, scaled, per_token]
-CASES = [(path, layout) for path in PATHS for layout in LAYOUTS]
+CASES = [(path, layout, "portable") for path in PATHS for layout in LAYOUTS]
+# The graph around the operators is the same.
+CASES += [
+    pytest.param(path, layout, "triton", marks=NEEDS_TRITON)
+    for path, layout in zip(PATHS[:6], ["padded", "packed", "padded", "packed", "packed", "padded"], strict=True)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +83,7 @@ def assert_close(found, wanted):
         torch.testing.assert_close(found.metrics[key], value, equal_nan=True, msg=key)
 
 
-@pytest.mark.parametrize("path, layout", CASES, ids=lambda value: getattr(value, "__name__", value))
-@FAST_BACKEND
+@pytest.mark.parametrize("path, layout, backend", CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_compiled_equals_eager_and_compiles_once(path, layout, backend):
     counter = CompileCounterWithBackend("aot_eager")
     step, frames = compiled(path, counter), []

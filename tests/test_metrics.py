@@ -62,7 +62,9 @@ def test_only_what_was_computed_is_reported(backend):
     weightless = ek.group_advantages(2, batch.rewards, config=ek.recipes.GRPO.advantage, backend=backend).metrics
     assert not [key for key in weightless if key.startswith(("egpo/uncertainty", "egpo/empty"))]
     assert_well_named(weightless)
-    assert one_pass(batch, backend, metrics="none").metrics == {} == whole_groups(batch, backend, metrics="none").metrics
+    assert (
+        one_pass(batch, backend, metrics="none").metrics == {} == whole_groups(batch, backend, metrics="none").metrics
+    )
 
 
 @EVERY_BACKEND
@@ -79,7 +81,9 @@ def test_groups_by_kind(backend):
     rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 0.1, 0.3, 1])
     ids = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4])
     found = ek.group_advantages(ids, rewards, torch.full((9, 2), -0.5), backend=backend).metrics
-    kinds = {kind: int(found[f"egpo/groups/{kind}/sum"]) for kind in ("mixed", "all_wrong", "all_correct", "no_correct")}
+    kinds = {
+        kind: int(found[f"egpo/groups/{kind}/sum"]) for kind in ("mixed", "all_wrong", "all_correct", "no_correct")
+    }
     assert kinds == {"mixed": 1, "all_wrong": 1, "all_correct": 1, "no_correct": 1}
     assert found["egpo/groups/single/sum"] == 1 and found["egpo/groups/sum"] == 5
     assert found["egpo/correct/sum"] == 4 and found["egpo/incorrect/sum"] == 5 and found["egpo/sequences/sum"] == 9

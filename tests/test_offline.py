@@ -12,12 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGITS_KERNELS = {"row_statistics_kernel", "logits_gradient_kernel", "logits_policy_loss_kernel"}
 
 
-@pytest.fixture(scope="module")
-def compiled():
+def launches(*arguments):
     """What `tests.support.compiled_kernels` prints; kernels compile only in a process that does not interpret them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.compiled_kernels", "sm_90"],
+        [sys.executable, "-m", "tests.support.compiled_kernels", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -25,6 +24,11 @@ def compiled():
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return launches("sm_90")
 
 
 def test_every_kernel_of_the_package_is_compiled(compiled):
@@ -54,3 +58,9 @@ def test_logits_move_sixteen_bytes_at_a_time(compiled):
         assert row["store_widths"].get("2", 0) <= 1, row
         if row["kernel"] != "row_statistics_kernel":
             assert row["store_widths"].get("16", 0) > 0, row
+
+
+def test_no_length_count_or_coefficient_recompiles_a_kernel():
+    rows = launches("sm_90", "values")
+    assert len({row["kernel"] for row in rows}) >= 8
+    assert {row["number"] for row in rows} == {1}

@@ -159,7 +159,7 @@ def test_unknown_recipes():
     with pytest.raises(ValueError, match="recipe is 'ppo'; it must be a Recipe or one of egpo, grpo"):
         ek.recipes.get("ppo")
     for value in (None, 3, ek.AdvantageConfig()):
-        with pytest.raises(TypeError, match="recipe is .* must be a Recipe"):
+        with pytest.raises(TypeError, match=r"recipe is .* must be a Recipe"):
             ek.recipes.get(value)
     for name, value in (("name", 3), ("advantage", ek.PolicyLossConfig()), ("loss", {"clip_low": 0.1})):
         with pytest.raises(TypeError, match=rf"Recipe\.{name} is .* must be"):
@@ -185,7 +185,9 @@ def test_replace_refuses_what_is_no_setting():
         ek.recipes.EGPO.replace(clip_low=2)
 
 
-@pytest.mark.parametrize("recipe", [*ek.recipes.RECIPES.values(), ek.recipes.EGPO.replace(dual_clip=3, kl="k1")], ids=repr)
+@pytest.mark.parametrize(
+    "recipe", [*ek.recipes.RECIPES.values(), ek.recipes.EGPO.replace(dual_clip=3, kl="k1")], ids=repr
+)
 def test_recipes_round_trip_through_json(recipe):
     assert ek.Recipe.from_dict(recipe.to_dict()) == recipe
     text = json.dumps(recipe.to_dict())

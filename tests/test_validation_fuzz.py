@@ -12,12 +12,54 @@ import egpo_kernels as ek
 from tests.support.batches import make_batch
 from tests.test_validation import FUNCTIONS, valid
 
-SHAPES = [(), (0,), (1,), (4,), (5,), (16,), (4, 1), (4, 4), (0, 4), (4, 0), (4, 4, 37), (15, 37), (4, 0, 37), (4, 4, 1)]
+SHAPES = [
+    (),
+    (0,),
+    (1,),
+    (4,),
+    (5,),
+    (16,),
+    (4, 1),
+    (4, 4),
+    (0, 4),
+    (4, 0),
+    (4, 4, 37),
+    (15, 37),
+    (4, 0, 37),
+    (4, 4, 1),
+]
 WHOLE = [torch.int64, torch.int8, torch.uint32, torch.bool]
 FLOATING = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.float8_e5m2]
-PLAIN = [None, True, False, 0, 1, 2, 4, -1, 10**30, 0.5, -0.5, float("nan"), float("inf"), 1j, "", "x", "none", "egpo", b"x"]
+PLAIN = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    4,
+    -1,
+    10**30,
+    0.5,
+    -0.5,
+    float("nan"),
+    float("inf"),
+    1j,
+    "",
+    "x",
+    "none",
+    "egpo",
+    b"x",
+]
 PLAIN += [(), [], [1, 2], [1, 1, 2, 2], ["a", "a", "b", "b"], [None] * 4, {}, {"a": 1}, object(), len, torch.float32]
-PLAIN += [ek.AdvantageConfig(), ek.PolicyLossConfig(reduction="none"), ek.recipes.GRPO, ek.Recipe, np.float32(2), np.int64(2)]
+PLAIN += [
+    ek.AdvantageConfig(),
+    ek.PolicyLossConfig(reduction="none"),
+    ek.recipes.GRPO,
+    ek.Recipe,
+    np.float32(2),
+    np.int64(2),
+]
 PLAIN += [np.ones(4), np.array(["a", "b"]), np.ones((4, 2), dtype=int), torch.nn.Linear(2, 2)]
 
 
@@ -52,7 +94,7 @@ def snapshot(value):
 
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, "next_token_targets"])
-@settings(max_examples=2500, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_garbage_is_refused_by_name_or_answered(name, data):
     layout = data.draw(st.sampled_from(["padded", "packed"]))

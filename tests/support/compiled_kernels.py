@@ -1,6 +1,7 @@
 """Compile every kernel the library would launch, for a GPU that need not be there; print a JSON line for each.
 
-    python -m tests.support.compiled_kernels sm_90
+    python -m tests.support.compiled_kernels sm_90            # every dtype and option
+    python -m tests.support.compiled_kernels sm_90 values     # one of each, many values; specialised, not compiled
 
 The library's own host code runs on CPU tensors; where it would launch a kernel, the kernel is compiled for the very
 arguments instead (types, divisibility, absent tensors), so that whatever is added to the library is covered.
@@ -9,60 +10,59 @@ arguments instead (types, divisibility, absent tensors), so that whatever is add
 import itertools
 import json
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from triton.runtime.jit import JITFunction, type_canonicalisation_dict
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import egpo_kernels.triton as backend
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
 from egpo_kernels.types import Rows
-from tests.support.offline import compile_kernel
+from tests.support.offline import compile_source, gpu_target
 
-VOCAB, SEQUENCES, LENGTH = 151936, 2, 2
+VOCAB = 151936
 
 
-def leaf(value: Any, specialised: bool = True) -> Any:
-    """The type an argument has in a launch, as `compile_kernel` wants it; constants stay what they are."""
-    if isinstance(value, tuple):
-        members = [leaf(member) for member in value]
-        return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
-    if isinstance(value, torch.Tensor):
-        name = type_canonicalisation_dict[str(value.dtype).removeprefix("torch.")]
-        return f"*{name}" + (":16" if value.data_ptr() % 16 == 0 else "")
-    if isinstance(value, float):
-        return "fp32"
-    if isinstance(value, int) and not isinstance(value, bool) and not (specialised and value == 1):
-        name = "i32" if -(2**31) <= value < 2**31 else "i64"
-        return name + (":16" if specialised and value % 16 == 0 else "")
-    return value
+class Size(NamedTuple):
+    """How many sequences of which length."""
+
+    sequences: int = 2
+    length: int = 2
 
 
 class Compiler:
-    """Stands in for `JITFunction.run`: compiles what would be launched, once for each set of types."""
+    """Stands in for `JITFunction.run`: specialises as a launch does and compiles, once for each specialisation."""
 
-    def __init__(self, target: str) -> None:
-        self.target, self.seen, self.label = target, set(), {}
+    def __init__(self, target: str, compiles: bool) -> None:
+        self.target, self.compiles, self.label = target, compiles, {}
+        self.backend = make_backend(gpu_target(target))
+        self.binders, self.seen = {}, set()
 
     def run(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         """Compile ``kernel`` for these arguments and print what came of it."""
-        given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        constant = {p.name for p in kernel.params if p.is_constexpr}
-        free = {p.name for p in kernel.params if p.do_not_specialize}
-        constants = {name: given[name] for name in kernel.arg_names if name in constant}
-        types = {name: leaf(given[name], name not in free) for name in kernel.arg_names if name not in constant}
-        options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
-        key = repr((kernel.__name__, types, constants, options))
-        if key not in self.seen:
-            self.seen.add(key)
-            found = compile_kernel(kernel, types, constants, self.target, **options)._asdict()
-            del found["sass"]
-            print(json.dumps({"kernel": kernel.__name__, **self.label, **found}), flush=True)
+        if kernel not in self.binders:
+            self.binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, self.backend)
+        bound, specialisation, options = self.binders[kernel](*args, **kwargs)
+        key = (kernel, str(specialisation), str(options))
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        row = {"kernel": kernel.__name__, **self.label}
+        if self.compiles:
+            _, signature, constants, attributes = kernel._pack_args(
+                self.backend, kwargs, bound, specialisation, options
+            )
+            source = ASTSource(kernel, signature, constants, attributes)
+            row |= compile_source(source, self.target, **options)._asdict()
+            del row["sass"]
+        print(json.dumps(row), flush=True)
 
 
-def make_rows(dtype: torch.dtype, full: bool) -> Rows:
+def make_rows(dtype: torch.dtype, full: bool, size: Size) -> Rows:
     """Rows with every optional tensor, or with none."""
-    count = SEQUENCES * LENGTH
+    count = size.sequences * size.length
 
     def vector() -> torch.Tensor:
         return torch.ones(count, dtype=dtype)
@@ -72,36 +72,39 @@ def make_rows(dtype: torch.dtype, full: bool) -> Rows:
     return Rows(mask, tokens, optional, vector(), vector(), optional, optional, optional)
 
 
-def compile_logits(dtype: torch.dtype, full: bool, entropy: bool) -> None:
+def launch_logits(
+    dtype: torch.dtype, full: bool, config: PolicyLossConfig, size: Size = Size(), vocab: int = VOCAB, scale: float = 1
+) -> None:
     """The kernels over logits, as `logits_policy_loss` and `token_log_probs` launch them."""
-    logits = torch.zeros(SEQUENCES, LENGTH, VOCAB, dtype=dtype)
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    rows, config = make_rows(compute, full), PolicyLossConfig(entropy_coef=0.1 if entropy else 0.0)
-    log_probs, bonus, maximum, sum_exp = backend.row_statistics(logits, rows, 1.0, entropy)
+    logits = torch.zeros(*size, vocab, dtype=dtype)
+    rows = make_rows(torch.float64 if dtype == torch.float64 else torch.float32, full, size)
+    entropy = config.entropy_coef != 0
+    log_probs, bonus, maximum, sum_exp = backend.row_statistics(logits, rows, scale, entropy)
     upstream = [log_probs, log_probs.clone() if entropy else None]
-    backend.logits_gradient(logits, rows, [maximum, sum_exp, bonus], upstream, 1.0, torch.zeros_like(logits))
-    backend.logits_loss_gradient(logits, rows, config, 1.0, 1.0, entropy, torch.zeros_like(logits))
-    backend.rescale_(logits, torch.ones(()), 2.0)
+    backend.logits_gradient(logits, rows, [maximum, sum_exp, bonus], upstream, scale, torch.zeros_like(logits))
+    backend.logits_loss_gradient(logits, rows, config, scale, scale, entropy, torch.zeros_like(logits))
+    backend.rescale_(logits, torch.ones(()), 2.0 * scale)
 
 
-def compile_log_probs(dtype: torch.dtype, full: bool, ratio: str, kl: str) -> None:
+def launch_log_probs(dtype: torch.dtype, full: bool, config: PolicyLossConfig, size: Size = Size()) -> None:
     """The kernels of `policy_loss`."""
-    rows, config = make_rows(dtype, full), PolicyLossConfig(ratio=ratio, kl=kl)
-    log_probs, index = torch.zeros(SEQUENCES * LENGTH, dtype=dtype), torch.arange(SEQUENCES).repeat_interleave(LENGTH)
-    segments = [torch.arange(SEQUENCES + 1) * LENGTH, index]
+    rows = make_rows(dtype, full, size)
+    log_probs = torch.zeros_like(rows.factor)
+    index = torch.arange(size.sequences).repeat_interleave(size.length)
+    segments = [torch.arange(size.sequences + 1) * size.length, index]
     entropy = log_probs.clone() if full else None
     backend.policy_loss(log_probs, entropy, rows, segments, config, VOCAB)
     backend.policy_loss_gradient(log_probs, entropy, rows, segments, config)
 
 
-def compile_groups(dtype: torch.dtype, config: AdvantageConfig, full: bool) -> None:
+def launch_groups(dtype: torch.dtype, config: AdvantageConfig, full: bool, size: Size = Size()) -> None:
     """The kernels of `group_advantages`."""
-    ids, rewards = torch.zeros(SEQUENCES, dtype=torch.long), torch.ones(SEQUENCES, dtype=dtype)
-    values = torch.zeros(SEQUENCES * LENGTH, dtype=dtype) if full else None
-    mask = torch.ones(SEQUENCES * LENGTH, dtype=torch.bool) if full else None
-    correct = torch.ones(SEQUENCES, dtype=torch.bool) if full else None
-    offsets = torch.arange(SEQUENCES + 1) * LENGTH
-    backend.group_advantages(ids, rewards, correct, values, mask, offsets, config, SEQUENCES if full else None)
+    ids, rewards = torch.zeros(size.sequences, dtype=torch.long), torch.ones(size.sequences, dtype=dtype)
+    values = torch.zeros(size.sequences * size.length, dtype=dtype) if full else None
+    mask = torch.ones(size.sequences * size.length, dtype=torch.bool) if full else None
+    correct = torch.ones(size.sequences, dtype=torch.bool) if full else None
+    offsets = torch.arange(size.sequences + 1) * size.length
+    backend.group_advantages(ids, rewards, correct, values, mask, offsets, config, size.sequences if full else None)
 
 
 GROUP_CONFIGS = (
@@ -112,22 +115,42 @@ GROUP_CONFIGS = (
 )
 
 
-def main(target: str) -> None:
+def every_option(compiler: Compiler) -> None:
     """Walk over dtypes and options."""
-    compiler = Compiler(target)
-    JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
     bfloat16 = itertools.product((torch.bfloat16,), (False, True), (False, True))
     others = itertools.product((torch.float16, torch.float32, torch.float64), (True,), (False, True))
     for dtype, full, entropy in itertools.chain(bfloat16, others):
         compiler.label = {"dtype": str(dtype).removeprefix("torch."), "entropy": entropy}
-        compile_logits(dtype, full, entropy)
+        launch_logits(dtype, full, PolicyLossConfig(entropy_coef=0.1 if entropy else 0.0))
     for dtype in (torch.float32, torch.float64):
         compiler.label = {"dtype": str(dtype).removeprefix("torch.")}
         for full, ratio, kl in itertools.product((False, True), ("token", "sequence"), ("k1", "k2", "k3")):
             if full or kl == "k3":
-                compile_log_probs(dtype, full, ratio, kl)
+                launch_log_probs(dtype, full, PolicyLossConfig(ratio=ratio, kl=kl))
         for number, config in enumerate(GROUP_CONFIGS):
-            compile_groups(dtype, config, full=number % 2 == 0)
+            launch_groups(dtype, config, full=number % 2 == 0)
+
+
+def many_values(compiler: Compiler) -> None:
+    """Change every number that is not an option: lengths, counts, coefficients, clip values, scales."""
+    sizes = (Size(1, 1), Size(2, 2), Size(16, 16), Size(3, 37), Size(33, 1))
+    for number, size in enumerate(sizes, start=1):
+        compiler.label = {"number": number}
+        config = PolicyLossConfig(
+            ratio="sequence", clip_low=0.1 * number, clip_high=0.2 * number, dual_clip=1.0 + number, kl_coef=number,
+            entropy_coef=0.1 * number, max_log_ratio=10.0 * number,
+        )  # fmt: skip
+        launch_logits(torch.bfloat16, True, config, size, vocab=32000, scale=0.5 * number)
+        launch_log_probs(torch.float32, True, config, size)
+        bounds = (1 / (number + 1), 1.0 + number)
+        launch_groups(torch.float32, AdvantageConfig(nsr_scale=number, weight_bounds=bounds), True, size)
+
+
+def main(target: str, what: str = "options") -> None:
+    """Let the library launch its kernels into the compiler."""
+    compiler = Compiler(target, compiles=what == "options")
+    JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
+    {"options": every_option, "values": many_values}[what](compiler)
 
 
 if __name__ == "__main__":

@@ -62,8 +62,12 @@ def compile_kernel(
             types[name], values[(position,)] = "constexpr", constants[name]
         else:
             types[name] = _split(signature[name], (position,), values, attributes)
-    source = ASTSource(kernel, types, values, attributes)
-    binary = triton.compile(source, target=_gpu(target), options=options)
+    return compile_source(ASTSource(kernel, types, values, attributes), target, **options)
+
+
+def compile_source(source: ASTSource, target: str, **options) -> Compiled:
+    """Compiles what is described already, as a launch describes it."""
+    binary = triton.compile(source, target=gpu_target(target), options=options)
     read = _read_cubin if "cubin" in binary.asm else _read_amdgcn
     return Compiled(target=target, shared=binary.metadata.shared, **read(binary.asm))
 
@@ -74,7 +78,8 @@ def require_compiler() -> None:
         raise RuntimeError("TRITON_INTERPRET is set: kernels compile only in a process started without it")
 
 
-def _gpu(target: str) -> GPUTarget:
+def gpu_target(target: str) -> GPUTarget:
+    """The target triton knows by that name."""
     if target.startswith("sm_"):
         return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     return GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
