@@ -6,14 +6,14 @@ A trailing underscore marks an operator that writes into its first argument.
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import CustomOpDef, custom_op
 
 from egpo_kernels import metrics
 from egpo_kernels.dispatch import implementation
@@ -42,6 +42,20 @@ def policy_config(text: str) -> PolicyLossConfig:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def operator(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], CustomOpDef]:
+    """Register a function under its name; it runs with its first tensor's GPU current, where kernels are launched."""
+
+    def register(function: Callable) -> CustomOpDef:
+        @functools.wraps(function)
+        def on_device(*args: Any, **kwargs: Any) -> Any:
+            with torch.cuda.device_of(args[0]):
+                return function(*args, **kwargs)
+
+        return custom_op(f"egpo_kernels::{function.__name__}", on_device, mutates_args=mutates_args)
+
+    return register
 
 
 def _rows(fields: OptionalTensors) -> Rows:
@@ -88,7 +102,7 @@ def _fake_token_vector(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(len(metrics.TOKEN.keys), dtype=compute_dtype(logits.dtype))
 
 
-@custom_op("egpo_kernels::sequence_offsets", mutates_args=())
+@operator()
 def sequence_offsets(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
     """Offsets ``[S + 1]`` int64 that never leave ``[0, num_rows]``, and 1.0 or, where they had to be mended, NaN."""
     check_cu_seqlens(cu_seqlens, num_rows)
@@ -103,7 +117,7 @@ def _(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
     return torch.empty_like(cu_seqlens, dtype=torch.long), cu_seqlens.new_empty((), dtype=torch.float32)
 
 
-@custom_op("egpo_kernels::row_statistics", mutates_args=())
+@operator()
 def row_statistics(
     logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
 ) -> Tensors4:
@@ -120,7 +134,7 @@ def _(logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: b
     return log_probs, entropy, maximum, sum_exp
 
 
-@custom_op("egpo_kernels::logits_gradient", mutates_args=())
+@operator()
 def logits_gradient(
     logits: Tensor,
     rows: OptionalTensors,
@@ -138,7 +152,7 @@ def logits_gradient(
 logits_gradient.register_fake(_fake_gradient)
 
 
-@custom_op("egpo_kernels::logits_gradient_", mutates_args=("logits",))
+@operator(mutates_args=("logits",))
 def logits_gradient_(
     logits: Tensor,
     rows: OptionalTensors,
@@ -154,7 +168,7 @@ def logits_gradient_(
 logits_gradient_.register_fake(lambda *_: None)
 
 
-@custom_op("egpo_kernels::policy_loss", mutates_args=())
+@operator()
 def policy_loss(
     log_probs: Tensor,
     entropy: Tensor | None,
@@ -176,7 +190,7 @@ def _(log_probs: Tensor, *_: Any) -> Tensors2:
     return torch.empty_like(log_probs), _fake_token_vector(log_probs)
 
 
-@custom_op("egpo_kernels::policy_loss_gradient", mutates_args=())
+@operator()
 def policy_loss_gradient(
     log_probs: Tensor, entropy: Tensor | None, rows: OptionalTensors, segments: Tensors, config: str, backend: str
 ) -> Tensors2:
@@ -209,7 +223,7 @@ def _loss_and_gradient(
     return metrics.finish(raw, metrics.TOKEN)
 
 
-@custom_op("egpo_kernels::logits_policy_loss", mutates_args=())
+@operator()
 def logits_policy_loss(
     logits: Tensor,
     rows: OptionalTensors,
@@ -229,7 +243,7 @@ def _(logits: Tensor, *_: Any) -> Tensors2:
     return _fake_token_vector(logits), _fake_gradient(logits)
 
 
-@custom_op("egpo_kernels::logits_policy_loss_", mutates_args=("logits",))
+@operator(mutates_args=("logits",))
 def logits_policy_loss_(
     logits: Tensor,
     rows: OptionalTensors,
@@ -246,7 +260,7 @@ def logits_policy_loss_(
 logits_policy_loss_.register_fake(_fake_token_vector)
 
 
-@custom_op("egpo_kernels::group_advantages", mutates_args=())
+@operator()
 def group_advantages(
     ids: Tensor,
     rewards: Tensor,
@@ -270,7 +284,7 @@ def _(ids: Tensor, rewards: Tensor, *_: Any) -> Tensors5:
     return advantages, weights, base, uncertainty, rewards.new_empty(len(metrics.GROUP.keys))
 
 
-@custom_op("egpo_kernels::rescale_", mutates_args=("gradient",))
+@operator(mutates_args=("gradient",))
 def rescale_(gradient: Tensor, upstream: Tensor, expected: float, backend: str) -> None:
     """Multiply ``gradient`` by ``upstream / expected`` in place; nothing is read or written when they are equal."""
     implementation(backend).rescale_(gradient, upstream, expected)
