@@ -6,8 +6,7 @@ A trailing underscore marks an operator that writes into its first argument.
 
 import functools
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -71,23 +70,8 @@ def _checked(fields: OptionalTensors, vocab: int) -> Rows:
     return rows
 
 
-@contextmanager
-def _torch_func_allowed() -> Iterator[None]:
-    """Let `torch.func` work inside an operator that runs under a dispatch mode (torch.compile's first run, profilers).
-
-    Such a mode switches off, inside the operator it wraps, the dispatch keys that transforms stand on; without them
-    torch fails with "Cannot access data pointer of Tensor that doesn't have storage".
-    """
-    keys = torch._C.DispatchKey
-    with (
-        torch._C._SetExcludeDispatchKeyGuard(keys.FuncTorchDynamicLayerFrontMode, False),
-        torch._C._SetExcludeDispatchKeyGuard(keys.FuncTorchDynamicLayerBackMode, False),
-    ):
-        yield
-
-
 def _new_gradient(logits: Tensor) -> Tensor:
-    if logits.device.type != "cpu":
+    if logits.device.type != "cpu" or logits.numel() == 0:
         return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     # numpy asks the system for huge pages: touching small ones first costs a CPU more than the arithmetic.
     memory = np.empty(logits.numel() * logits.element_size(), np.uint8)
@@ -195,10 +179,9 @@ def policy_loss_gradient(
     log_probs: Tensor, entropy: Tensor | None, rows: OptionalTensors, segments: Tensors, config: str, backend: str
 ) -> Tensors2:
     """Gradient of the summed token losses with respect to ``log_probs`` and entropy, ``[N]`` each."""
-    with _torch_func_allowed():
-        return implementation(backend).policy_loss_gradient(
-            log_probs, entropy, _rows(rows), segments, policy_config(config)
-        )
+    return implementation(backend).policy_loss_gradient(
+        log_probs, entropy, _rows(rows), segments, policy_config(config)
+    )
 
 
 @policy_loss_gradient.register_fake
@@ -217,8 +200,7 @@ def _loss_and_gradient(
     gradient: Tensor,
 ) -> Tensor:
     package, settings, checked = implementation(backend), policy_config(config), _checked(rows, logits.shape[-1])
-    with _torch_func_allowed():
-        log_probs, entropy = package.logits_loss_gradient(logits, checked, settings, *scalars, want_entropy, gradient)
+    log_probs, entropy = package.logits_loss_gradient(logits, checked, settings, *scalars, want_entropy, gradient)
     _, raw = package.policy_loss(log_probs, entropy, checked, segments, settings, logits.shape[-1])
     return metrics.finish(raw, metrics.TOKEN)
 

@@ -1,4 +1,4 @@
-"""Log-prob level: the token losses of `egpo_kernels.surrogates`, differentiated by torch.func over `[N]` vectors."""
+"""Log-prob level: the token losses of `egpo_kernels.surrogates`, differentiated by autograd over `[N]` vectors."""
 
 import torch
 from torch import Tensor
@@ -26,13 +26,11 @@ def policy_loss_gradient(
     log_probs: Tensor, entropy: Tensor | None, rows: Rows, segments: list[Tensor], config: PolicyLossConfig
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the summed token losses with respect to ``log_probs`` and entropy, ``[N]`` each."""
-    factor = rows.factor
-    assert factor is not None
-
-    def total(values: Tensor) -> Tensor:
-        return token_terms(values, None, rows, segments[0], config).loss(factor, config).sum()
-
-    # Inside an operator autograd's graph is off; the functional transform works there too.
-    slope = torch.func.grad(total)(log_probs)
-    live = rows.mask & (log_probs != -torch.inf)
-    return slope, torch.where(live, -config.entropy_coef * factor, 0.0)
+    assert rows.factor is not None
+    # Inside an operator autograd is switched off below the level `enable_grad` reaches.
+    recording = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with recording, torch.enable_grad():
+        leaf = log_probs.detach().requires_grad_()
+        terms = token_terms(leaf, None, rows, segments[0], config)
+        (slope,) = torch.autograd.grad(terms.loss(rows.factor, config).sum(), leaf)
+    return slope, torch.where(terms.live, -config.entropy_coef * rows.factor, 0.0)

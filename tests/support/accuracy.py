@@ -148,11 +148,11 @@ def _entropy_terms(log_softmax: Tensor) -> Tensor:
 def gradient_terms(case: Case, slope: Tensor, bonus: Tensor) -> Tensor:
     """Terms [N, V] of a float64 case's logits gradient, from those of dL/dl and dL/dEnt [N]."""
     log_softmax = case.log_softmax()
-    entropy, surprisal = _entropy_terms(log_softmax)[:, None], torch.where(log_softmax.isfinite(), -log_softmax, 0.0)
+    unsure, surprisal = _entropy_terms(log_softmax)[:, None], torch.where(log_softmax.isfinite(), -log_softmax, 0.0)
     own = torch.where(case.counted, case.tokens.reshape(-1), 0)[:, None]
     probabilities = log_softmax.exp()
-    # sum p |log p| is below `entropy`, which also bounds the error of Ent.
-    mixed = probabilities * (surprisal * (1 + surprisal) + entropy * (2 + surprisal))
+    entropy = (probabilities * surprisal).sum(-1, keepdim=True)
+    mixed = probabilities * ((surprisal + entropy) * (1 + surprisal) + unsure)
     terms = slope[:, None] * (probabilities * (2 + surprisal)).scatter_add(-1, own, torch.ones_like(entropy))
     heat = torch.where(case.counted, case.rows(case.temperature).double(), 1.0)
     return torch.where(case.counted[:, None], (terms + bonus[:, None] * mixed) / heat[:, None], 0.0)
