@@ -14,7 +14,6 @@ from tests.support.batches import (
     from_log_probs,
     make_batch,
     one_pass,
-    only_log_probs,
     two_pass,
     whole_groups,
 )
@@ -280,10 +279,7 @@ def test_second_derivative_of_log_probs_is_refused(backend):
         gradient.square().sum().backward()
 
 
-NO_SECOND = pytest.mark.xfail(reason="torch.segment_reduce has no second derivative", raises=RuntimeError)
-
-
-@pytest.mark.parametrize("path", [one_pass, pytest.param(two_pass, marks=NO_SECOND), whole_groups, only_log_probs])
+@EVERY_PATH
 def test_reference_differentiates_twice(path):
     batch = make_batch(dtype=torch.float64, vocab=5, lengths=(2, 1))
     logits = batch.logits.clone().requires_grad_()
