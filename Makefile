@@ -19,7 +19,7 @@ help: ## list the targets
 venv: $(VENV)/.stamp-test ## make .venv with the test extra
 
 test: $(VENV)/.stamp-test ## run the tests (ARGS="-k clip", JOBS=4)
-	$(BIN)/python -m pytest -n $(JOBS) --benchmark-disable $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable $(ARGS)
 
 lint: $(VENV)/.stamp-test ## ruff and mypy
 	$(BIN)/ruff check .

@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=512, help="rows of logits, a multiple of 8 (default 512)")
     parser.add_argument("--vocab", type=int, default=151936, help="vocabulary (default 151936)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default 9)")
     parser.add_argument("--out", help="file to write the results to, as JSON")
     parser.add_argument("--peak", nargs=2, metavar=("DTYPE", "PROVIDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()

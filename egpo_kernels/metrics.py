@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from egpo_kernels.reduction import accumulation_dtype
 from egpo_kernels.surrogates import TokenTerms
 from egpo_kernels.types import Metrics, PolicyLossConfig, Rows
 
@@ -153,8 +154,7 @@ def token_metrics(terms: TokenTerms, log_probs: Tensor, rows: Rows, config: Poli
 
 def total(values: Tensor) -> Tensor:
     """Sum of all ``values``, accumulated in float64 where the device has it."""
-    wide = torch.float32 if values.device.type == "mps" else torch.float64
-    return values.sum(dtype=wide).to(values.dtype)
+    return values.sum(dtype=accumulation_dtype(values.device)).to(values.dtype)
 
 
 @functools.lru_cache(maxsize=64)

@@ -71,11 +71,11 @@ def _checked(fields: OptionalTensors, vocab: int) -> Rows:
 
 
 def _new_gradient(logits: Tensor) -> Tensor:
-    if logits.device.type != "cpu" or logits.numel() == 0:
+    if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.float64):
         return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    # numpy asks the system for huge pages: touching small ones first costs a CPU more than the arithmetic.
-    memory = np.empty(logits.numel() * logits.element_size(), np.uint8)
-    return torch.from_numpy(memory).view(logits.dtype).view(logits.shape)
+    # numpy asks the system for huge pages: at these sizes touching small ones first costs more than the arithmetic.
+    kind = np.float32 if logits.dtype == torch.float32 else np.float64
+    return torch.from_numpy(np.empty(tuple(logits.shape), kind))
 
 
 def _fake_gradient(logits: Tensor, *_: Any) -> Tensor:

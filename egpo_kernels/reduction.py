@@ -8,14 +8,19 @@ from torch import Tensor
 from egpo_kernels.types import PolicyLossConfig
 
 
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """Float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class _SegmentSum(torch.autograd.Function):
     """`torch.segment_reduce`, whose own backward cannot be differentiated: this one is a gather, which can."""
 
     @staticmethod
     def forward(values: Tensor, offsets: Tensor) -> Tensor:
         """Accumulate in float64 where the device has it."""
-        wide = torch.float32 if values.device.type == "mps" else torch.float64
-        return torch.segment_reduce(values.to(wide), "sum", offsets=offsets, unsafe=True).to(values.dtype)
+        wide = values.to(accumulation_dtype(values.device))
+        return torch.segment_reduce(wide, "sum", offsets=offsets, unsafe=True).to(values.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -33,8 +38,7 @@ class _SegmentSum(torch.autograd.Function):
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sum floating ``values [N]`` over ``offsets[i] : offsets[i + 1]`` to ``[S]``; twice differentiable, repeatable, no
-    sync.
+    """Sum floating ``values [N]`` over ``offsets[i] : offsets[i + 1]`` to ``[S]``; twice differentiable, repeatable.
 
     Accumulates in float64 where the device has it, so that a sequence of 70000 tokens loses nothing.
     """

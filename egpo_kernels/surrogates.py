@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels.reduction import counts_per_sequence, per_row, segment_index, segment_sum
+from egpo_kernels.reduction import accumulation_dtype, counts_per_sequence, per_row, segment_index, segment_sum
 from egpo_kernels.types import PolicyLossConfig, Rows
 
 
@@ -114,4 +114,6 @@ def _sequence_mean(log_ratio: Tensor, mask: Tensor, offsets: Tensor) -> Tensor:
     """GSPO's sequence log-ratio (arXiv 2507.18071, Eq. 7): the mean over counted tokens, shared by all of them."""
     counts = counts_per_sequence(mask, offsets).clamp(min=1).to(log_ratio.dtype)
     index = segment_index(offsets, log_ratio.shape[0])
-    return per_row(segment_sum(log_ratio, offsets) / counts, index)
+    # Spread in float64, so that the gradient of 70000 tokens gathers in float64 too.
+    mean = (segment_sum(log_ratio, offsets) / counts).to(accumulation_dtype(log_ratio.device))
+    return per_row(mean, index).to(log_ratio.dtype)

@@ -8,7 +8,8 @@ import torch
 
 from egpo_kernels import egpo_loss, recipes
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).resolve().parent.parent / "README.md").read_text(), re.DOTALL)
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,5 @@ def test_the_naive_code_computes_the_same(names, backend):
 
 
 def test_the_table_of_recipes_is_true():
-    table = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    named = set(re.findall(r"^\| `([A-Z_0-9]+)` \(arXiv", table, re.MULTILINE))
+    named = set(re.findall(r"^\| `([A-Z_0-9]+)` \(arXiv", README, re.MULTILINE))
     assert named == {recipe.name for recipe in recipes.RECIPES.values()}

@@ -251,9 +251,7 @@ def test_offline_compilation():
     """In another process, because this one interprets kernels; in one, because starting it takes longest."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     checks = "import tests.test_support as t; t.check_widths(); t.check_amd(); t.check_spills()"
-    done = subprocess.run(
-        [sys.executable, "-c", checks], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", checks], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -75,8 +75,9 @@ def test_value_derivative_and_clip_flags_agree(name, config):
     (slope,) = torch.autograd.grad(terms.loss.sum(), leaf)
 
     out = torch.empty(4, len(log_probs), dtype=torch.float64)
+    device_function = triton_side.SURROGATES[name]
     surrogate_kernel[(1,)](
-        log_probs, log_ratio.detach(), advantages, out, settings_of(config), triton_side.SURROGATES[name], len(log_probs)
+        log_probs, log_ratio.detach(), advantages, out, settings_of(config), device_function, len(log_probs)
     )
     torch.testing.assert_close(out[0], terms.loss.detach(), rtol=4 * torch.finfo(torch.float64).eps, atol=0)
     torch.testing.assert_close(out[1], slope, rtol=4 * torch.finfo(torch.float64).eps, atol=0)

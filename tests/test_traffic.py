@@ -88,9 +88,7 @@ def test_rows_without_a_coefficient_are_only_zeroed(metrics, inplace, tokens, ma
     logits = make_logits(torch.bfloat16)
     advantages = torch.tensor([0.0, 1.0, 0.0, -1.0])
     with count_traffic() as traffic:
-        logits_policy_loss(
-            logits, tokens, advantages, mask, metrics=metrics, inplace_grad=inplace, backend="triton"
-        )
+        logits_policy_loss(logits, tokens, advantages, mask, metrics=metrics, inplace_grad=inplace, backend="triton")
     for sequence in (0, 2):
         seen = traffic.of(logits[sequence])
         assert seen.loaded == 0

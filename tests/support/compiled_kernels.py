@@ -32,6 +32,9 @@ class Size(NamedTuple):
     length: int = 2
 
 
+SMALL = Size()
+
+
 class Compiler:
     """Stands in for `JITFunction.run`: specialises as a launch does and compiles, once for each specialisation."""
 
@@ -73,7 +76,7 @@ def make_rows(dtype: torch.dtype, full: bool, size: Size) -> Rows:
 
 
 def launch_logits(
-    dtype: torch.dtype, full: bool, config: PolicyLossConfig, size: Size = Size(), vocab: int = VOCAB, scale: float = 1
+    dtype: torch.dtype, full: bool, config: PolicyLossConfig, size: Size = SMALL, vocab: int = VOCAB, scale: float = 1
 ) -> None:
     """The kernels over logits, as `logits_policy_loss` and `token_log_probs` launch them."""
     logits = torch.zeros(*size, vocab, dtype=dtype)
@@ -86,7 +89,7 @@ def launch_logits(
     backend.rescale_(logits, torch.ones(()), 2.0 * scale)
 
 
-def launch_log_probs(dtype: torch.dtype, full: bool, config: PolicyLossConfig, size: Size = Size()) -> None:
+def launch_log_probs(dtype: torch.dtype, full: bool, config: PolicyLossConfig, size: Size = SMALL) -> None:
     """The kernels of `policy_loss`."""
     rows = make_rows(dtype, full, size)
     log_probs = torch.zeros_like(rows.factor)
@@ -97,7 +100,7 @@ def launch_log_probs(dtype: torch.dtype, full: bool, config: PolicyLossConfig, s
     backend.policy_loss_gradient(log_probs, entropy, rows, segments, config)
 
 
-def launch_groups(dtype: torch.dtype, config: AdvantageConfig, full: bool, size: Size = Size()) -> None:
+def launch_groups(dtype: torch.dtype, config: AdvantageConfig, full: bool, size: Size = SMALL) -> None:
     """The kernels of `group_advantages`."""
     ids, rewards = torch.zeros(size.sequences, dtype=torch.long), torch.ones(size.sequences, dtype=dtype)
     values = torch.zeros(size.sequences * size.length, dtype=dtype) if full else None
