@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import egpo_kernels as ek
+from tests.support.accuracy import assert_rounding
 from tests.support.batches import (
     BACKENDS,
     FAST,
@@ -44,7 +45,7 @@ def test_upstream_as_expected_or_not(path, backend):
     # Powers of two multiply without rounding.
     for expected, upstream in ((8.0, 8.0), (8.0, 2.0), (1.0, 0.5), (0.25, 1.0)):
         found = scaled(path, batch, backend, upstream, grad_scale=expected)
-        torch.testing.assert_close(found / upstream, plain, rtol=1e-6, atol=1e-9)
+        assert_rounding(found / upstream, plain)
     assert torch.equal(scaled(path, batch, backend, 0.0, grad_scale=4.0), torch.zeros_like(plain))
 
 
@@ -203,7 +204,7 @@ def test_two_backwards_give_the_same_gradient_twice(path, backend):
     for upstream, last in ((1.0, False), (2.0, False), (1.0, True)):
         logits.grad = None
         loss.backward(torch.tensor(upstream), retain_graph=not last)
-        torch.testing.assert_close(logits.grad / upstream, wanted, rtol=1e-6, atol=1e-9)
+        assert_rounding(logits.grad / upstream, wanted)
     with pytest.raises(RuntimeError):
         loss.backward()
 
@@ -217,9 +218,9 @@ def test_gradients_accumulate_over_losses(path, backend):
     logits = batch.logits.clone().requires_grad_()
     shared = batch._replace(logits=logits)
     (path(shared, backend).loss + 2 * from_log_probs(shared, backend).loss).backward()
-    torch.testing.assert_close(logits.grad, wanted + 2 * other, rtol=1e-5, atol=1e-7)
+    assert_rounding(logits.grad, wanted + 2 * other)
     path(shared, backend).loss.backward()
-    torch.testing.assert_close(logits.grad, 2 * wanted + 2 * other, rtol=1e-5, atol=1e-7)
+    assert_rounding(logits.grad, 2 * wanted + 2 * other)
 
 
 @EVERY_PATH
@@ -231,7 +232,7 @@ def test_two_losses_from_the_same_logits(path, backend):
     shared = batch._replace(logits=logits)
     total = path(shared, backend).loss + path(shared, backend).loss
     total.backward()
-    torch.testing.assert_close(logits.grad, 2 * wanted, rtol=1e-6, atol=1e-9)
+    assert_rounding(logits.grad, 2 * wanted)
 
 
 @EVERY_PATH
@@ -250,7 +251,7 @@ def test_gradient_reaches_a_layer_in_front(path, layout, backend):
     wanted = gradient("reference")
     for options in ({}, {} if backend == "reference" else {"inplace_grad": True}):
         for found, right in zip(gradient(backend, **options), wanted, strict=True):
-            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
+            assert_rounding(found, right)
 
 
 # The gradient of the gradient.

@@ -73,6 +73,17 @@ def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     return spacing.clamp(min=info.smallest_normal * info.eps) / 2
 
 
+def assert_rounding(actual: Tensor, expected: Tensor) -> None:
+    """Two computations of the same numbers by different ways, in one dtype: they differ by rounding only.
+
+    One bound for all such tests: each way may lose 16 eps of the largest number.
+    """
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    eps = torch.finfo(actual.dtype).eps
+    largest = expected.detach().nan_to_num(0.0, 0.0, 0.0).abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=32 * eps * largest, equal_nan=True)
+
+
 def assert_bits(actual: Tensor, expected: Tensor, name: str) -> None:
     """The same bits; NaN equals NaN, and 0 equals -0."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, f"{name}: {actual.shape}, {actual.dtype}"
