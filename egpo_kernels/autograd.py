@@ -23,7 +23,7 @@ class _RefuseBackward(torch.autograd.Function):
     """Pass gradients on; refuse to be differentiated, so that a second derivative fails with a reason."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, backend: str, gradient: Tensor, *_: Tensor | None) -> Tensor:
         ctx.backend = backend
         return gradient.view_as(gradient)
 
@@ -32,11 +32,31 @@ class _RefuseBackward(torch.autograd.Function):
         raise RuntimeError(NO_DOUBLE.format(ctx.backend))
 
 
-def _guarded(backend: str, gradient: Tensor) -> Tensor:
-    """Under create_graph, return the gradient behind a node that refuses a second derivative."""
+def _guarded(backend: str, gradient: Tensor, *parents: Tensor | None) -> Tensor:
+    """Under create_graph, return the gradient behind a node that refuses a second derivative.
+
+    The node stands between the gradient and its ``parents``, so that every way to what they depend on leads through it.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return gradient
-    return _RefuseBackward.apply(backend, gradient.detach().requires_grad_())
+    return _RefuseBackward.apply(backend, gradient.detach().requires_grad_(), *parents)
+
+
+class _Anchor(torch.autograd.Function):
+    """An empty tensor that depends on the logits without keeping their memory."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> None:
+        return None
+
+
+def anchor(logits: Tensor) -> Tensor | None:
+    """What `LogitsPolicyLoss` keeps of the logits: where they came from, for `_guarded`."""
+    return None if torch.compiler.is_compiling() else _Anchor.apply(logits)
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -50,8 +70,8 @@ class TokenLogProbs(torch.autograd.Function):
         log_probs, entropy, maximum, sum_exp = torch.ops.egpo_kernels.row_statistics(
             logits.detach(), list(rows), temperature, want_entropy, backend
         )
-        ctx.save_for_backward(logits, maximum, sum_exp, entropy)
-        ctx.rows, ctx.options, ctx.overwritten = rows, (temperature, want_entropy, inplace, backend), False
+        ctx.save_for_backward(logits, maximum, sum_exp, entropy, *rows)
+        ctx.options, ctx.overwritten = (temperature, want_entropy, inplace, backend), False
         ctx.set_materialize_grads(False)
         return log_probs, entropy
 
@@ -63,13 +83,14 @@ class TokenLogProbs(torch.autograd.Function):
             if ctx.overwritten:
                 raise RuntimeError(CONSUMED)
             ctx.overwritten = True
-        logits, maximum, sum_exp, entropy = ctx.saved_tensors
+        logits, maximum, sum_exp, entropy, *rows = ctx.saved_tensors
         if not want_entropy:
             grad_entropy = None
+        given = (grad_log_probs, grad_entropy)
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(maximum)
         with torch.no_grad():
-            statistics, rows = [maximum, sum_exp, entropy], list(ctx.rows)
+            statistics = [maximum, sum_exp, entropy]
             upstream = [grad_log_probs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous()]
             if inplace:
                 gradient = logits.detach()
@@ -78,7 +99,7 @@ class TokenLogProbs(torch.autograd.Function):
                 gradient = torch.ops.egpo_kernels.logits_gradient(
                     logits.detach(), rows, statistics, upstream, temperature, backend
                 )
-        return _guarded(backend, gradient), *[None] * (4 + len(ctx.rows))
+        return _guarded(backend, gradient, logits, *given), *[None] * (4 + len(rows))
 
 
 class PolicyLoss(torch.autograd.Function):
@@ -107,17 +128,17 @@ class PolicyLoss(torch.autograd.Function):
             vocab,
             backend,
         )
-        ctx.save_for_backward(log_probs, entropy)
-        ctx.rows, ctx.segments, ctx.options = rows, (offsets, index), (config, backend)
+        ctx.save_for_backward(log_probs, entropy, offsets, index, *rows)
+        ctx.options = (config, backend)
         ctx.mark_non_differentiable(vector)
         return losses if per_token else vector[LOSS_SLOT].clone(), vector
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
         """Gradients with respect to log_probs and entropy."""
-        log_probs, entropy = ctx.saved_tensors
+        log_probs, entropy, offsets, index, *fields = ctx.saved_tensors
         config, backend = ctx.options
-        rows = Rows(*ctx.rows)
+        rows = Rows(*fields)
         assert rows.factor is not None
         with torch.no_grad():
             scaled = rows._replace(factor=rows.factor * upstream)
@@ -125,12 +146,13 @@ class PolicyLoss(torch.autograd.Function):
                 log_probs.detach(),
                 None if entropy is None else entropy.detach(),
                 list(scaled),
-                list(ctx.segments),
+                [offsets, index],
                 config,
                 backend,
             )
-        grad_entropy = None if entropy is None else _guarded(backend, bonus)
-        return _guarded(backend, slope), grad_entropy, *[None] * (6 + len(ctx.rows))
+        parents = (log_probs, entropy, upstream)
+        grad_entropy = None if entropy is None else _guarded(backend, bonus, *parents)
+        return _guarded(backend, slope, *parents), grad_entropy, *[None] * (6 + len(rows))
 
 
 class LogitsPolicyLoss(torch.autograd.Function):
@@ -140,6 +162,7 @@ class LogitsPolicyLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
+        origin: Tensor | None,
         offsets: Tensor,
         index: Tensor,
         config: str,
@@ -162,6 +185,7 @@ class LogitsPolicyLoss(torch.autograd.Function):
         if torch.compiler.is_compiling():
             ctx.save_for_backward(gradient)
         else:
+            ctx.save_for_backward(origin)
             ctx.gradient = gradient
         ctx.mark_non_differentiable(vector)
         return vector[LOSS_SLOT].clone(), vector
@@ -171,12 +195,12 @@ class LogitsPolicyLoss(torch.autograd.Function):
         """Gradient with respect to the logits only."""
         grad_scale, inplace, backend, num_rows = ctx.options
         if torch.compiler.is_compiling():
-            (gradient,) = ctx.saved_tensors
+            (gradient,), origin = ctx.saved_tensors, None
             gradient = (gradient * (upstream / grad_scale)).to(gradient.dtype)
         else:
-            gradient = _take_gradient(ctx, inplace)
+            gradient, (origin,) = _take_gradient(ctx, inplace), ctx.saved_tensors
             torch.ops.egpo_kernels.rescale_(gradient, upstream.detach(), grad_scale, backend)
-        return _guarded(backend, gradient), *[None] * (8 + num_rows)
+        return _guarded(backend, gradient, origin, upstream), *[None] * (9 + num_rows)
 
 
 def _take_gradient(ctx: Any, inplace: bool) -> Tensor:

@@ -51,9 +51,10 @@ def group_advantages(
         TypeError: A wrong type or dtype.
     """
     check_instance("config", config, AdvantageConfig)
-    if not isinstance(rewards, Tensor) or rewards.dim() != 1:
-        what = list(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
-        raise ValueError(f"rewards is {what}; it must be a tensor [S], one number per sequence")
+    if not isinstance(rewards, Tensor):
+        raise TypeError(f"rewards is {type(rewards).__name__}; it must be a tensor [S], one number per sequence")
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards has shape {list(rewards.shape)}; it must be [S], one number per sequence")
     sequences, device = rewards.shape[0], rewards.device
     check_tensor("rewards", rewards, "real", {"[S]": (sequences,)}, device)
     source = old_log_probs if old_log_probs is not None else entropy
@@ -65,6 +66,9 @@ def group_advantages(
         if layout.num_sequences != sequences:
             raise ValueError(f"rewards has {sequences} entries; {name} holds {layout.num_sequences} sequences")
         counts = counted(mask, None, layout)
+    for name, given in (("mask", mask), ("entropy_mask", entropy_mask), ("cu_seqlens", cu_seqlens)):
+        if given is not None:
+            check_instance(name, given, Tensor)
     ids = group_ids(groups, sequences, device, group_size)
     return advantages_of_groups(
         ids,

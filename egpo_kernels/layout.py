@@ -59,7 +59,7 @@ def make_layout(name: str, shape: tuple[int, ...], cu_seqlens: Any, device: torc
         sequences, length = shape
         offsets = torch.arange(sequences + 1, device=device) * length
         index = torch.arange(sequences, device=device).repeat_interleave(length, output_size=sequences * length)
-        return Layout(shape, sequences, offsets, torch.ones((), device=device), index)
+        return Layout(shape, sequences, offsets, torch.ones((), dtype=torch.float32, device=device), index)
     if len(shape) != 1:
         raise ValueError(f"cu_seqlens is given with {name} padded; it must be None, or {name} packed")
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
@@ -74,7 +74,9 @@ def one_sequence(shape: tuple[int, ...], device: torch.device) -> Layout:
     """Describe packed per-token tensors ``[N]`` where it does not matter which sequence a token is in."""
     (length,) = shape
     index = torch.zeros(length, dtype=torch.long, device=device)
-    return Layout(shape, 1, torch.arange(2, device=device) * length, torch.ones((), device=device), index)
+    return Layout(
+        shape, 1, torch.arange(2, device=device) * length, torch.ones((), dtype=torch.float32, device=device), index
+    )
 
 
 def counted(mask: Any, tokens: Tensor | None, layout: Layout) -> Tensor:

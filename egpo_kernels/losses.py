@@ -193,6 +193,7 @@ def loss_from_logits(
         return loss_from_log_probs(call, rows, config, options, found)
     loss, vector = autograd.LogitsPolicyLoss.apply(
         call.logits,
+        autograd.anchor(call.logits),
         call.layout.offsets,
         call.layout.sequence,
         config.json,

@@ -173,7 +173,7 @@ def _plan(table: Table, device: torch.device) -> tuple[Tensor, ...]:
         [keys.index(metric.over) if metric.kind == "gap" else 0 for metric in metrics],
     )
     pin = device.type == "cuda"
-    return tuple(torch.tensor(column, pin_memory=pin).to(device, non_blocking=True) for column in columns)
+    return tuple(torch.tensor(column, device="cpu", pin_memory=pin).to(device, non_blocking=True) for column in columns)
 
 
 def finish(raw: Tensor, table: Table) -> Tensor:
@@ -201,17 +201,28 @@ def combine_metrics(metrics: Iterable[Metrics]) -> Metrics:
         One dict of 0-d tensors.
 
     Raises:
-        ValueError: A key that is none of the library's.
+        TypeError: ``metrics`` is not an iterable of dicts of tensors.
+        ValueError: A key that is none of the library's, or one whose count was taken out.
     """
+    if isinstance(metrics, dict) or not isinstance(metrics, Iterable):
+        raise TypeError(f"metrics is {type(metrics).__name__}; it must be a list of the dicts to merge")
     parts = list(metrics)
+    if not all(isinstance(part, dict) and all(isinstance(v, Tensor) for v in part.values()) for part in parts):
+        raise TypeError("metrics holds something else than dicts of tensors; pass them as egpo_kernels returned them")
     keys = list(dict.fromkeys(key for part in parts for key in part))
     unknown = [key for key in keys if key not in _KNOWN]
     if unknown:
         raise ValueError(f"metrics has the key {unknown[0]!r}; it must hold only keys that egpo_kernels returned")
+    lost = [key for part in parts for key in part if key in _COUNT_KEYS and _COUNT_KEYS[key] not in part]
+    if lost:
+        raise ValueError(f"metrics has {lost[0]!r} without its count {_COUNT_KEYS[lost[0]]!r}; it must have both")
     merged = {key: _merge(key, [part for part in parts if key in part]) for key in keys if key not in _GAPS}
     for key in keys:
         if key in _GAPS:
-            merged[key] = merged[_GAPS[key].slot] - merged[_GAPS[key].over]
+            upper, lower = _GAPS[key].slot, _GAPS[key].over
+            if upper not in merged or lower not in merged:
+                raise ValueError(f"metrics has {key!r} without the means it is the gap of; it must have both")
+            merged[key] = merged[upper] - merged[lower]
     return {key: merged[key] for key in keys}
 
 

@@ -93,7 +93,8 @@ def sequence_offsets(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
     given = cu_seqlens.long()
     offsets = given.clamp(0, num_rows).cummax(0).values
     sound = (offsets == given).all() & (given[0] == 0)
-    return offsets, torch.where(sound, 1.0, torch.nan)
+    one = torch.ones((), dtype=torch.float32, device=cu_seqlens.device)
+    return offsets, torch.where(sound, one, torch.nan)
 
 
 @sequence_offsets.register_fake

@@ -89,7 +89,8 @@ def reduction_factor(
             denominator = denominator * per_row(counts.to(dtype), index)
         elif config.norm_length is not None:
             denominator = denominator * config.norm_length
-    return torch.where(denominator > 0, 1 / denominator, torch.where(denominator == 0, 0.0, torch.nan))
+    factor = torch.where(denominator > 0, 1 / denominator, ones * torch.nan)
+    return torch.where(denominator == 0, 0.0, factor)
 
 
 def _as_count(given: Tensor | float | None, counted: Tensor, like: Tensor) -> Tensor | float:

@@ -80,9 +80,11 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, config: PolicyLossConf
 
 
 def token_terms(
-    log_probs: Tensor, entropy: Tensor | None, rows: Rows, offsets: Tensor, config: PolicyLossConfig
+    log_probs: Tensor, entropy: Tensor | None, rows: Rows, offsets: Tensor | None, config: PolicyLossConfig
 ) -> TokenTerms:
     """Return what each row contributes to the loss; differentiable in ``log_probs`` and ``entropy``.
+
+    Only a sequence ratio needs ``offsets``.
 
     Rows outside the mask, and counted tokens whose own logit is -inf (``dead``), are replaced before any arithmetic:
     nothing they hold can reach a value or a gradient.
@@ -98,7 +100,7 @@ def token_terms(
     safe, advantages = select(log_probs), select(rows.advantages)
     old = safe.detach() if rows.old_log_probs is None else select(rows.old_log_probs)
     log_ratio = clamped(safe - old, config.max_log_ratio)
-    if config.ratio == "sequence":
+    if config.ratio == "sequence" and offsets is not None:
         log_ratio = select(_sequence_mean(log_ratio, rows.mask, offsets))
     loss, low, high = SURROGATES[config.surrogate](safe, log_ratio, advantages, config)
     unscored = torch.zeros_like(live)

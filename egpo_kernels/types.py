@@ -163,8 +163,8 @@ class PolicyLossConfig(_Checked):
     clip_low: float = _number(0.2, 0.0, 1.0)
     clip_high: float = _number(0.2, 0.0)
     dual_clip: float | None = _number(None, 1.0, optional=True, open_low=True)
-    # exp(80) is the last round number whose square root of float32's range leaves room for the advantage.
-    max_log_ratio: float = _number(20.0, 0.0, 80.0, open_low=True)
+    # exp(60) is 1e26: float32 still holds it times an advantage of 1e12.
+    max_log_ratio: float = _number(20.0, 0.0, 60.0, open_low=True)
     kl: str = dataclasses.field(default="k3", metadata={"choices": ("k1", "k2", "k3")})
     kl_coef: float = _number(0.0, 0.0)
     entropy_coef: float = _number(0.0, -math.inf)

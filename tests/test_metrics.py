@@ -166,3 +166,14 @@ def test_nan_in_one_part_is_seen():
 def test_unknown_keys_are_refused():
     with pytest.raises(ValueError, match="metrics has the key 'loss'"):
         ek.combine_metrics([{"loss": torch.tensor(1.0)}])
+
+
+@pytest.mark.parametrize("wrong", [3, [3], {"policy/loss/sum": torch.ones(())}, [{"policy/loss/sum": 1.0}]])
+def test_combining_what_is_no_list_of_dicts_of_tensors(wrong):
+    with pytest.raises(TypeError, match="metrics"):
+        ek.combine_metrics(wrong)
+
+
+def test_combining_a_mean_without_its_count():
+    with pytest.raises(ValueError, match="metrics has 'policy/ratio/mean' without its count 'policy/tokens/sum'"):
+        ek.combine_metrics([{"policy/ratio/mean": torch.ones(())}])

@@ -64,3 +64,9 @@ def test_no_length_count_or_coefficient_recompiles_a_kernel():
     rows = launches("sm_90", "values")
     assert len({row["kernel"] for row in rows}) >= 8
     assert {row["number"] for row in rows} == {1}
+
+
+def test_no_logit_is_overwritten_before_every_warp_has_read_the_tokens_own(compiled):
+    """In place the gradient lands where the token's logit lay: a barrier must stand before the first store."""
+    rows = [row for row in compiled if row["kernel"] in LOGITS_KERNELS - {"row_statistics_kernel"}]
+    assert rows and all(row["fenced"] for row in rows)

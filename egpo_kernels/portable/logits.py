@@ -56,7 +56,7 @@ def logits_loss_gradient(
     log_probs, entropy = (logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits)) for _ in range(2))
     for chunk in chunks(logits, rows, rows.mask, out):
         found = softmax(chunk, temperature, want_entropy)
-        slope, bonus = policy_loss_gradient(found.log_probs, found.entropy, chunk.rows, [chunk.rows.mask], config)
+        slope, bonus = policy_loss_gradient(found.log_probs, found.entropy, chunk.rows, [], config)
         log_probs[chunk.place] = torch.where(chunk.rows.mask, found.log_probs, 0.0)
         if found.entropy is not None:
             entropy[chunk.place] = torch.where(chunk.rows.mask, found.entropy, 0.0)

@@ -31,6 +31,6 @@ def policy_loss_gradient(
     recording = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with recording, torch.enable_grad():
         leaf = log_probs.detach().requires_grad_()
-        terms = token_terms(leaf, None, rows, segments[0], config)
+        terms = token_terms(leaf, None, rows, segments[0] if segments else None, config)
         (slope,) = torch.autograd.grad(terms.loss(rows.factor, config).sum(), leaf)
     return slope, torch.where(terms.live, -config.entropy_coef * rows.factor, 0.0)

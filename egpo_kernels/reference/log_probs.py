@@ -22,7 +22,7 @@ def token_log_probs(logits: Tensor, rows: Rows, temperature: float) -> tuple[Ten
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     z = logits.reshape(-1, logits.shape[-1]).to(dtype)
     heat = torch.full_like(z[:, 0], temperature) if rows.temperature is None else rows.temperature
-    heat = torch.where(rows.mask & (heat > 0), heat, torch.where(rows.mask, torch.nan, 1.0))[:, None]
+    heat = torch.where(rows.mask, torch.where(heat > 0, heat, torch.nan), 1.0)[:, None]
     valid = (rows.tokens >= 0) & (rows.tokens < z.shape[-1])
     column = torch.where(valid & rows.mask, rows.tokens, 0)[:, None]
     dead = z.detach().gather(-1, column)[:, 0] == -torch.inf

@@ -15,6 +15,7 @@ from torch import Tensor
 from egpo_kernels import metrics
 from egpo_kernels.advantages import COLLAPSED
 from egpo_kernels.triton.segments import as_bytes, combine, sequence_uncertainty, store_maxima, store_sums
+from egpo_kernels.triton.settings import on_device
 from egpo_kernels.types import AdvantageConfig
 
 LAUNCH = {"BLOCK_I": 16, "BLOCK_J": 128, "num_warps": 8}
@@ -275,7 +276,7 @@ def _settings_tensor(config: AdvantageConfig, dtype: torch.dtype, device: torch.
     """Put the numbers of ``config`` on ``device``, once for each set of values."""
     numbers = (config.correct_threshold, COLLAPSED, config.std_eps, config.nsr_scale, config.uncertainty_eps)
     values = Settings(*numbers, *config.weight_bounds)
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return on_device(values, dtype, device)
 
 
 def group_advantages(

@@ -39,6 +39,8 @@ def logits_gradient_kernel(
             entropy = tl.load(entropy_ptr + row)
         live = live & ((slope != 0) | (bonus != 0))
         token, logit = load_token(rows, row, row_ptr, vocab, live, DTYPE)
+        # In place, every warp must have read the token's logit before one of them writes over it.
+        tl.debug_barrier()
         if live & (logit != float("-inf")):
             sweep_gradient(
                 row_ptr, out_ptr, vocab, token, logit, tl.load(maximum_ptr + row), tl.load(sum_exp_ptr + row), entropy,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from egpo_kernels.triton.settings import on_device
+
 BLOCK = 4096
 MAX_PROGRAMS = 2048
 
@@ -21,7 +23,8 @@ def rescale_kernel(
     upstream = tl.load(upstream_ptr).to(expected.dtype)
     if upstream != expected:
         ratio = upstream / expected
-        chunks_per_row = tl.cdiv(width, BLOCK)
+        # Rounding up could pass 2^31.
+        chunks_per_row = tl.cdiv(tl.cast(width, tl.int64), BLOCK)
         for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
             row = tl.cast(chunk // chunks_per_row, tl.int64)
             first = tl.cast(chunk % chunks_per_row, tl.int64) * BLOCK
@@ -38,7 +41,7 @@ def rescale_kernel(
 @functools.lru_cache(maxsize=256)
 def _on_device(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Keep ``value`` on the device: an argument of a kernel would be rounded to float32."""
-    return torch.tensor(value, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return on_device(value, dtype, device)
 
 
 def rescale_(gradient: Tensor, upstream: Tensor, expected: float) -> None:

@@ -57,7 +57,12 @@ def settings_tensor(
         inverse_temperature=1 / temperature,
         grad_scale=grad_scale,
     )
-    made = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return on_device(values, dtype, device)
+
+
+def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers as a tensor on ``device``, copied without blocking."""
+    made = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     return made.to(device, non_blocking=True)
 
 

@@ -16,6 +16,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e4)
 # Below every logit but -inf: a leading block of -inf leaves a finite maximum.
 START = tl.constexpr(-3.4028234663852886e38)
+START_FLOAT64 = tl.constexpr(-1.7976931348623157e308)
 
 
 class Matrix(NamedTuple):
@@ -109,7 +110,8 @@ def sweep_statistics(row_ptr, vocab, scale, DTYPE: tl.constexpr, ENTROPY: tl.con
     """Statistics of a row in one read; the last, partial block is apart so that the others need no mask."""
     offs_v = tl.arange(0, BLOCK_V)
     zeros = tl.zeros((BLOCK_V,), DTYPE)
-    found = RowStatistics(tl.full((), START, DTYPE), zeros, zeros)
+    lowest: tl.constexpr = START_FLOAT64 if DTYPE == tl.float64 else START
+    found = RowStatistics(tl.full((), lowest, DTYPE), zeros, zeros)
     full = vocab // BLOCK_V * BLOCK_V
     for start in range(0, full, BLOCK_V):
         z = tl.load(row_ptr + start + offs_v).to(DTYPE)

@@ -59,7 +59,8 @@ class Compiler:
             )
             source = ASTSource(kernel, signature, constants, attributes)
             row |= compile_source(source, self.target, **options)._asdict()
-            del row["sass"]
+            sass = row.pop("sass")
+            row["fenced"] = "BAR.SYNC" in sass.partition("STG.")[0]
         print(json.dumps(row), flush=True)
 
 

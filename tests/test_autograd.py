@@ -1,0 +1,75 @@
+"""What happens between forward and backward: second derivatives refused, changed inputs noticed."""
+
+import pytest
+import torch
+
+import egpo_kernels as ek
+from tests.support.batches import FAST, make_batch
+
+LATE = ek.PolicyLossConfig(ratio="sequence")
+
+
+def through_a_layer(how, backend):
+    """Loss of logits that a weight made of its inputs, both wanting gradients."""
+    batch = make_batch("padded")
+    hidden = torch.randn(*batch.tokens.shape, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.randn(5, batch.logits.shape[-1], generator=torch.Generator().manual_seed(1)).requires_grad_()
+    logits = hidden @ weight
+    if how == "log_probs":
+        log_probs, _ = ek.token_log_probs(logits, batch.tokens, mask=batch.mask, backend=backend)
+        return log_probs.square().sum(), hidden, weight
+    config = LATE if how == "late" else ek.PolicyLossConfig()
+    given = {"old_log_probs": batch.old_log_probs, "config": config, "backend": backend}
+    return ek.logits_policy_loss(logits, batch.tokens, batch.advantages, batch.mask, **given).loss, hidden, weight
+
+
+@pytest.mark.parametrize("how", ["one_pass", "late", "log_probs"])
+@pytest.mark.parametrize("backend", FAST)
+def test_a_second_derivative_never_leaves_out_the_logits(how, backend):
+    loss, hidden, weight = through_a_layer(how, backend)
+    (first,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.autograd.grad(first.square().sum(), weight)
+
+
+@pytest.mark.parametrize("name", ["tokens", "old_log_probs"])
+@pytest.mark.parametrize("backend", FAST)
+def test_inputs_changed_before_backward_are_noticed(name, backend):
+    batch = make_batch("padded")
+    given = {"tokens": batch.tokens.clone(), "old_log_probs": batch.old_log_probs.clone()}
+    logits = batch.logits.detach().clone().requires_grad_()
+    tokens, old = given["tokens"], given["old_log_probs"]
+    loss, _ = ek.logits_policy_loss(
+        logits, tokens, batch.advantages, batch.mask, old_log_probs=old, config=LATE, backend=backend
+    )
+    given[name].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_float64_logits_below_float32s_range(backend):
+    logits = (
+        torch.randint(-3, 4, (2, 3, 9), generator=torch.Generator().manual_seed(0)).double() * 2.0**1000 - 2.0**1020
+    )
+    tokens = logits.argmax(-1)
+    log_probs, _ = ek.token_log_probs(logits, tokens, backend=backend)
+    ties = (logits == logits.amax(-1, keepdim=True)).sum(-1)
+    torch.testing.assert_close(log_probs, -ties.double().log(), rtol=0, atol=4 * torch.finfo(torch.float64).eps)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_the_default_dtype_changes_nothing(backend):
+    batch = make_batch("padded")
+
+    def loss():
+        given = {"old_log_probs": batch.old_log_probs, "backend": backend}
+        return ek.logits_policy_loss(batch.logits, batch.tokens, batch.advantages, batch.mask, **given).loss
+
+    wanted = loss()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = loss()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == wanted.dtype and torch.equal(found, wanted)
