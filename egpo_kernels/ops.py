@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef, custom_op
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from egpo_kernels import metrics
 from egpo_kernels.dispatch import implementation
@@ -73,9 +74,17 @@ def _checked(fields: OptionalTensors, vocab: int) -> Rows:
 def _new_gradient(logits: Tensor) -> Tensor:
     if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.float64):
         return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    # numpy asks the system for huge pages: at these sizes touching small ones first costs more than the arithmetic.
-    kind = np.float32 if logits.dtype == torch.float32 else np.float64
-    return torch.from_numpy(np.empty(tuple(logits.shape), kind))
+    # Touching new memory costs more than the arithmetic: take the last gradient's, once nothing holds it any more;
+    # and where it must be new, numpy asks the system for huge pages.
+    memory, holder = _last_gradient.pop(logits.dtype, (None, None))
+    if memory is None or holder is None or memory.size != logits.numel() or not holder.expired():
+        memory = np.empty(logits.numel(), np.float32 if logits.dtype == torch.float32 else np.float64)
+    gradient = torch.from_numpy(memory).view(logits.shape)
+    _last_gradient[logits.dtype] = (memory, StorageWeakRef(gradient.untyped_storage()))
+    return gradient
+
+
+_last_gradient: dict[torch.dtype, tuple[np.ndarray, StorageWeakRef]] = {}
 
 
 def _fake_gradient(logits: Tensor, *_: Any) -> Tensor:

@@ -73,3 +73,21 @@ def test_the_default_dtype_changes_nothing(backend):
     finally:
         torch.set_default_dtype(torch.float32)
     assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_gradient_somebody_holds_is_never_written_over(backend):
+    batch = make_batch("padded")
+
+    def gradient():
+        logits = batch.logits.detach().float().clone().requires_grad_()
+        ek.logits_policy_loss(logits, batch.tokens, batch.advantages, batch.mask, backend=backend).loss.backward()
+        return logits.grad
+
+    first = gradient()
+    kept, view = first.clone(), first[0]
+    again = gradient()
+    assert again.data_ptr() != first.data_ptr() and torch.equal(first, kept) and torch.equal(again, kept)
+    del first, again
+    third = gradient()
+    assert torch.equal(view, kept[0]) and torch.equal(third, kept)
