@@ -9,9 +9,8 @@ from egpo_kernels import autograd, metrics, reference
 from egpo_kernels import layout as layouts
 from egpo_kernels.dispatch import choose_backend
 from egpo_kernels.layout import Layout
-from egpo_kernels.ops import compute_dtype
 from egpo_kernels.reduction import counts_per_sequence, per_row, reduction_factor
-from egpo_kernels.types import LossOutput, PolicyLossConfig, Rows, TokenLogProbs, check_number
+from egpo_kernels.types import LossOutput, PolicyLossConfig, Rows, TokenLogProbs, check_number, compute_dtype
 from egpo_kernels.validation import (
     check_bool,
     check_choice,

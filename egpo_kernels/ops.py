@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from egpo_kernels import metrics
 from egpo_kernels.dispatch import implementation
-from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Rows
+from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Rows, compute_dtype
 from egpo_kernels.validation import check_complete, check_cu_seqlens, check_temperatures, check_tokens
 
 Tensors = list[Tensor]
@@ -37,11 +37,6 @@ def advantage_config(text: str) -> AdvantageConfig:
 def policy_config(text: str) -> PolicyLossConfig:
     """Read settings back from ``PolicyLossConfig.json``."""
     return PolicyLossConfig.from_dict(json.loads(text))
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Float64 for float64 inputs, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def operator(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], CustomOpDef]:

@@ -6,9 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 Config = TypeVar("Config", bound="_Checked")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _choice(*values: str) -> Any:

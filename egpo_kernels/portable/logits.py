@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.portable.policy_loss import policy_loss_gradient
-from egpo_kernels.portable.softmax import chunks, compute_dtype, softmax, write_gradient
-from egpo_kernels.types import PolicyLossConfig, Rows
+from egpo_kernels.portable.softmax import chunks, softmax, write_gradient
+from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
 
 def row_statistics(
     logits: Tensor, rows: Rows, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials ``[N]``; 0 outside the mask."""
-    results = [logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits)) for _ in range(4)]
+    results = [logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits.dtype)) for _ in range(4)]
     for chunk in chunks(logits, rows, rows.mask):
         found = softmax(chunk, temperature, want_entropy)
         for result, values in zip(results, found, strict=True):
@@ -53,7 +53,7 @@ def logits_loss_gradient(
     out: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob and entropy ``[N]`` of each row, and its gradient written to ``out`` while the row is in cache."""
-    log_probs, entropy = (logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits)) for _ in range(2))
+    log_probs, entropy = (logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits.dtype)) for _ in range(2))
     for chunk in chunks(logits, rows, rows.mask, out):
         found = softmax(chunk, temperature, want_entropy)
         slope, bonus = policy_loss_gradient(found.log_probs, found.entropy, chunk.rows, [], config)

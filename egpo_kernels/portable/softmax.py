@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels.types import Rows
+from egpo_kernels.types import Rows, compute_dtype
 
 CPU_CHUNK_BYTES = 5 << 20
 """Working memory of a chunk on a CPU: it stays in cache from one step over it to the next."""
@@ -48,7 +48,7 @@ def chunks(logits: Tensor, rows: Rows, live: Tensor, out: Tensor | None = None) 
     ``out`` may be ``logits``; without it ``Chunk.out`` is empty.
     """
     batch, length, vocab = logits.shape
-    dtype, on_cpu = compute_dtype(logits), logits.device.type == "cpu"
+    dtype, on_cpu = compute_dtype(logits.dtype), logits.device.type == "cpu"
     size = max(1, (CPU_CHUNK_BYTES if on_cpu else DEVICE_CHUNK_BYTES) // (vocab * dtype.itemsize))
     out = logits[..., :0] if out is None else out
     if _merges(logits) and _merges(out):
@@ -77,11 +77,6 @@ def _merges(tensor: Tensor) -> bool:
 
 def _steps(tensor: Tensor) -> tuple[int, int, int]:
     return 0, tensor.stride(0) if tensor.shape[1] == 1 else tensor.stride(1), tensor.stride(2)
-
-
-def compute_dtype(logits: Tensor) -> torch.dtype:
-    """Float64 for float64 logits, float32 for all others."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def softmax(chunk: Chunk, temperature: float, want_entropy: bool) -> Statistics:

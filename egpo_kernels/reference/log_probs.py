@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from egpo_kernels.types import Rows
+from egpo_kernels.types import Rows, compute_dtype
 
 
 def token_log_probs(logits: Tensor, rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:
@@ -19,7 +19,7 @@ def token_log_probs(logits: Tensor, rows: Rows, temperature: float) -> tuple[Ten
         temperature: Above 0.
     """
     assert rows.tokens is not None
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(logits.dtype)
     z = logits.reshape(-1, logits.shape[-1]).to(dtype)
     heat = torch.full_like(z[:, 0], temperature) if rows.temperature is None else rows.temperature
     heat = torch.where(rows.mask, torch.where(heat > 0, heat, torch.nan), 1.0)[:, None]

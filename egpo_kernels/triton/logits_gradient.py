@@ -16,7 +16,7 @@ from egpo_kernels.triton.softmax import (
     sweep_gradient,
     write_zeros,
 )
-from egpo_kernels.types import PolicyLossConfig, Rows
+from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
 
 @triton.jit(do_not_specialize=["length", "out_length", "num_rows"])
@@ -65,7 +65,7 @@ def logits_gradient(
     num_rows, vocab = rows.mask.shape[0], logits.shape[-1]
     if num_rows == 0:
         return
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(logits.dtype)
     where, length = matrix(logits)
     target, out_length = matrix(out)
     logits_gradient_kernel[(num_programs(num_rows, logits.device),)](

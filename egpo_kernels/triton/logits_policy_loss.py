@@ -20,7 +20,7 @@ from egpo_kernels.triton.softmax import (
     write_zeros,
 )
 from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_terms
-from egpo_kernels.types import PolicyLossConfig, Rows
+from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
 
 @triton.jit(do_not_specialize=["length", "out_length", "num_rows"])
@@ -72,7 +72,7 @@ def logits_loss_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob and entropy ``[N]`` of each row (0 outside the mask); its gradient goes to ``out``, maybe ``logits``."""
     num_rows, vocab = rows.mask.shape[0], logits.shape[-1]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(logits.dtype)
     log_probs, entropy = (logits.new_zeros(num_rows, dtype=dtype) for _ in range(2))
     if num_rows > 0:
         where, length = matrix(logits)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels.triton.settings import on_device
+from egpo_kernels.types import compute_dtype
 
 BLOCK = 4096
 MAX_PROGRAMS = 2048
@@ -58,7 +59,7 @@ def rescale_(gradient: Tensor, upstream: Tensor, expected: float) -> None:
     outer, inner, width = (1,) * missing + tuple(gradient.shape)
     outer_stride, inner_stride, _ = (0,) * missing + gradient.stride()
     num_chunks = outer * inner * triton.cdiv(width, BLOCK)
-    dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(gradient.dtype)
     rescale_kernel[(min(num_chunks, MAX_PROGRAMS),)](
         gradient,
         upstream,

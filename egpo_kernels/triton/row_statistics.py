@@ -16,7 +16,7 @@ from egpo_kernels.triton.softmax import (
     sweep_statistics,
     token_statistics,
 )
-from egpo_kernels.types import PolicyLossConfig, Rows
+from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -45,7 +45,7 @@ def row_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-prob, entropy (``[0]`` unless wanted), maximum and sum of exponentials ``[N]``; 0 outside the mask."""
     num_rows, vocab = rows.mask.shape[0], logits.shape[-1]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(logits.dtype)
     log_probs, maximum, sum_exp = (logits.new_zeros(num_rows, dtype=dtype) for _ in range(3))
     entropy = logits.new_zeros(num_rows if want_entropy else 0, dtype=dtype)
     if num_rows == 0:
