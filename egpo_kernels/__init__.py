@@ -1,5 +1,7 @@
 """EGPO and GRPO-family policy losses, fused from logits to loss and gradient (arXiv 2602.22751)."""
 
+# ops registers the operators that the others call by name.
+from egpo_kernels import ops as ops
 from egpo_kernels import recipes
 from egpo_kernels.api import (
     egpo_loss,
