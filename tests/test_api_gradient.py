@@ -62,7 +62,7 @@ def test_portable_makes_a_pass_only_for_another_upstream():
 
 @pytest.mark.parametrize("backend", [TRITON])
 def test_triton_makes_a_pass_only_for_another_upstream(backend):
-    from tests.support.traffic import count_traffic
+    from benchmarks.counts.traffic import count_traffic
 
     batch = make_batch()
     for upstream, passes in ((4.0, 0), (2.0, 1)):

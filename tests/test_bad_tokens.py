@@ -36,7 +36,7 @@ def bounded(backend):
     """Fail when a kernel touches memory outside its tensors; torch does so by itself."""
     if backend != "triton":
         return contextlib.nullcontext()
-    from tests.support.traffic import count_traffic
+    from benchmarks.counts.traffic import count_traffic
 
     return count_traffic()
 

@@ -13,10 +13,10 @@ LOGITS_KERNELS = {"row_statistics_kernel", "logits_gradient_kernel", "logits_pol
 
 
 def launches(*arguments):
-    """What `tests.support.compiled_kernels` prints; kernels compile only in a process that does not interpret them."""
+    """What `benchmarks.counts.compiled_kernels` prints, in a process that compiles kernels instead of interpreting."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.compiled_kernels", *arguments],
+        [sys.executable, "-m", "benchmarks.counts.compiled_kernels", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -17,8 +17,8 @@ import triton.language as tl  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
 
-from tests.support import offline  # noqa: E402
-from tests.support.traffic import NO_TRAFFIC, TensorTraffic, count_traffic  # noqa: E402
+from benchmarks.counts import offline  # noqa: E402
+from benchmarks.counts.traffic import NO_TRAFFIC, TensorTraffic, count_traffic  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from benchmarks.counts.traffic import count_traffic
 from egpo_kernels import PolicyLossConfig, egpo_loss, logits_policy_loss, recipes, token_log_probs
-from tests.support.traffic import count_traffic
 
-SEQUENCES, LENGTH, VOCAB = 4, 3, 4200
+SEQUENCES, LENGTH, VOCAB = 4, 3, 16500
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -47,8 +47,9 @@ def matrix(tensor: torch.Tensor) -> tuple[Matrix, int]:
 
 def launch_options(vocab: int, dtype: torch.dtype) -> dict[str, int]:
     """Block and warps from vocabulary and dtype alone, so that a row's bits do not depend on the rows beside it."""
-    block = min(triton.next_power_of_2(vocab), 1024 if dtype == torch.float64 else 4096)
-    return {"BLOCK_V": block, "num_warps": max(1, min(8, block // 256))}
+    # 32 elements a thread: a block's maximum and the loop itself cost less than one instruction an element.
+    block = min(max(triton.next_power_of_2(vocab), 2), 1024 if dtype == torch.float64 else 16384)
+    return {"BLOCK_V": block, "num_warps": max(1, min(16, block // 256))}
 
 
 @functools.cache
@@ -152,15 +153,17 @@ def sweep_gradient(
 
     ``dz = (slope (onehot - p) - bonus p (log p + Ent)) / temperature`` with ``log p = x ln 2 - log sum_exp``.
     """
-    offs_v = tl.arange(0, BLOCK_V)
+    # Half a block at a time: a whole one does not fit in the registers beside its gradient.
+    HALF: tl.constexpr = BLOCK_V // 2
+    offs_v = tl.arange(0, HALF)
     scale = LOG2_E * inverse_temperature
     level = -slope * inverse_temperature / sum_exp
     tilt = level * 0.0
     if TILTED:
         level -= bonus * inverse_temperature * (entropy - tl.log(sum_exp)) / sum_exp
         tilt = -bonus * inverse_temperature * LN_2 / sum_exp
-    full = vocab // BLOCK_V * BLOCK_V
-    for start in range(0, full, BLOCK_V):
+    full = vocab // HALF * HALF
+    for start in range(0, full, HALF):
         z = tl.load(row_ptr + start + offs_v, eviction_policy="evict_first").to(DTYPE)
         dz = gradient_block(z, maximum, scale, level, tilt, TILTED).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + start + offs_v, dz, eviction_policy="evict_first")

@@ -387,7 +387,7 @@ def recipes(draw) -> Recipe:
 @st.composite
 def vocabularies(draw) -> int:
     """Small, odd and even; sometimes more than one block."""
-    low, high = draw(st.sampled_from([*[(2, 64)] * 10, (180, 260), (180, 260), (1020, 1100)]))
+    low, high = draw(st.sampled_from([*[(2, 64)] * 10, (180, 260), (180, 260), (1020, 1100), (16380, 16420)]))
     return draw(st.integers(low, high))
 
 

@@ -1,7 +1,7 @@
 """Compile every kernel the library would launch, for a GPU that need not be there; print a JSON line for each.
 
-    python -m tests.support.compiled_kernels sm_90            # every dtype and option
-    python -m tests.support.compiled_kernels sm_90 values     # one of each, many values; specialised, not compiled
+    python -m benchmarks.counts.compiled_kernels sm_90            # every dtype and option
+    python -m benchmarks.counts.compiled_kernels sm_90 values     # one of each, many values; specialised, not compiled
 
 The library's own host code runs on CPU tensors; where it would launch a kernel, the kernel is compiled for the very
 arguments instead (types, divisibility, absent tensors), so that whatever is added to the library is covered.
@@ -18,9 +18,9 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import egpo_kernels.triton as backend
+from benchmarks.counts.offline import compile_source, gpu_target
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
 from egpo_kernels.types import Rows
-from tests.support.offline import compile_source, gpu_target
 
 VOCAB = 151936
 
