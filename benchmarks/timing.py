@@ -1,0 +1,81 @@
+"""Seconds and bytes: timers for pytest-benchmark, the machine's copy bandwidth, peak memory of one call."""
+
+import gc
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.providers import Provider
+from benchmarks.workloads import WORKLOADS, Batch, Case
+
+FLUSH_BYTES = 256 << 20
+"""More than any GPU's level-2 cache."""
+
+
+class Moment:
+    """A point in the GPU's queue; the difference of two waits for the later and is in seconds."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: "Moment") -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+def timer(device: str):
+    """For pytest-benchmark, which calls it before and after and takes the difference."""
+    return Moment if device == "cuda" else time.perf_counter
+
+
+def make_ready(batch: Batch, device: str) -> None:
+    """Forget the last gradient; on a GPU empty the cache, which also lets the host run ahead of the queue."""
+    for leaf in (batch.logits, batch.log_probs):
+        if leaf is not None:
+            leaf.grad = None
+    if device == "cuda":
+        torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device).zero_()
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second, read plus written, of the best of ten copies of a tensor far larger than any cache."""
+    source = torch.ones(1 << (30 if device == "cuda" else 26), dtype=torch.float32, device=device)
+    target, clock = torch.zeros_like(source), timer(device)
+    taken = []
+    for _ in range(10):
+        start = clock()
+        target.copy_(source)
+        taken.append(clock() - start)
+    return 2 * source.nbytes / min(taken)
+
+
+def peak_bytes(case: Case, provider: Provider) -> int | None:
+    """Bytes one call adds to its inputs at the most; on a CPU for a process of its own, and only where Linux tells."""
+    workload, reset = WORKLOADS[case.workload], Path("/proc/self/clear_refs")
+    if case.device == "cpu" and not reset.exists():
+        return None
+    batch = workload.make(case)
+    run = provider.prepare() if provider.prepare else provider.run
+    if case.device == "cuda":
+        run(batch)
+        make_ready(batch, case.device)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(batch)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    run(workload.make(case._replace(tokens=16, vocab=64)))
+    gc.collect()
+    # Writing 5 here sets the peak back to what is resident now (Linux, proc_pid_clear_refs).
+    reset.write_text("5")
+    before = _resident_bytes("VmRSS")
+    run(batch)
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
