@@ -8,12 +8,14 @@ Writes benchmarks.json, benchmarks.md and pictures to --out.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
 
 from benchmarks.machine import describe
 from benchmarks.pictures import FAMILIES, draw
+from benchmarks.providers import OURS
 from benchmarks.report import make_report, markdown, show
 from benchmarks.session import run
 from benchmarks.timing import copy_bandwidth
@@ -76,6 +78,8 @@ def main() -> None:
     draw(report, options.out)
     show(report)
     print(f"written to {options.out}: benchmarks.json, benchmarks.md and pictures")
+    if any(one["family"] == OURS and one["wrong"] for one in report["results"]):
+        sys.exit(f"{OURS} is too far from float64: see the rows marked WRONG")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def _largest(report: Report, name: str, own: list[dict[str, Any]], folder: Path)
     own = [one for one in own if (one["tokens"], one["vocab"]) == (tokens, vocab)]
     dtypes = list(dict.fromkeys(one["dtype"] for one in own))
     columns = 3 if any(one["peak_bytes"] for one in own) else 2
-    figure, axes = _panels(len(dtypes), len(over), 6.5, 3.6 * len(dtypes) + 0.8)
+    figure, axes = _panels(len(dtypes), columns, 5, 1 + 0.36 * len(own) + 0.6 * len(dtypes))
     for row, dtype in zip(axes, dtypes, strict=True):
         shown = [one for one in own if one["dtype"] == dtype][::-1]
         _bars(row[0], shown, [one["seconds"]["median"] for one in shown], f"{dtype}: time", duration)

@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks.workloads import GROUP, Batch, Outputs
 from egpo_kernels import group_advantages, logits_policy_loss, policy_loss, token_log_probs
 
+OURS = "egpo_kernels"
 NATIVE = "eager, in the logits' dtype"
 Run = Callable[[Batch], Outputs]
 
@@ -140,27 +141,27 @@ def own_providers(workload: str) -> list[Provider]:
     """Ours first, then by hand."""
     return {
         "logits": [
-            Provider("egpo_kernels", "egpo_kernels", _ours_logits()),
-            Provider("egpo_kernels, in place", "egpo_kernels", _ours_logits(inplace_grad=True), overwrites=True),
-            Provider("egpo_kernels, no metrics", "egpo_kernels", _ours_logits(metrics="none")),
+            Provider(OURS, OURS, _ours_logits()),
+            Provider("egpo_kernels, in place", OURS, _ours_logits(inplace_grad=True), overwrites=True),
+            Provider("egpo_kernels, no metrics", OURS, _ours_logits(metrics="none")),
             Provider("eager", "eager", eager_logits),
             Provider("eager, with entropy", "eager", eager_logits_and_entropy),
             Provider(NATIVE, "eager", native_logits),
             Provider("torch.compile", "torch.compile", eager_logits, prepare=compiled_logits),
         ],
         "log-probs": [
-            Provider("egpo_kernels", "egpo_kernels", ours_log_probs),
+            Provider(OURS, OURS, ours_log_probs),
             Provider("eager", "eager", torch.no_grad()(_log_probs_by_hand)),
             Provider(NATIVE, "eager", torch.no_grad()(functools.partial(_log_probs_by_hand, dtype=None))),
             Provider("torch.compile", "torch.compile", _log_probs_by_hand, prepare=_compiled(_log_probs_by_hand)),
         ],
         "advantages": [
-            Provider("egpo_kernels", "egpo_kernels", ours_advantages),
+            Provider(OURS, OURS, ours_advantages),
             Provider("eager", "eager", torch.no_grad()(_advantages_by_hand)),
             Provider("torch.compile", "torch.compile", _advantages_by_hand, prepare=_compiled(_advantages_by_hand)),
         ],
         "policy-loss": [
-            Provider("egpo_kernels", "egpo_kernels", ours_policy_loss),
+            Provider(OURS, OURS, ours_policy_loss),
             Provider("eager", "eager", lambda batch: _backward(clipped_loss(batch.log_probs, batch), batch.log_probs)),
             Provider("torch.compile", "torch.compile", ours_policy_loss, prepare=_compiled_policy_loss),
         ],

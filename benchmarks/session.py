@@ -1,6 +1,7 @@
 """One run: checks each provider against float64, then lets pytest-benchmark time them in interleaved rounds."""
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from benchmarks.providers import NATIVE, Provider, own_providers
+from benchmarks.providers import NATIVE, OURS, Provider, own_providers
 from benchmarks.rivals import rivals
 from benchmarks.timing import make_ready, peak_bytes
 from benchmarks.workloads import WORKLOADS, Batch, Case, Outputs
@@ -103,7 +104,7 @@ class Session:
         try:
             benchmark.pedantic(run, (self.batch,), setup=self._ready, teardown=self._restore, warmup_rounds=warmup)
         except Exception as error:
-            if entry.provider.family == "egpo_kernels":
+            if entry.provider.family == OURS:
                 raise
             facts["refused"] = reason(error)
 
@@ -125,6 +126,8 @@ def check(case: Case, providers: dict[str, Provider]) -> dict[str, dict[str, Any
             run = provider.prepare() if provider.prepare else provider.run
             facts[name] = {"refused": None, "error": relative_error(run(workload.make(case)), truth, provider.outputs)}
         except Exception as error:
+            if provider.family == OURS:
+                raise
             facts[name] = {"refused": reason(error)}
     limit = max(WRONG * (facts.get(NATIVE, {}).get("error") or 0.0), FLOAT32_ERROR)
     for found in facts.values():
@@ -135,7 +138,7 @@ def check(case: Case, providers: dict[str, Provider]) -> dict[str, dict[str, Any
 def selected(workload: str, chosen: list[str]) -> list[Provider]:
     """Ours and those whose family was chosen; ``all`` chooses every one."""
     everyone = own_providers(workload) + rivals(workload)
-    return [one for one in everyone if one.family in ("egpo_kernels", *chosen) or "all" in chosen]
+    return [one for one in everyone if one.family in (OURS, *chosen) or "all" in chosen]
 
 
 def relative_error(found: Outputs, truth: Outputs, outputs: tuple[str, ...] | None) -> float | None:
@@ -167,15 +170,15 @@ def run(cases: list[Case], chosen: list[str], rounds: int) -> dict[tuple[Case, s
 
 def _pytest(session: Session, device: str, written: Path) -> None:
     arguments = [
-        str(Path(__file__).with_name("rounds.py")), "-c", os.devnull, "--rootdir", str(Path(__file__).parent), "-qq",
+        str(Path(__file__).with_name("rounds.py")), "-c", os.devnull, "--rootdir", str(Path(__file__).parent), "-q",
         "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist", "--benchmark-only", "--benchmark-quiet",
-        "--benchmark-disable-gc", f"--benchmark-json={written}", "--no-header", "--no-summary", "--benchmark-timer",
+        "--benchmark-disable-gc", f"--benchmark-json={written}", "--no-header", "-x", "--benchmark-timer",
         "benchmarks.timing.Moment" if device == "cuda" else "time.perf_counter",
     ]  # fmt: skip
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         code = pytest.main(arguments, plugins=[session])
     if code != 0:
-        raise RuntimeError(f"pytest-benchmark ended with {code}")
+        raise RuntimeError(f"pytest-benchmark ended with {code}:\n{printed.getvalue()}")
 
 
 def add_peaks(session: Session) -> None:

@@ -1,0 +1,186 @@
+"""The benchmark command: what it compares is right before it is timed, and its figures follow from the times."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmarks.session as session_module
+from benchmarks.__main__ import arguments
+from benchmarks.pictures import FAMILIES, draw
+from benchmarks.providers import Provider, own_providers
+from benchmarks.readme import drawn
+from benchmarks.report import make_report, markdown
+from benchmarks.rivals import rivals
+from benchmarks.session import check, run, selected
+from benchmarks.workloads import WORKLOADS, Case, cases
+
+ROOT = Path(__file__).resolve().parent.parent
+MACHINE = {
+    "device": "cpu",
+    "cpu": "abacus",
+    "threads": 1,
+    "python": "3",
+    "torch": "2",
+    "triton": "3",
+    "commit": "c",
+    "date": "d",
+}
+CASE = Case("logits", "cpu", "fp32", 64, 50)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """The command's own pytest must not take itself for one of several workers: it would not time anything."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
+def broken(batch):
+    raise NotImplementedError("not on Sundays\nbut otherwise")
+
+
+def wrong(batch):
+    return {"loss": torch.tensor(1.0), "gradient": torch.ones_like(batch.logits)}
+
+
+def not_a_number(batch):
+    return {"loss": torch.tensor(float("nan")), "gradient": torch.zeros_like(batch.logits)}
+
+
+def fact(seconds, **more):
+    return {"family": "eager", "refused": None, "error": 1e-7, "wrong": False, "seconds": seconds} | more
+
+
+FACTS = {
+    (CASE, "egpo_kernels"): fact([0.25, 0.5, 1.0], family="egpo_kernels", peak_bytes=12800),
+    (CASE, "eager"): fact([1.5, 1.0, 0.5]),
+    (CASE, "Liger"): {"family": "Liger", "refused": "needs a CUDA device"},
+}
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_every_provider_agrees_with_float64_or_says_why_not(workload):
+    providers = {one.name: one for one in own_providers(workload) + rivals(workload)}
+    can = {name: one for name, one in providers.items() if one.unavailable("cpu") is None and not one.prepare}
+    assert "egpo_kernels" in can and "eager" in can
+    facts = check(CASE._replace(workload=workload), can)
+    assert all(found["refused"] is None and not found["wrong"] for found in facts.values()), facts
+    for name in providers.keys() - can.keys():
+        assert providers[name].prepare or providers[name].unavailable("cpu")
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("egpo_kernels", "quack")])
+def test_every_rival_that_a_picture_has_a_colour_for_is_offered(workload, family):
+    assert {one.family for one in selected(workload, ["all"])} <= set(FAMILIES)
+    if workload == "logits":
+        assert family in {one.family for one in selected(workload, [family])}
+    assert {one.family for one in selected(workload, [])} == {"egpo_kernels"}
+
+
+def test_a_wrong_answer_and_a_refusal_are_told_apart():
+    made = [Provider(made.__name__, "eager", made) for made in (wrong, not_a_number, broken)]
+    facts = check(CASE, {one.name: one for one in [*own_providers("logits")[:1], *made]})
+    assert not facts["egpo_kernels"]["wrong"]
+    assert facts["wrong"]["wrong"] and facts["not_a_number"]["wrong"]
+    assert facts["broken"]["refused"] == "NotImplementedError: not on Sundays"
+    assert not facts["broken"]["wrong"]
+
+
+def test_a_run_times_every_provider_as_often_and_measures_memory(monkeypatch):
+    refusing = Provider("refusing", "Liger", wrong, lambda device: f"not on {device}")
+    failing = Provider("failing", "TRL", broken)
+    monkeypatch.setattr(session_module, "rivals", lambda workload: [refusing, failing])
+    own = [Provider("egpo_kernels", "egpo_kernels", own_providers("logits")[0].run), own_providers("logits")[3]]
+    monkeypatch.setattr(session_module, "own_providers", lambda workload: own)
+    facts = run([CASE, CASE._replace(tokens=32)], ["all"], 3)
+    for case in (CASE, CASE._replace(tokens=32)):
+        for name in ("egpo_kernels", "eager"):
+            assert len(facts[case, name]["seconds"]) == 3 and min(facts[case, name]["seconds"]) > 0
+        assert facts[case, "refusing"]["refused"] == "not on cpu"
+        assert facts[case, "failing"]["refused"] == "NotImplementedError: not on Sundays"
+    if sys.platform == "linux":
+        assert facts[CASE, "eager"]["peak_bytes"] >= 0
+    text = markdown(make_report(MACHINE, 1e9, facts))
+    assert "not on cpu" in text and "not on Sundays" in text
+
+
+@pytest.mark.filterwarnings("ignore:Not saving anything")
+@pytest.mark.parametrize("answered", [0, 1])
+def test_our_own_failure_ends_the_run(answered, monkeypatch):
+    calls = iter([own_providers("logits")[0].run] * answered)
+    monkeypatch.setattr(session_module, "rivals", lambda workload: [])
+    ours = Provider("egpo_kernels", "egpo_kernels", lambda batch: next(calls, broken)(batch))
+    monkeypatch.setattr(session_module, "own_providers", lambda workload: [ours])
+    with pytest.raises(RuntimeError, match="not on Sundays"):
+        run([CASE], ["all"], 1)
+
+
+def test_figures_follow_from_the_times():
+    report = json.loads(json.dumps(make_report(MACHINE, 102400.0, FACTS)))
+    ours, eager, liger = report["results"]
+    assert ours["seconds"] == {"median": 0.5, "lower_quartile": 0.375, "upper_quartile": 0.75, "rounds": 3}
+    assert ours["times_eager"] == 2.0 and eager["times_eager"] == 1.0
+    # 64 rows of 50 float32 logits, read and written once: 25600 bytes in half a second, a copy does twice that.
+    assert ours["bytes"]["moved"] == 25600 and ours["bandwidth"] == 51200 and ours["of_copy_bandwidth"] == 0.5
+    assert liger["refused"] == "needs a CUDA device" and "seconds" not in liger
+    text = markdown(report)
+    assert (
+        "| egpo_kernels | 500 ms (375 ms to 750 ms) | 2.00 | 5.12e-05 GB/s (50%) | 0 MiB (1.00 e) | 1.0e-07 |" in text
+    )
+    assert "| Liger | needs a CUDA device |" in text
+
+
+def test_pictures_are_drawn(tmp_path):
+    drawn_files = draw(make_report(MACHINE, 1e9, FACTS), tmp_path)
+    assert [path.name for path in drawn_files] == ["logits.png", "logits-scaling.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn_files)
+
+
+def test_cases_lead_with_the_largest_and_vary_one_size_at_a_time():
+    found = list(cases("logits", "cpu", ["bf16"], [16, 64], [32, 128]))
+    assert [(one.tokens, one.vocab) for one in found] == [(64, 128), (16, 128), (64, 32)]
+    assert {one.dtype for one in cases("advantages", "cpu", ["bf16"], [16], [32])} == {"fp32"}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--tokens", "12"], "--tokens"), (["--vocab", "1"], "--vocab"), (["--rounds", "0"], "--rounds"),
+        (["--dtype", "fp8"], "--dtype"), (["--rivals", "nobody"], "--rivals"), (["everything"], "what"),
+    ],
+)  # fmt: skip
+def test_arguments_are_refused_by_name(given, named, capsys):
+    with pytest.raises(SystemExit):
+        arguments(given)
+    assert named in capsys.readouterr().err
+
+
+def test_arguments_have_each_devices_defaults():
+    options = arguments(["logits", "--device", "cpu", "--dtype", "bf16", "--rivals", "eager,TRL"])
+    assert (options.what, options.dtype, options.rivals) == ("logits", ["bf16"], ["eager", "TRL"])
+    assert options.tokens == [64, 256, 512] and options.rounds == 7
+
+
+def test_the_command_writes_its_report(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "advantages", "--device", "cpu", "--tokens", "16", "--rounds", "2"]
+    options = ["--rivals", "eager", "--out", str(tmp_path)]
+    done = subprocess.run(command + options, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"benchmarks.json", "benchmarks.md", "advantages.png"} <= {path.name for path in tmp_path.iterdir()}
+    report = json.loads((tmp_path / "benchmarks.json").read_text())
+    assert [one["provider"] for one in report["results"]] == ["egpo_kernels", "eager"]
+    assert report["copy_bandwidth"] > 0 and report["machine"]["torch"] == torch.__version__
+
+
+def test_the_readmes_figures_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("<!-- figures: ") == 3
+    assert drawn(text) == text, "run python -m benchmarks.readme"
+
+
+def test_without_a_gpus_results_the_readme_says_so(tmp_path):
+    assert "Not measured yet" in drawn("<!-- figures: gpu -->\n<!-- end of figures -->", tmp_path)
