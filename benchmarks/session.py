@@ -82,6 +82,8 @@ class Session:
         self.case, workload = case, WORKLOADS[case.workload]
         self.progress.update(self.progress.task_ids[0], description=" ".join(map(str, case)))
         torch.compiler.reset()
+        if case.device == "cuda":
+            torch.cuda.empty_cache()
         providers = {one.provider.name: one.provider for one in self.entries if one.case == case}
         self.runs = {name: one.prepare() if one.prepare else one.run for name, one in providers.items()}
         small = case._replace(tokens=min(case.tokens, CHECKED_TOKENS))
