@@ -47,7 +47,8 @@ def wrong(batch):
 
 
 def not_a_number(batch):
-    return {"loss": torch.tensor(float("nan")), "gradient": torch.zeros_like(batch.logits)}
+    found = own_providers("logits")[0].run(batch)
+    return found | {"gradient": found["gradient"].index_fill(-1, torch.tensor(0), torch.nan)}
 
 
 def fact(seconds, **more):
@@ -81,6 +82,12 @@ def test_every_rival_that_a_picture_has_a_colour_for_is_offered(workload, family
     assert {one.family for one in selected(workload, [])} == {"egpo_kernels"}
 
 
+def test_what_is_right_does_not_depend_on_who_is_compared():
+    ours = own_providers("logits")[0]
+    facts = check(CASE._replace(dtype="bf16"), {ours.name: ours})
+    assert facts[ours.name]["error"] > 1e-4 and not facts[ours.name]["wrong"]
+
+
 def test_a_wrong_answer_and_a_refusal_are_told_apart():
     made = [Provider(made.__name__, "eager", made) for made in (wrong, not_a_number, broken)]
     facts = check(CASE, {one.name: one for one in [*own_providers("logits")[:1], *made]})
@@ -106,6 +113,22 @@ def test_a_run_times_every_provider_as_often_and_measures_memory(monkeypatch):
         assert facts[CASE, "eager"]["peak_bytes"] >= 0
     text = markdown(make_report(MACHINE, 1e9, facts))
     assert "not on cpu" in text and "not on Sundays" in text
+
+
+def test_a_provider_that_writes_over_the_logits_is_always_timed_on_the_same_ones(monkeypatch):
+    seen = []
+
+    def overwriting(batch):
+        seen.append(batch.logits.detach().clone())
+        return own_providers("logits")[1].run(batch)
+
+    ours = Provider("egpo_kernels", "egpo_kernels", overwriting, overwrites=True)
+    monkeypatch.setattr(session_module, "rivals", lambda workload: [])
+    monkeypatch.setattr(session_module, "own_providers", lambda workload: [ours])
+    session_module.run([CASE], ["none"], 3)
+    # The check, the warm-up, three rounds.
+    assert len(seen) == 5
+    assert all(torch.equal(values, seen[0]) for values in seen)
 
 
 @pytest.mark.filterwarnings("ignore:Not saving anything")
