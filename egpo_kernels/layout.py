@@ -58,7 +58,8 @@ def make_layout(name: str, shape: tuple[int, ...], cu_seqlens: Any, device: torc
             )
         sequences, length = shape
         offsets = torch.arange(sequences + 1, device=device) * length
-        index = torch.arange(sequences, device=device).repeat_interleave(length, output_size=sequences * length)
+        # Not repeat_interleave, whose trace holds for one product of the sizes on torch 2.11.
+        index = torch.arange(sequences, device=device)[:, None].expand(shape).reshape(-1)
         return Layout(shape, sequences, offsets, torch.ones((), dtype=torch.float32, device=device), index)
     if len(shape) != 1:
         raise ValueError(f"cu_seqlens is given with {name} padded; it must be None, or {name} packed")

@@ -54,7 +54,8 @@ def test_portable_makes_a_pass_only_for_another_upstream():
     logits = batch.logits.clone().requires_grad_()
     for upstream, passes in ((4.0, False), (2.0, True)):
         loss, _ = one_pass(batch._replace(logits=logits), "portable", grad_scale=4.0)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        kind = torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[kind], record_shapes=True, acc_events=True) as profile:
             loss.backward(torch.tensor(upstream))
         sizes = [event.input_shapes[:1] for event in profile.events() if event.name == "aten::mul_"]
         assert (list(logits.shape) in [size for (size,) in sizes]) is passes
