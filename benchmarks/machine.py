@@ -24,7 +24,7 @@ def describe(device: str) -> dict[str, str | int]:
         "driver": answer(*query) if on_gpu else "none",
         "cuda": torch.version.cuda or "none",
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "triton": version("triton"),
         "commit": answer("git", "rev-parse", "--short", "HEAD"),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

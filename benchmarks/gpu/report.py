@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 MESSAGE_LENGTH = 2000
+DETAIL_LENGTH = 4000
 SEVERITY = ("passed", "skipped", "failed")
 
 
@@ -41,19 +42,20 @@ class _Writer:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.write(test=report.nodeid, outcome="failed", seconds=0.0, message=_message(report))
+            self.write(test=report.nodeid, outcome="failed", seconds=0.0, **_why(report))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
-            self.write(test=report.nodeid, outcome=report.outcome, seconds=report.duration, message=_message(report))
+            self.write(test=report.nodeid, outcome=report.outcome, seconds=report.duration, **_why(report))
 
 
-def _message(report: Any) -> str:
-    """Why, by its end: the error is on the last lines."""
+def _why(report: Any) -> dict[str, str]:
+    """The error, and of a failure the end of what pytest would print, which a killed run never does."""
     if report.passed:
-        return ""
+        return {"message": ""}
     crash = getattr(getattr(report.longrepr, "reprcrash", None), "message", None)
-    return str(crash or report.longreprtext)[:MESSAGE_LENGTH]
+    found = {"message": str(crash or report.longreprtext)[:MESSAGE_LENGTH]}
+    return {**found, "detail": report.longreprtext[-DETAIL_LENGTH:]} if report.failed else found
 
 
 def summary(path: Path) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def summary(path: Path) -> dict[str, Any]:
 
 
 def _brief(one: dict[str, Any]) -> dict[str, str]:
-    return {"test": one["test"], "message": one["message"]}
+    return {name: one[name] for name in ("test", "message", "detail") if name in one}
 
 
 def _by_file(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
