@@ -19,9 +19,13 @@ from tests.support.batches import (
 )
 from tests.support.device import DEVICE, size
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning"
+    ),
+    # Inductor says so whenever it compiles for such a GPU.
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+]
 PER_TOKEN = ek.PolicyLossConfig(reduction="none")
 FAST_BACKEND = pytest.mark.parametrize("backend", FAST)
 

@@ -28,7 +28,7 @@ from tests.support.runs import advantages, alone, check, leaf, nothing, whole
 from tests.support.strategies import Case, cases, make_case
 
 # Interpreted kernels take some milliseconds per block; on a GPU nearly every example compiles kernels of its own.
-EXAMPLES = {"portable": 1.0, "triton": 0.25 if ON_GPU else 0.5}
+EXAMPLES = {"portable": 1.0, "triton": 0.15 if ON_GPU else 0.5}
 
 
 def examples(backend: str, count: int):

@@ -61,7 +61,9 @@ def tests(plan: Plan, limit: float) -> Record:
     lines.parent.mkdir(parents=True, exist_ok=True)
     # Without the set options: a machine that lends its GPU may lack the plugins they are for.
     base = ["-o", "addopts=", "-W", "ignore:Unknown config option", "--strict-markers", "-q", "-p", "no:cacheprovider"]
-    workers = 2 if plan.dry else max(2, min(8, (os.cpu_count() or 2) // 2))
+    base.append("--continue-on-collection-errors")
+    # Compiling kernels keeps a core busy each.
+    workers = 2 if plan.dry else max(2, min(12, (os.cpu_count() or 2) - 2))
     spread = ["-n", str(workers), "--dist", "loadgroup"]
     chosen = ["-m", "gpu", *(SMALL_TESTS if plan.dry else ("tests",))]
     written = ["-p", "benchmarks.gpu.report", "--report-lines", str(lines)]
