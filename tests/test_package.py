@@ -203,7 +203,7 @@ def test_public_names_are_documented():
 
 
 def test_wheel_ships_the_package_and_nothing_else(tmp_path):
-    from hatchling.builders.wheel import WheelBuilder  # here: a machine lent for its GPU has none
+    from hatchling.builders.wheel import WheelBuilder  # here: a machine with a GPU may have none
 
     (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path))
     with zipfile.ZipFile(wheel) as archive:

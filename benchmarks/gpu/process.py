@@ -39,7 +39,7 @@ def run(command: list[str], limit: float, log: Path, environment: dict[str, str]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     start = time.monotonic()
     with log.open("wb") as output:
-        # A session of its own, so that one signal reaches test workers and compilers too.
+        # A process group of its own, so that one signal reaches test workers and compilers too.
         child = subprocess.Popen(
             command,
             cwd=ROOT,

@@ -59,7 +59,7 @@ def tests(plan: Plan, limit: float) -> Record:
     """The tests marked `gpu`, the small ones side by side."""
     lines = plan.out / "logs" / "tests.jsonl"
     lines.parent.mkdir(parents=True, exist_ok=True)
-    # Without the set options: a machine that lends its GPU may lack the plugins they are for.
+    # Without the set options: a machine rented for its GPU may lack the plugins they are for.
     base = ["-o", "addopts=", "-W", "ignore:Unknown config option", "--strict-markers", "-q", "-p", "no:cacheprovider"]
     base.append("--continue-on-collection-errors")
     # Compiling kernels keeps a core busy each.
