@@ -2,6 +2,7 @@
 
 import datetime
 import platform
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+UNKNOWN = "unknown"
 
 
 def describe(device: str) -> dict[str, str | int]:
@@ -17,7 +19,7 @@ def describe(device: str) -> dict[str, str | int]:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "none",
+        "driver": answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda or torch.version.hip or "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -51,14 +53,13 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    commit = _first_line("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
-    changed = _first_line("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    return "unknown" if not commit else commit + (" with changes" if changed else "")
+    changed = answer("git", "status", "--porcelain", "--untracked-files=no") != UNKNOWN
+    return answer("git", "rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
 
 
-def _first_line(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""
+def answer(*command: str) -> str:
+    """First line a command prints, where there is such a command and it succeeds and says something."""
+    if shutil.which(command[0]) is None:
+        return UNKNOWN
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else UNKNOWN

@@ -2,9 +2,31 @@
 
 import os
 
+import pytest
+
 # Before anything imports triton: @triton.jit looks at it when it decorates.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.support.interpreter import round_bfloat16_to_nearest
 
 round_bfloat16_to_nearest()
+
+
+# Handed out in order, so that what takes minutes does not begin last.
+FIRST = ("tests/gpu/", "tests/test_properties.py")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever walks over backends has a GPU's word to say too, unless it is marked as a CPU's."""
+    for item in items:
+        walks = "backend" in getattr(getattr(item, "callspec", None), "params", {})
+        if walks and item.get_closest_marker("cpu") is None:
+            item.add_marker(pytest.mark.gpu)
+    items.sort(key=lambda item: [not item.nodeid.startswith(start) for start in FIRST])
+
+
+@pytest.fixture
+def values_are_checked(monkeypatch):
+    """Values are looked at on a GPU too, where that costs a sync; on a CPU they always are."""
+    monkeypatch.setenv("EGPO_KERNELS_DEBUG", "1")

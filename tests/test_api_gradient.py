@@ -18,6 +18,7 @@ from tests.support.batches import (
     two_pass,
     whole_groups,
 )
+from tests.support.device import DEVICE
 
 EVERY_PATH = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
@@ -61,6 +62,7 @@ def test_portable_makes_a_pass_only_for_another_upstream():
         assert (list(logits.shape) in [size for (size,) in sizes]) is passes
 
 
+@pytest.mark.cpu  # counts traffic
 @pytest.mark.parametrize("backend", [TRITON])
 def test_triton_makes_a_pass_only_for_another_upstream(backend):
     from benchmarks.counts.traffic import count_traffic
@@ -204,7 +206,7 @@ def test_two_backwards_give_the_same_gradient_twice(path, backend):
     loss, _ = path(batch._replace(logits=logits), backend)
     for upstream, last in ((1.0, False), (2.0, False), (1.0, True)):
         logits.grad = None
-        loss.backward(torch.tensor(upstream), retain_graph=not last)
+        loss.backward(torch.tensor(upstream, device=DEVICE), retain_graph=not last)
         assert_rounding(logits.grad / upstream, wanted)
     with pytest.raises(RuntimeError):
         loss.backward()
@@ -242,7 +244,7 @@ def test_two_losses_from_the_same_logits(path, backend):
 def test_gradient_reaches_a_layer_in_front(path, layout, backend):
     batch = make_batch(layout)
     torch.manual_seed(0)
-    head, hidden = torch.nn.Linear(6, 37), torch.randn(*batch.tokens.shape, 6)
+    head, hidden = torch.nn.Linear(6, 37).to(DEVICE), torch.randn(*batch.tokens.shape, 6).to(DEVICE)
 
     def gradient(chosen, **options):
         head.zero_grad()

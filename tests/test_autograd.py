@@ -5,6 +5,7 @@ import torch
 
 import egpo_kernels as ek
 from tests.support.batches import FAST, make_batch
+from tests.support.device import DEVICE
 
 LATE = ek.PolicyLossConfig(ratio="sequence")
 
@@ -12,8 +13,9 @@ LATE = ek.PolicyLossConfig(ratio="sequence")
 def through_a_layer(how, backend):
     """Loss of logits that a weight made of its inputs, both wanting gradients."""
     batch = make_batch("padded")
-    hidden = torch.randn(*batch.tokens.shape, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    weight = torch.randn(5, batch.logits.shape[-1], generator=torch.Generator().manual_seed(1)).requires_grad_()
+    hidden = torch.randn(*batch.tokens.shape, 5, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(5, batch.logits.shape[-1], generator=torch.Generator().manual_seed(1))
+    hidden, weight = (tensor.to(DEVICE).requires_grad_() for tensor in (hidden, weight))
     logits = hidden @ weight
     if how == "log_probs":
         log_probs, _ = ek.token_log_probs(logits, batch.tokens, mask=batch.mask, backend=backend)
@@ -52,6 +54,7 @@ def test_float64_logits_below_float32s_range(backend):
     logits = (
         torch.randint(-3, 4, (2, 3, 9), generator=torch.Generator().manual_seed(0)).double() * 2.0**1000 - 2.0**1020
     )
+    logits = logits.to(DEVICE)
     tokens = logits.argmax(-1)
     log_probs, _ = ek.token_log_probs(logits, tokens, backend=backend)
     ties = (logits == logits.amax(-1, keepdim=True)).sum(-1)

@@ -9,6 +9,7 @@ import torch
 import egpo_kernels as ek
 from egpo_kernels import validation
 from tests.support.batches import BACKENDS, LAYOUTS, make_batch, whole_groups
+from tests.support.device import DEVICE
 
 EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -19,6 +20,7 @@ IDS = {
     "int32": torch.tensor([1, 1, 0, 0], dtype=torch.int32),
     "uint8": torch.tensor([200, 200, 3, 3], dtype=torch.uint8),
     "huge": torch.tensor([2**62, 2**62, -(2**62), -(2**62)]),
+    "on the device": torch.tensor([5, 5, -9, -9]).to(DEVICE),
     "strings": ["b", "b", "a", "a"],
     "tuple": ("b", "b", "", ""),
     "integers": [3, 3, 1, 1],
@@ -79,17 +81,24 @@ def test_group_that_is_not_whole_raises(groups, backend):
         advantages(batch, backend, groups=2, group_size=4)
 
 
+@EVERY_BACKEND
+def test_group_on_the_device_that_is_not_whole_raises_where_values_are_checked(backend, values_are_checked):
+    batch = make_batch()
+    with pytest.raises(ValueError, match="groups holds 2 groups that are not whole"):
+        advantages(batch, backend, groups=torch.tensor([1, 1, 1, 2], device=DEVICE), group_size=2)
+
+
 @EVERY_LAYOUT
 @EVERY_BACKEND
 def test_unseen_group_that_is_not_whole_gives_nan(layout, backend, unseen):
     batch = make_batch(layout, lengths=(3, 2, 4, 1, 2))
-    groups = torch.tensor([0, 1, 1, 1, 0])
+    groups = torch.tensor([0, 1, 1, 1, 0], device=DEVICE)
     found, wanted = advantages(batch, backend, groups=groups, group_size=2), advantages(batch, backend, groups=groups)
     assert found.advantages.isnan().tolist() == [False, True, True, True, False]
     assert torch.equal(found.advantages[[0, 4]], wanted.advantages[[0, 4]])
     assert found.metrics["egpo/incomplete_groups/sum"] == 1
     assert wanted.metrics["egpo/incomplete_groups/sum"] == 0
-    whole = advantages(batch, backend, groups=torch.tensor([0, 1, 1, 1, 0]) * 0, group_size=5)
+    whole = advantages(batch, backend, groups=groups * 0, group_size=5)
     assert whole.advantages.isfinite().all() and whole.metrics["egpo/incomplete_groups/sum"] == 0
 
 
@@ -112,7 +121,7 @@ def test_names_are_counted_on_the_host_when_tensors_are_elsewhere(backend):
 @EVERY_BACKEND
 def test_non_finite_reward_is_left_out(bad, layout, backend):
     batch = make_batch(layout, lengths=(3, 2, 4, 1))
-    rewards = torch.tensor([1.0, bad, 0.0, 1.0])
+    rewards = torch.tensor([1.0, bad, 0.0, 1.0], device=DEVICE)
     found = advantages(batch, backend, rewards=rewards, groups=4)
     kept = [0, 2, 3]
     assert found.advantages[1] == 0 and found.advantages.isfinite().all()
@@ -121,7 +130,7 @@ def test_non_finite_reward_is_left_out(bad, layout, backend):
     torch.testing.assert_close(found.base[kept], wanted)
     assert found.metrics["egpo/invalid_rewards/sum"] == 1
     # Fewer than two usable rewards tell nothing.
-    lonely = advantages(batch, backend, rewards=torch.tensor([1.0, bad, 0.0, 1.0]))
+    lonely = advantages(batch, backend, rewards=rewards)
     assert (lonely.base[:2] == 0).all() and lonely.metrics["egpo/groups/unusable/sum"] == 1
 
 

@@ -233,7 +233,7 @@ def test_far_log_probs_stay_finite(path, layout, backend, name, value):
 @everywhere(pytest.mark.parametrize("config", [ek.PolicyLossConfig(), ek.PolicyLossConfig(ratio="sequence")]))
 def test_advantage_zero_beats_an_overflowing_ratio(layout, backend, config):
     batch = make_batch(layout)
-    batch = batch._replace(advantages=torch.zeros(4))
+    batch = batch._replace(advantages=torch.zeros_like(batch.advantages))
     batch.old_log_probs[:] = -INF
     found = differentiate(one_pass, batch, backend, config=config)
     assert found.loss == 0 and (found.gradient == 0).all()

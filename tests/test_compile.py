@@ -17,10 +17,15 @@ from tests.support.batches import (
     two_pass,
     whole_groups,
 )
+from tests.support.device import DEVICE, size
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning"
+    ),
+    # Inductor says so whenever it compiles for such a GPU.
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+]
 PER_TOKEN = ek.PolicyLossConfig(reduction="none")
 FAST_BACKEND = pytest.mark.parametrize("backend", FAST)
 
@@ -144,7 +149,7 @@ def test_in_place(path, backend):
 
 
 @FAST_BACKEND
-def test_values_are_checked(backend):
+def test_values_are_checked(backend, values_are_checked):
     batch = make_batch()
     batch.tokens[0, 1] = 99
     with pytest.raises(ValueError, match="tokens holds 99"):
@@ -158,8 +163,8 @@ def test_values_are_checked(backend):
 @FAST_BACKEND
 def test_a_model_in_front(backend):
     torch.manual_seed(0)
-    head, batch = torch.nn.Linear(6, 37), make_batch()
-    hidden = torch.randn(*batch.tokens.shape, 6)
+    head, batch = torch.nn.Linear(6, 37).to(DEVICE), make_batch()
+    hidden = torch.randn(*batch.tokens.shape, 6).to(DEVICE)
 
     def step(hidden, batch):
         return whole_groups(batch._replace(logits=head(hidden)), backend).loss
@@ -172,7 +177,8 @@ def test_a_model_in_front(backend):
     torch.testing.assert_close(*gradients)
 
 
-def test_inductor():
+@pytest.mark.parametrize("backend", size(["portable"], FAST))
+def test_inductor(backend):
     batch = make_batch()
-    wanted = differentiate(one_pass, batch, "portable")
-    assert_close(differentiate(compiled(one_pass, "inductor"), batch, "portable"), wanted)
+    wanted = differentiate(one_pass, batch, backend)
+    assert_close(differentiate(compiled(one_pass, "inductor"), batch, backend), wanted)

@@ -10,6 +10,8 @@ from tests.support.batches import (
     FAST,
     LAYOUTS,
     PATHS,
+    Result,
+    assert_agree,
     differentiate,
     from_log_probs,
     make_batch,
@@ -18,6 +20,7 @@ from tests.support.batches import (
     two_pass,
     whole_groups,
 )
+from tests.support.device import DEVICE, size
 
 EVERY_PATH = pytest.mark.parametrize("path", [*PATHS.values(), from_log_probs], ids=[*PATHS, "from_log_probs"])
 EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
@@ -40,7 +43,7 @@ def cut(batch, sequences, tokens):
         per_token = [tensor[:sequences, :tokens] for tensor in batch[:5]]
     else:
         per_token = [tensor[:tokens] for tensor in batch[:5]]
-        offsets = torch.zeros(sequences + 1, dtype=torch.int32)
+        offsets = torch.zeros(sequences + 1, dtype=torch.int32, device=DEVICE)
         offsets[-1] = tokens if sequences else 0
     return batch._replace(
         **dict(zip(batch._fields[:5], per_token, strict=True)),
@@ -125,7 +128,7 @@ def test_groups_of_one(layout, backend):
 @EVERY_BACKEND
 def test_everybody_the_same(reward, layout, backend):
     batch = make_batch(layout)
-    result = differentiate(whole_groups, batch._replace(rewards=torch.full((4,), reward)), backend)
+    result = differentiate(whole_groups, batch._replace(rewards=torch.full_like(batch.rewards, reward)), backend)
     assert result.loss.isfinite() and result.gradient.isfinite().all()
     assert (result.gradient[batch.counts].abs().sum() > 0) == (reward == 0)
 
@@ -142,14 +145,14 @@ def test_any_vocabulary(path, vocab, backend):
 
 @pytest.mark.parametrize("path", [one_pass, two_pass, whole_groups])
 @EVERY_LAYOUT
-@pytest.mark.parametrize("backend", ["reference", "portable"])  # interpreted kernels take minutes
+@pytest.mark.parametrize("backend", size(["reference", "portable"], BACKENDS))  # interpreted kernels take minutes
 def test_many_tokens(path, layout, backend):
     short, times = make_batch("padded", vocab=3, lengths=(4, 4)), 16400
     long = short._replace(**{name: getattr(short, name).repeat_interleave(times, 1) for name in short._fields[:5]})
     assert long.tokens.shape[1] > 65536
     if layout == "packed":
         flat = {name: getattr(long, name).flatten(0, 1) for name in long._fields[:5]}
-        long = long._replace(**flat, cu_seqlens=torch.tensor([0, 4 * times, 8 * times]))
+        long = long._replace(**flat, cu_seqlens=torch.tensor([0, 4 * times, 8 * times], device=DEVICE))
     # Every row is there many times over, so a mean over tokens does not change.
     found, wanted = differentiate(path, long, backend), differentiate(path, short, backend)
     assert_rounding(found.loss, wanted.loss)
@@ -161,11 +164,11 @@ def lying(logits, how):
     """The same logits, otherwise in memory."""
     if how == "transposed":
         return logits.transpose(0, 1).contiguous().transpose(0, 1)
-    wider = torch.zeros(*logits.shape[:-1], logits.shape[-1] + 5)
+    wider = torch.zeros(*logits.shape[:-1], logits.shape[-1] + 5, device=DEVICE)
     if how == "columns":
         wider[..., 2:-3] = logits
         return wider[..., 2:-3]
-    longer = torch.zeros(logits.shape[0], 2 * logits.shape[1] + 1, logits.shape[2])
+    longer = torch.zeros(logits.shape[0], 2 * logits.shape[1] + 1, logits.shape[2], device=DEVICE)
     longer[:, 1::2] = logits
     return longer[:, 1::2]
 
@@ -181,8 +184,8 @@ def test_views_are_read_where_they_lie(path, how, backend):
     logits = base.detach().requires_grad_()
     loss, _ = path(batch._replace(logits=logits), backend)
     loss.backward()
-    assert torch.equal(loss, wanted.loss)
-    assert torch.equal(logits.grad, wanted.gradient)
+    # Another alignment is another compiled kernel.
+    assert_agree(Result(loss.detach(), logits.grad, {}), wanted)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -192,4 +195,4 @@ def test_packed_view_is_read_where_it_lies(backend):
     wide = torch.nn.functional.pad(batch.logits, (3, 2))[:, 3:-2]
     assert wide.stride(0) == 42
     found = differentiate(one_pass, batch._replace(logits=wide), backend)
-    assert torch.equal(found.loss, wanted.loss) and torch.equal(found.gradient, wanted.gradient)
+    assert_agree(found, wanted)

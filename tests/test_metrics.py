@@ -15,6 +15,7 @@ from tests.support.batches import (
     two_pass,
     whole_groups,
 )
+from tests.support.device import DEVICE
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
@@ -79,9 +80,10 @@ def test_loss_parts_add_up(backend):
 
 @EVERY_BACKEND
 def test_groups_by_kind(backend):
-    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 0.1, 0.3, 1])
+    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 0.1, 0.3, 1], device=DEVICE)
     ids = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4])
-    found = ek.group_advantages(ids, rewards, torch.full((9, 2), -0.5), backend=backend).metrics
+    log_probs = torch.full((9, 2), -0.5, device=DEVICE)
+    found = ek.group_advantages(ids, rewards, log_probs, backend=backend).metrics
     kinds = {
         kind: int(found[f"egpo/groups/{kind}/sum"]) for kind in ("mixed", "all_wrong", "all_correct", "no_correct")
     }
@@ -121,7 +123,7 @@ def test_micro_batches_merge_exactly(path, sizes, backend):
 @EVERY_BACKEND
 def test_groups_merge_exactly(backend):
     batch = make_batch(lengths=(3, 4, 2, 4, 1, 2, 3, 3))
-    batch = batch._replace(rewards=torch.tensor([1.0, 0, 1, 1, 0, 0, 0, 0.2]))
+    batch = batch._replace(rewards=torch.tensor([1.0, 0, 1, 1, 0, 0, 0, 0.2], device=DEVICE))
 
     def metrics(part):
         return ek.group_advantages(part.groups, part.rewards, part.old_log_probs, part.mask, backend=backend).metrics

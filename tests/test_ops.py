@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from egpo_kernels import metrics, ops
 from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Rows
 from tests.support.batches import FAST, PATHS, assert_same, differentiate, make_batch
+from tests.support.device import DEVICE
 
 CONFIG = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.02)
 SEQUENCE = PolicyLossConfig(ratio="sequence")
@@ -20,22 +21,23 @@ def padded_rows(dtype=torch.float32):
         batch.tokens.flatten(),
         None,
         batch.per_token(batch.advantages).flatten(),
-        torch.full((16,), 0.1),
+        torch.full((16,), 0.1, device=DEVICE),
         batch.old_log_probs.flatten(),
         batch.ref_log_probs.flatten(),
         None,
     )
-    return batch.logits, list(rows), [torch.arange(5) * 4, torch.arange(16) // 4]
+    return batch.logits, list(rows), [torch.arange(5, device=DEVICE) * 4, torch.arange(16, device=DEVICE) // 4]
 
 
 def arguments(name, backend, dtype=torch.float32):
     """Every operator's arguments, as autograd.py passes them."""
     logits, rows, segments = padded_rows(dtype)
     wide = ops.compute_dtype(dtype)
-    log_probs, entropy = torch.full((16,), -1.0, dtype=wide), torch.ones(16, dtype=wide)
+    log_probs = torch.full((16,), -1.0, dtype=wide, device=DEVICE)
+    entropy = -log_probs
     statistics, upstream, scalars = [3 * entropy, entropy, entropy], [entropy, entropy], [1.0, 2.0]
     return {
-        "sequence_offsets": (torch.tensor([0, 3, 7]), 9),
+        "sequence_offsets": (torch.tensor([0, 3, 7], device=DEVICE), 9),
         "row_statistics": (logits, rows, 0.7, True, backend),
         "logits_gradient": (logits, rows, statistics, upstream, 1.0, backend),
         "logits_gradient_": (logits, rows, statistics, upstream, 1.0, backend),
@@ -44,15 +46,15 @@ def arguments(name, backend, dtype=torch.float32):
         "logits_policy_loss": (logits, rows, segments, CONFIG.json, scalars, True, backend),
         "logits_policy_loss_": (logits, rows, segments, CONFIG.json, scalars, True, backend),
         "group_advantages": (
-            torch.tensor([4, 4, 1, 1]),
-            torch.tensor([1.0, 0, 1, 0]),
+            torch.tensor([4, 4, 1, 1], device=DEVICE),
+            torch.tensor([1.0, 0, 1, 0], device=DEVICE),
             [None, -log_probs, rows[0]],
             segments[0],
             AdvantageConfig().json,
             2,
             backend,
         ),
-        "rescale_": (logits, torch.tensor(2.0), 1.0, backend),
+        "rescale_": (logits, torch.tensor(2.0, device=DEVICE), 1.0, backend),
     }[name]
 
 

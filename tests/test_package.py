@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hatchling.builders.wheel import WheelBuilder
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "egpo_kernels"
@@ -204,6 +203,8 @@ def test_public_names_are_documented():
 
 
 def test_wheel_ships_the_package_and_nothing_else(tmp_path):
+    from hatchling.builders.wheel import WheelBuilder  # here: a machine with a GPU may have none
+
     (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path))
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())

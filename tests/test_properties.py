@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import egpo_kernels as ek
 from tests.support.accuracy import (
-    GroupTerms,
     assert_accurate,
+    assert_alike,
     assert_metrics,
     assert_rounding,
     gradient_terms,
@@ -23,10 +23,12 @@ from tests.support.accuracy import (
     token_terms,
 )
 from tests.support.batches import FAST
-from tests.support.strategies import DEVICE, Case, cases, make_case
+from tests.support.device import DEVICE, ON_GPU
+from tests.support.runs import advantages, alone, check, leaf, nothing, whole
+from tests.support.strategies import Case, cases, make_case
 
-# Kernels are interpreted here, some milliseconds per block: fewer examples, and all of them on real hardware.
-EXAMPLES = {"portable": 1.0, "triton": 1.0 if DEVICE == "cuda" else 0.5}
+# Interpreted kernels take some milliseconds per block; on a GPU nearly every example compiles kernels of its own.
+EXAMPLES = {"portable": 1.0, "triton": 0.15 if ON_GPU else 0.5}
 
 
 def examples(backend: str, count: int):
@@ -60,77 +62,6 @@ def over_backends(count: int, *strategies):
     return decorate
 
 
-# One way to run a case, whatever the function under test.
-
-
-def leaf(case: Case) -> torch.Tensor:
-    return case.logits.detach().requires_grad_()
-
-
-def whole(case: Case, backend: str) -> dict:
-    """`egpo_loss`: loss, gradient, metrics."""
-    logits = leaf(case)
-    loss, metrics = ek.egpo_loss(
-        logits,
-        case.tokens,
-        case.groups,
-        case.rewards,
-        mask=case.mask,
-        entropy_mask=case.entropy_mask,
-        correct=case.correct,
-        temperature=case.temperature,
-        recipe=case.recipe,
-        grad_scale=case.grad_scale,
-        backend=backend,
-        **case.loss_arguments(),
-    )
-    loss.backward(case.upstream.to(loss.dtype))
-    return {"loss": loss.detach(), "gradient": logits.grad, "metrics": metrics}
-
-
-def alone(case: Case, backend: str, metrics: str = "all") -> dict:
-    """`logits_policy_loss` with the case's own advantages."""
-    logits = leaf(case)
-    loss, seen = ek.logits_policy_loss(
-        logits,
-        case.tokens,
-        case.advantages,
-        case.mask,
-        temperature=case.temperature,
-        config=case.recipe.loss,
-        grad_scale=case.grad_scale,
-        metrics=metrics,
-        backend=backend,
-        **case.loss_arguments(),
-    )
-    loss.backward(case.upstream.to(loss.dtype))
-    return {"loss": loss.detach(), "gradient": logits.grad, "metrics": seen}
-
-
-def advantages(case: Case, backend: str) -> ek.GroupAdvantages:
-    """`group_advantages` of a rollout batch: uncertainty from what was sampled, or from the same logits."""
-    found = ek.token_log_probs(
-        case.logits,
-        case.tokens,
-        mask=case.counted.view(case.tokens.shape),
-        temperature=case.temperature if case.cu_seqlens is None else case.rows(case.temperature).to(case.rewards.dtype),
-        return_entropy=case.recipe.advantage.statistic == "shannon",
-        backend=backend,
-    )
-    return ek.group_advantages(
-        case.groups,
-        case.rewards,
-        found.log_probs if case.old_log_probs is None else case.old_log_probs,
-        case.counted.view(case.tokens.shape),
-        cu_seqlens=case.cu_seqlens,
-        entropy=found.entropy,
-        entropy_mask=case.entropy_mask,
-        correct=case.correct,
-        config=case.recipe.advantage,
-        backend=backend,
-    )
-
-
 def micro_batches(case: Case, cuts: list[int]) -> list[Case]:
     """The case cut before these sequences, with the counts of the whole batch."""
     counts = torch.bincount(case.index[case.counted], minlength=case.num_rewards)
@@ -157,27 +88,6 @@ def joined(case: Case, parts: list[dict]) -> dict:
         gradient = torch.cat([gradient, gradient.new_zeros(tail, gradient.shape[-1])])
         loss = torch.cat([loss, loss.new_zeros(tail)]) if per_token else loss
     return {"loss": loss, "gradient": gradient, "metrics": ek.combine_metrics(part["metrics"] for part in parts)}
-
-
-def nothing(case: Case) -> GroupTerms:
-    return GroupTerms(*[torch.zeros_like(case.rewards)] * 3)
-
-
-def check(case: Case, actual: dict, reference: dict, exact: dict, advantages: torch.Tensor, groups: GroupTerms) -> None:
-    """Loss, gradient and metrics of one call under the rule; nothing at all from rows that do not count."""
-    double = case.double()
-    given = torch.where(case.counted, double.rows(advantages), 0.0)
-    terms = token_terms(double, given, double.rows(groups.advantages))
-    upstream = double.upstream.abs().reshape(-1, 1)
-    loss_terms = terms.loss.view(exact["loss"].shape) if exact["loss"].dim() else terms.loss.sum()
-    assert_accurate(actual["loss"], reference["loss"], exact["loss"], loss_terms, "loss")
-    assert actual["gradient"].shape == case.logits.shape and actual["gradient"].dtype == case.logits.dtype
-    flat = [found["gradient"].reshape(-1, case.logits.shape[-1]) for found in (actual, reference, exact)]
-    assert_accurate(*flat, terms.logits * upstream, "gradient")
-    assert (flat[0][~case.counted] == 0).all()
-    renormalised = case.recipe.advantage.renorm == "after"
-    seen = {**terms.metrics, **group_metric_terms(groups)}
-    assert_metrics(actual["metrics"], reference["metrics"], exact["metrics"], seen, renormalised)
 
 
 # The properties.
@@ -227,7 +137,8 @@ def test_logits_policy_loss(backend, case):
     check(case, actual, reference, exact, case.double().advantages, nothing(case.double()))
     for metrics in ("active", "none"):
         fewer = alone(case, backend, metrics)
-        assert torch.equal(fewer["gradient"], actual["gradient"]), metrics
+        # Without the entropy to report it is another kernel.
+        assert_alike(fewer["gradient"], actual["gradient"], metrics)
         assert_rounding(fewer["loss"], actual["loss"])
 
 

@@ -8,6 +8,7 @@ import torch
 
 from egpo_kernels import egpo_loss, recipes
 
+pytestmark = pytest.mark.cpu
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 

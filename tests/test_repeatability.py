@@ -5,9 +5,11 @@ import torch
 
 import egpo_kernels as ek
 import egpo_kernels.portable.softmax as portable_softmax
-from tests.support.accuracy import assert_bits, assert_rounding
+from tests.support.accuracy import assert_alike, assert_bits, assert_rounding
 from tests.support.batches import BACKENDS, FAST
-from tests.support.strategies import DEVICE, DTYPES, STRIDES, Case, make_case
+from tests.support.device import DEVICE
+from tests.support.rows import assert_same, of_rows, one_pass, picked, rows_of
+from tests.support.strategies import DTYPES, STRIDES, Case, make_case
 
 DTYPES_BUT_DOUBLE = DTYPES[:3]
 
@@ -49,41 +51,6 @@ def of_logits(case: Case, backend: str, **options) -> dict:
     )
     loss.backward(case.upstream.to(loss.dtype))
     return {"loss": loss.detach(), "gradient": logits.grad, **metrics}
-
-
-def of_rows(logits: torch.Tensor, tokens: torch.Tensor, backend: str, upstream: torch.Tensor, **options) -> dict:
-    """`token_log_probs` of packed rows and the gradient of the weighted sum of both its results."""
-    logits = logits.detach().requires_grad_()
-    found = ek.token_log_probs(logits, tokens, return_entropy=True, backend=backend, **options)
-    torch.autograd.backward(found, [upstream, 0.3 * upstream])
-    return {"log_probs": found.log_probs.detach(), "entropy": found.entropy.detach(), "gradient": logits.grad}
-
-
-def one_pass(logits: torch.Tensor, tokens: torch.Tensor, backend: str, upstream: torch.Tensor) -> dict:
-    """The gradient that `logits_policy_loss` makes while it reads; `upstream` serves as advantages per token."""
-    logits = logits.detach().requires_grad_()
-    config = ek.PolicyLossConfig(reduction="sum", entropy_coef=0.1)
-    ends = torch.tensor([0, len(tokens)], device=tokens.device)
-    loss, _ = ek.logits_policy_loss(logits, tokens, upstream, config=config, cu_seqlens=ends, backend=backend)
-    loss.backward()
-    return {"gradient": logits.grad}
-
-
-def rows_of(count: int, vocab: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(vocab)
-    logits = (3 * torch.randn(count, vocab, generator=generator)).to(dtype)
-    tokens = torch.randint(vocab, (count,), generator=generator)
-    return tuple(value.to(DEVICE) for value in (logits, tokens, torch.randn(count, generator=generator)))
-
-
-def assert_same(actual: dict, expected: dict, where: str = "") -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in actual.items():
-        assert_bits(value, expected[name], f"{name} {where}")
-
-
-def picked(found: dict, rows) -> dict:
-    return {name: value[rows] for name, value in found.items()}
 
 
 CASES = {
@@ -166,9 +133,13 @@ def test_row_of_a_large_vocabulary(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", FAST)
 def test_strides(backend, dtype, strides):
-    """Rows that lie elsewhere in memory, aligned differently, are the same rows."""
-    found = [whole(make_case(3, dtype=dtype, vocab=150, strides=kind), backend) for kind in ("contiguous", strides)]
-    assert_same(*found)
+    """Rows that lie elsewhere in memory, aligned differently (another kernel), are the same rows."""
+    found, wanted = (
+        whole(make_case(3, dtype=dtype, vocab=150, strides=kind), backend) for kind in (strides, STRIDES[0])
+    )
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert_alike(found[name], value, name)
 
 
 @pytest.mark.parametrize("name", ["on-policy", "sequence ratio", "grpo"])
@@ -187,7 +158,8 @@ def test_packed_is_padded_without_the_padding(backend, name):
     packed = padded.replace(**{**packed, "advantages": padded.rewards}, cu_seqlens=ends)
     for run in (whole, of_logits):
         found, expected = run(packed, backend), run(padded, backend)
-        assert_bits(found["gradient"], expected["gradient"][keep], "gradient")
+        # A sequence's sum, or a group's, meets its tokens in other lanes.
+        assert_alike(found["gradient"], expected["gradient"][keep], "gradient")
         assert not expected["gradient"][~keep].any()
         assert_rounding(found["loss"], expected["loss"])
 
@@ -227,7 +199,9 @@ def test_whole_groups_or_micro_batches(backend, layout, dtype, ratio, old):
     case = case.replace(advantages=grouped.advantages)
     parts = [of_logits(case.take(first, last), backend)["gradient"] for first, last in ((0, 1), (1, 4), (4, 6))]
     parts = torch.cat(parts)
-    assert_bits(together[: len(parts)], parts, "gradient")
+    # On-policy the whole batch is read twice, a micro-batch of it in one pass: two kernels.
+    one_kernel = old == "near" or ratio == "sequence" or dtype == torch.float16
+    (assert_bits if one_kernel else assert_alike)(together[: len(parts)], parts, "gradient")
     assert together.any() and not together[len(parts) :].any()
 
 

@@ -11,6 +11,7 @@ from egpo_kernels import surrogates as torch_side
 from egpo_kernels.triton import surrogates as triton_side
 from egpo_kernels.triton.settings import load_settings, settings_tensor
 from egpo_kernels.types import PolicyLossConfig
+from tests.support.device import DEVICE
 
 CONFIGS = [
     PolicyLossConfig(),
@@ -48,7 +49,7 @@ def kl_kernel(log_probs_ptr, ref_ptr, out_ptr, settings_ptr, KL: tl.constexpr, B
 
 
 def settings_of(config):
-    return settings_tensor(config, 1.0, 1.0, torch.float64, torch.device("cpu"))
+    return settings_tensor(config, 1.0, 1.0, torch.float64, torch.device(DEVICE))
 
 
 def points(count=256):
@@ -57,7 +58,7 @@ def points(count=256):
     old = log_probs + torch.randn(count, dtype=torch.float64, generator=generator)
     advantages = torch.randn(count, dtype=torch.float64, generator=generator)
     advantages[:8] = 0
-    return log_probs, old, advantages
+    return tuple(tensor.to(DEVICE) for tensor in (log_probs, old, advantages))
 
 
 def test_the_tables_name_the_same_surrogates():
@@ -65,6 +66,7 @@ def test_the_tables_name_the_same_surrogates():
     assert set(torch_side.SURROGATES) == set(triton_side.SURROGATES) == set(choices)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", torch_side.SURROGATES)
 def test_value_derivative_and_clip_flags_agree(name, config):
@@ -74,7 +76,7 @@ def test_value_derivative_and_clip_flags_agree(name, config):
     terms = torch_side.SURROGATES[name](leaf, log_ratio, advantages, config)
     (slope,) = torch.autograd.grad(terms.loss.sum(), leaf)
 
-    out = torch.empty(4, len(log_probs), dtype=torch.float64)
+    out = torch.empty(4, len(log_probs), dtype=torch.float64, device=DEVICE)
     device_function = triton_side.SURROGATES[name]
     surrogate_kernel[(1,)](
         log_probs, log_ratio.detach(), advantages, out, settings_of(config), device_function, len(log_probs)
@@ -87,6 +89,7 @@ def test_value_derivative_and_clip_flags_agree(name, config):
         assert terms.clipped_low.any() and terms.clipped_high.any() and (slope == 0).sum() < len(slope)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("max_log_ratio", [0.5, 20.0])
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 def test_kl_estimators_agree(kl, max_log_ratio):
@@ -96,7 +99,7 @@ def test_kl_estimators_agree(kl, max_log_ratio):
     value = torch_side.kl_estimate(leaf, ref, config)
     (slope,) = torch.autograd.grad(value.sum(), leaf)
 
-    out = torch.empty(2, len(log_probs), dtype=torch.float64)
+    out = torch.empty(2, len(log_probs), dtype=torch.float64, device=DEVICE)
     kl_kernel[(1,)](log_probs, ref, out, settings_of(config), kl, len(log_probs))
     eps = torch.finfo(torch.float64).eps
     assert (out[0] - value.detach()).abs().max() <= 4 * eps * (ref - log_probs).exp().max()

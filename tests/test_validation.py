@@ -8,6 +8,7 @@ import torch
 
 import egpo_kernels as ek
 from tests.support.batches import BACKENDS, make_batch
+from tests.support.device import DEVICE
 
 LOSS, ADVANTAGE = ek.PolicyLossConfig(kl_coef=0.1), ek.AdvantageConfig()
 
@@ -16,9 +17,9 @@ def valid(name, layout="padded"):
     """Arguments that a public function accepts, all tensors among them."""
     batch = make_batch(layout)
     level = {"mask": batch.mask, "old_log_probs": batch.old_log_probs, "cu_seqlens": batch.cu_seqlens}
-    token = {"ref_log_probs": batch.ref_log_probs, "rollout_weights": torch.ones(4)}
-    token |= {"num_tokens": 12, "num_sequences": torch.tensor(4)}
-    logits = {"logits": batch.logits, "tokens": batch.tokens, "temperature": torch.ones(4)}
+    token = {"ref_log_probs": batch.ref_log_probs, "rollout_weights": torch.ones(4, device=DEVICE)}
+    token |= {"num_tokens": 12, "num_sequences": torch.tensor(4, device=DEVICE)}
+    logits = {"logits": batch.logits, "tokens": batch.tokens, "temperature": torch.ones(4, device=DEVICE)}
     logits |= {"grad_scale": 1.0, "inplace_grad": False, "metrics": "all"}
     group = {"groups": batch.groups, "rewards": batch.rewards, "entropy_mask": batch.mask}
     group |= {"correct": batch.rewards > 0, "group_size": 2}

@@ -10,29 +10,16 @@ arguments instead (types, divisibility, absent tensors), so that whatever is add
 import itertools
 import json
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-import egpo_kernels.triton as backend
+from benchmarks.counts.launches import GROUP_CONFIGS, Size, launch_groups, launch_log_probs, launch_logits
 from benchmarks.counts.offline import compile_source, gpu_target
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
-from egpo_kernels.types import Rows
-
-VOCAB = 151936
-
-
-class Size(NamedTuple):
-    """How many sequences of which length."""
-
-    sequences: int = 2
-    length: int = 2
-
-
-SMALL = Size()
 
 
 class Compiler:
@@ -62,61 +49,6 @@ class Compiler:
             sass = row.pop("sass")
             row["fenced"] = "BAR.SYNC" in sass.partition("STG.")[0]
         print(json.dumps(row), flush=True)
-
-
-def make_rows(dtype: torch.dtype, full: bool, size: Size) -> Rows:
-    """Rows with every optional tensor, or with none."""
-    count = size.sequences * size.length
-
-    def vector() -> torch.Tensor:
-        return torch.ones(count, dtype=dtype)
-
-    optional = vector() if full else None
-    mask, tokens = torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.long)
-    return Rows(mask, tokens, optional, vector(), vector(), optional, optional, optional)
-
-
-def launch_logits(
-    dtype: torch.dtype, full: bool, config: PolicyLossConfig, size: Size = SMALL, vocab: int = VOCAB, scale: float = 1
-) -> None:
-    """The kernels over logits, as `logits_policy_loss` and `token_log_probs` launch them."""
-    logits = torch.zeros(*size, vocab, dtype=dtype)
-    rows = make_rows(torch.float64 if dtype == torch.float64 else torch.float32, full, size)
-    entropy = config.entropy_coef != 0
-    log_probs, bonus, maximum, sum_exp = backend.row_statistics(logits, rows, scale, entropy)
-    upstream = [log_probs, log_probs.clone() if entropy else None]
-    backend.logits_gradient(logits, rows, [maximum, sum_exp, bonus], upstream, scale, torch.zeros_like(logits))
-    backend.logits_loss_gradient(logits, rows, config, scale, scale, entropy, torch.zeros_like(logits))
-    backend.rescale_(logits, torch.ones(()), 2.0 * scale)
-
-
-def launch_log_probs(dtype: torch.dtype, full: bool, config: PolicyLossConfig, size: Size = SMALL) -> None:
-    """The kernels of `policy_loss`."""
-    rows = make_rows(dtype, full, size)
-    log_probs = torch.zeros_like(rows.factor)
-    index = torch.arange(size.sequences).repeat_interleave(size.length)
-    segments = [torch.arange(size.sequences + 1) * size.length, index]
-    entropy = log_probs.clone() if full else None
-    backend.policy_loss(log_probs, entropy, rows, segments, config, VOCAB)
-    backend.policy_loss_gradient(log_probs, entropy, rows, segments, config)
-
-
-def launch_groups(dtype: torch.dtype, config: AdvantageConfig, full: bool, size: Size = SMALL) -> None:
-    """The kernels of `group_advantages`."""
-    ids, rewards = torch.zeros(size.sequences, dtype=torch.long), torch.ones(size.sequences, dtype=dtype)
-    values = torch.zeros(size.sequences * size.length, dtype=dtype) if full else None
-    mask = torch.ones(size.sequences * size.length, dtype=torch.bool) if full else None
-    correct = torch.ones(size.sequences, dtype=torch.bool) if full else None
-    offsets = torch.arange(size.sequences + 1) * size.length
-    backend.group_advantages(ids, rewards, correct, values, mask, offsets, config, size.sequences if full else None)
-
-
-GROUP_CONFIGS = (
-    AdvantageConfig(),
-    AdvantageConfig(weight="none", clamp="none", all_wrong="zero"),
-    AdvantageConfig(clamp="symmetric", renorm="after", all_wrong="negative_no_correct", lock_all_wrong=True),
-    AdvantageConfig(clamp="negative_only", renorm="before", scale="none", singleton="raw"),
-)
 
 
 def every_option(compiler: Compiler) -> None:

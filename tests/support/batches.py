@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 import egpo_kernels as ek
+from tests.support.accuracy import assert_alike
+from tests.support.device import DEVICE
 
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton has no wheel here")
 TRITON = pytest.param("triton", marks=NEEDS_TRITON)
@@ -49,7 +51,7 @@ class Batch(NamedTuple):
         """The mask, with what lies past the last sequence left out."""
         if self.cu_seqlens is None:
             return self.mask
-        return self.mask & (torch.arange(self.mask.shape[0]) < self.cu_seqlens[-1])
+        return self.mask & (torch.arange(self.mask.shape[0], device=self.mask.device) < self.cu_seqlens[-1])
 
     def per_token(self, per_sequence: Tensor) -> Tensor:
         """Spread numbers per sequence over a per-token tensor."""
@@ -88,7 +90,8 @@ def make_batch(layout="padded", vocab=37, dtype=torch.float32, lengths=LENGTHS, 
         offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     number = torch.arange(count)
     advantages = torch.tensor([0.7, -0.6, 1.2, -0.9]).repeat(count // 4 + 1)[:count]
-    return Batch(*tensors, advantages, (number % 2 == 0).float(), number // 2, offsets)
+    fields = (*tensors, advantages, (number % 2 == 0).float(), number // 2, offsets)
+    return Batch(*(None if field is None else field.to(DEVICE) for field in fields))
 
 
 WITH_KL = ek.PolicyLossConfig(kl_coef=0.1)
@@ -177,3 +180,9 @@ def assert_same(given: Result, wanted: Result) -> None:
     """Bit for bit."""
     assert torch.equal(given.loss, wanted.loss)
     assert torch.equal(given.gradient, wanted.gradient)
+
+
+def assert_agree(given: Result, wanted: Result) -> None:
+    """By different kernels: see `assert_alike`."""
+    assert_alike(given.loss, wanted.loss, "loss")
+    assert_alike(given.gradient, wanted.gradient, "gradient")

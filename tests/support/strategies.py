@@ -11,7 +11,6 @@ ratios `MARGIN` away from every jump, and shaped rewards are drawn from a contin
 import dataclasses
 import itertools
 import math
-import os
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,8 @@ from torch import Tensor
 
 from egpo_kernels.recipes import EGPO, GRPO
 from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Recipe
+from tests.support.device import DEVICE
 
-# With TRITON_INTERPRET=0 kernels are compiled and everything lives on the GPU they run on.
-DEVICE = "cuda" if os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MARGIN = 0.01
 """Nats between a drawn log-ratio and the nearest jump of the gradient."""
