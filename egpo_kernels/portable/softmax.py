@@ -59,8 +59,8 @@ def chunks(logits: Tensor, rows: Rows, live: Tensor, temperature: float, out: Te
         batch, length = 1, batch * length
         logits, out = (tensor.as_strided((1, length, tensor.shape[-1]), _steps(tensor)) for tensor in (logits, out))
     size = min(size, max(length, 1))
-    p, spare = (torch.empty((size, vocab), dtype=dtype, device=logits.device) for _ in range(2))
-    p_is_out = out.dtype == dtype and out.shape == logits.shape
+    spare = torch.empty((size, vocab), dtype=dtype, device=logits.device)
+    p = None if out.dtype == dtype and out.shape == logits.shape else torch.empty_like(spare)
     for number in range(batch):
         for start in range(0, length, size):
             stop = min(start + size, length)
@@ -72,7 +72,7 @@ def chunks(logits: Tensor, rows: Rows, live: Tensor, temperature: float, out: Te
             yield Chunk(
                 logits[number, start:stop],
                 target,
-                target if p_is_out else p[: stop - start],
+                target if p is None else p[: stop - start],
                 spare[: stop - start],
                 Rows(counted, *(None if field is None else field[place] for field in rows[1:])),
                 own[place],
@@ -105,11 +105,11 @@ def softmax(chunk: Chunk, want_entropy: bool) -> Statistics:
     """Fill ``chunk.p`` with the probabilities (and ``chunk.spare`` with p x); return the rows' statistics."""
     scaled, p, heat = chunk.logits, chunk.p, chunk.heat
     heated = isinstance(heat, Tensor) or heat != 1
-    if heated or want_entropy or scaled.dtype != p.dtype or scaled.data_ptr() == p.data_ptr():
+    if scaled.dtype != p.dtype:
         scaled = chunk.spare.copy_(scaled)
     maximum = scaled.amax(-1)
-    if heated or want_entropy:
-        scaled.sub_(maximum[:, None])
+    if heated or want_entropy or scaled.data_ptr() == p.data_ptr():
+        scaled = torch.sub(scaled, maximum[:, None], out=chunk.spare)
     if heated:
         scaled.div_(heat[:, None] if isinstance(heat, Tensor) else heat)
     torch.softmax(scaled, -1, out=p)
