@@ -67,19 +67,20 @@ def _checked(fields: OptionalTensors, vocab: int) -> Rows:
 
 
 def _new_gradient(logits: Tensor) -> Tensor:
-    if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.float64):
+    if logits.device.type != "cpu" or logits.numel() == 0:
         return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     # Touching new memory costs more than the arithmetic: take the last gradient's, once nothing holds it any more;
     # and where it must be new, numpy asks the system for huge pages.
-    memory, holder = _last_gradient.pop(logits.dtype, (None, None))
-    if memory is None or holder is None or memory.size != logits.numel() or not holder.expired():
-        memory = np.empty(logits.numel(), np.float32 if logits.dtype == torch.float32 else np.float64)
-    gradient = torch.from_numpy(memory).view(logits.shape)
-    _last_gradient[logits.dtype] = (memory, StorageWeakRef(gradient.untyped_storage()))
+    size = logits.numel() * logits.element_size()
+    memory, holder = _last_gradient.pop(logits.device, (None, None))
+    if memory is None or holder is None or memory.size != size or not holder.expired():
+        memory = np.empty(size, np.uint8)
+    gradient = torch.from_numpy(memory).view(logits.dtype).view(logits.shape)
+    _last_gradient[logits.device] = (memory, StorageWeakRef(gradient.untyped_storage()))
     return gradient
 
 
-_last_gradient: dict[torch.dtype, tuple[np.ndarray, StorageWeakRef]] = {}
+_last_gradient: dict[torch.device, tuple[np.ndarray, StorageWeakRef]] = {}
 
 
 def _fake_gradient(logits: Tensor, *_: Any) -> Tensor:

@@ -13,8 +13,8 @@ def row_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials ``[N]``; 0 outside the mask."""
     results = [logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits.dtype)) for _ in range(4)]
-    for chunk in chunks(logits, rows, rows.mask):
-        found = softmax(chunk, temperature, want_entropy)
+    for chunk in chunks(logits, rows, rows.mask, temperature):
+        found = softmax(chunk, want_entropy)
         for result, values in zip(results, found, strict=True):
             if values is not None:
                 result[chunk.place] = torch.where(chunk.rows.mask, values, 0.0)
@@ -37,10 +37,10 @@ def logits_gradient(
     grad_log_probs, grad_entropy = upstream
     assert grad_log_probs is not None
     live = rows.mask & ((grad_log_probs != 0) if grad_entropy is None else (grad_log_probs != 0) | (grad_entropy != 0))
-    for chunk in chunks(logits, rows, live, out):
-        found = softmax(chunk, temperature, grad_entropy is not None)
+    for chunk in chunks(logits, rows, live, temperature, out):
+        found = softmax(chunk, grad_entropy is not None)
         bonus = None if grad_entropy is None else grad_entropy[chunk.place]
-        write_gradient(chunk, found, grad_log_probs[chunk.place], bonus, temperature)
+        write_gradient(chunk, found, grad_log_probs[chunk.place], bonus)
 
 
 def logits_loss_gradient(
@@ -54,12 +54,12 @@ def logits_loss_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob and entropy ``[N]`` of each row, and its gradient written to ``out`` while the row is in cache."""
     log_probs, entropy = (logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits.dtype)) for _ in range(2))
-    for chunk in chunks(logits, rows, rows.mask, out):
-        found = softmax(chunk, temperature, want_entropy)
+    for chunk in chunks(logits, rows, rows.mask, temperature, out):
+        found = softmax(chunk, want_entropy)
         slope, bonus = policy_loss_gradient(found.log_probs, found.entropy, chunk.rows, [], config)
         log_probs[chunk.place] = torch.where(chunk.rows.mask, found.log_probs, 0.0)
         if found.entropy is not None:
             entropy[chunk.place] = torch.where(chunk.rows.mask, found.entropy, 0.0)
         scaled_bonus = bonus * grad_scale if config.entropy_coef else None
-        write_gradient(chunk, found, slope * grad_scale, scaled_bonus, temperature)
+        write_gradient(chunk, found, slope * grad_scale, scaled_bonus)
     return log_probs, entropy if want_entropy else None

@@ -16,13 +16,12 @@ CPU_CHUNK_BYTES = 5 << 20
 """Working memory of a chunk on a CPU: it stays in cache from one step over it to the next."""
 DEVICE_CHUNK_BYTES = 256 << 20
 """Elsewhere: rows enough to fill the device."""
-LOWEST = -1e4
-"""exp of this is 0 in float64 too; 0 times it is 0, where 0 times -inf would be NaN."""
 
 
 class Chunk(NamedTuple):
-    """Consecutive rows: ``logits`` and ``out`` ``[R, V]`` where they lie, scratch ``p`` and ``spare`` in the compute
-    dtype, ``rows`` of those ``[R]``, and where they stand among all.
+    """Consecutive rows: ``logits`` and ``out`` ``[R, V]`` where they lie; in the compute dtype ``p``, which is ``out``
+    where that can hold it, and scratch ``spare``; ``rows`` of those ``[R]``, the logits of their tokens, their
+    temperatures; and where they stand among all.
     """
 
     logits: Tensor
@@ -30,6 +29,9 @@ class Chunk(NamedTuple):
     p: Tensor
     spare: Tensor
     rows: Rows
+    own: Tensor
+    column: Tensor
+    heat: Tensor | float
     place: slice
 
 
@@ -42,7 +44,7 @@ class Statistics(NamedTuple):
     sum_exp: Tensor
 
 
-def chunks(logits: Tensor, rows: Rows, live: Tensor, out: Tensor | None = None) -> Iterator[Chunk]:
+def chunks(logits: Tensor, rows: Rows, live: Tensor, temperature: float, out: Tensor | None = None) -> Iterator[Chunk]:
     """Walk over ``logits [B, T, V]`` in chunks; on a CPU one without a ``live`` row is not read: its ``out`` is zeroed.
 
     ``out`` may be ``logits``; without it ``Chunk.out`` is empty.
@@ -50,12 +52,15 @@ def chunks(logits: Tensor, rows: Rows, live: Tensor, out: Tensor | None = None) 
     batch, length, vocab = logits.shape
     dtype, on_cpu = compute_dtype(logits.dtype), logits.device.type == "cpu"
     size = max(1, (CPU_CHUNK_BYTES if on_cpu else DEVICE_CHUNK_BYTES) // (vocab * dtype.itemsize))
+    column, own = _own_logits(logits, rows)
+    heat = None if rows.temperature is None else torch.where(rows.temperature > 0, rows.temperature, torch.nan)
     out = logits[..., :0] if out is None else out
     if _merges(logits) and _merges(out):
         batch, length = 1, batch * length
         logits, out = (tensor.as_strided((1, length, tensor.shape[-1]), _steps(tensor)) for tensor in (logits, out))
     size = min(size, max(length, 1))
-    p, spare = (torch.empty((size, vocab), dtype=dtype, device=logits.device) for _ in range(2))
+    spare = torch.empty((size, vocab), dtype=dtype, device=logits.device)
+    p = None if out.dtype == dtype and out.shape == logits.shape else torch.empty_like(spare)
     for number in range(batch):
         for start in range(0, length, size):
             stop = min(start + size, length)
@@ -64,9 +69,26 @@ def chunks(logits: Tensor, rows: Rows, live: Tensor, out: Tensor | None = None) 
             if on_cpu and not counted.any():
                 target.zero_()
                 continue
-            here = Rows(counted, *(None if field is None else field[place] for field in rows[1:]))
-            used = stop - start
-            yield Chunk(logits[number, start:stop], target, p[:used], spare[:used], here, place)
+            yield Chunk(
+                logits[number, start:stop],
+                target,
+                target if p is None else p[: stop - start],
+                spare[: stop - start],
+                Rows(counted, *(None if field is None else field[place] for field in rows[1:])),
+                own[place],
+                column[place],
+                temperature if heat is None else heat[place],
+                place,
+            )
+
+
+def _own_logits(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Token ids ``[N, 1]`` that may be used as indices, and the tokens' logits ``[N]``, NaN where an id is none."""
+    assert rows.tokens is not None
+    valid = (rows.tokens >= 0) & (rows.tokens < logits.shape[-1])
+    column = torch.where(valid, rows.tokens, 0)[:, None]
+    own = logits.gather(-1, column.view(*logits.shape[:2], 1)).view(-1).to(compute_dtype(logits.dtype))
+    return column, torch.where(valid, own, torch.nan)
 
 
 def _merges(tensor: Tensor) -> bool:
@@ -79,78 +101,57 @@ def _steps(tensor: Tensor) -> tuple[int, int, int]:
     return 0, tensor.stride(0) if tensor.shape[1] == 1 else tensor.stride(1), tensor.stride(2)
 
 
-def softmax(chunk: Chunk, temperature: float, want_entropy: bool) -> Statistics:
+def softmax(chunk: Chunk, want_entropy: bool) -> Statistics:
     """Fill ``chunk.p`` with the probabilities (and ``chunk.spare`` with p x); return the rows' statistics."""
-    heat = _temperature(chunk, temperature)
+    scaled, p, heat = chunk.logits, chunk.p, chunk.heat
     heated = isinstance(heat, Tensor) or heat != 1
-    maximum = chunk.logits.amax(-1).to(chunk.p.dtype)
-    scaled = chunk.logits
-    if heated or scaled.dtype != chunk.p.dtype:
-        scaled = chunk.spare.copy_(chunk.logits)
+    if scaled.dtype != p.dtype:
+        scaled = chunk.spare.copy_(scaled)
+    maximum = scaled.amax(-1)
+    if heated or want_entropy or scaled.data_ptr() == p.data_ptr():
+        scaled = torch.sub(scaled, maximum[:, None], out=chunk.spare)
     if heated:
-        scaled.sub_(maximum[:, None]).div_(heat[:, None] if isinstance(heat, Tensor) else heat)
-    torch.softmax(scaled, -1, out=chunk.p)
+        scaled.div_(heat[:, None] if isinstance(heat, Tensor) else heat)
+    torch.softmax(scaled, -1, out=p)
     # The largest probability is exp(0) / s.
-    sum_exp = chunk.p.amax(-1).reciprocal()
+    sum_exp = p.amax(-1).reciprocal()
+    log_sum = sum_exp.log()
+    log_probs = torch.where(chunk.own == -torch.inf, -torch.inf, (chunk.own - maximum) / heat - log_sum)
     entropy = None
     if want_entropy:
-        if not heated:
-            torch.sub(scaled, maximum[:, None], out=chunk.spare)
-        entropy = torch.where(maximum == -torch.inf, 0.0, sum_exp.log() - _mean_exponent(chunk))
-    return Statistics(_log_probs(chunk, maximum, sum_exp, heat), entropy, maximum, sum_exp)
+        entropy = torch.where(maximum == -torch.inf, 0.0, log_sum - _mean_exponent(chunk))
+    return Statistics(log_probs, entropy, maximum, sum_exp)
 
 
 def _mean_exponent(chunk: Chunk) -> Tensor:
     """Turn ``chunk.spare`` from x into p x and return its row sums."""
+    count = chunk.spare.shape[0]
+    terms = chunk.spare.mul_(chunk.p)
     # A sum over one row alone is split over threads and rounds differently: never sum fewer than two.
-    rows = chunk.spare.expand(2, -1) if chunk.spare.shape[0] == 1 else chunk.spare
-    on_cpu = chunk.spare.device.type == "cpu"
-    # 0 * -inf is NaN where a probability is 0. On a CPU, where looking is free, -inf is looked for first; a NaN in
-    # another row hides it.
-    if not on_cpu or not chunk.spare.amin() > -torch.inf:
-        chunk.spare.clamp_(min=LOWEST)
-    chunk.spare.mul_(chunk.p)
-    return rows.sum(-1)[: chunk.spare.shape[0]]
+    terms = terms.expand(2, -1) if count == 1 else terms
+    mean = terms.sum(-1)[:count]
+    # 0 * -inf is NaN where a probability is 0; looking for it is free on a CPU. A row that is NaN stays so by its p.
+    if chunk.spare.device.type != "cpu" or mean.isnan().any():
+        chunk.spare.nan_to_num_(0.0)
+        mean = terms.sum(-1)[:count]
+    return mean
 
 
-def _temperature(chunk: Chunk, temperature: float) -> Tensor | float:
-    given = chunk.rows.temperature
-    return temperature if given is None else torch.where(given > 0, given, torch.nan)
-
-
-def _token_column(chunk: Chunk) -> tuple[Tensor, Tensor]:
-    """Token ids ``[R, 1]`` that may be used as indices, and where they are the caller's ``[R]``."""
-    assert chunk.rows.tokens is not None
-    valid = (chunk.rows.tokens >= 0) & (chunk.rows.tokens < chunk.logits.shape[-1])
-    return torch.where(valid, chunk.rows.tokens, 0)[:, None], valid
-
-
-def _log_probs(chunk: Chunk, maximum: Tensor, sum_exp: Tensor, heat: Tensor | float) -> Tensor:
-    column, valid = _token_column(chunk)
-    own = chunk.logits.gather(-1, column)[:, 0].to(maximum.dtype)
-    found = torch.where(own == -torch.inf, -torch.inf, (own - maximum) / heat - sum_exp.log())
-    return torch.where(valid, found, torch.nan)
-
-
-def write_gradient(
-    chunk: Chunk, found: Statistics, grad_log_probs: Tensor, grad_entropy: Tensor | None, temperature: float
-) -> None:
+def write_gradient(chunk: Chunk, found: Statistics, grad_log_probs: Tensor, grad_entropy: Tensor | None) -> None:
     """Turn ``chunk.p`` into dz and write it to ``chunk.out``; rows with nothing upstream get exact zeros."""
-    heat = _temperature(chunk, temperature)
     live = chunk.rows.mask & (grad_log_probs != 0)
-    slope, tilt = grad_log_probs / heat, None
+    slope, tilt = grad_log_probs / chunk.heat, None
     level = -slope
     if grad_entropy is not None and found.entropy is not None:
         live = live | (chunk.rows.mask & (grad_entropy != 0))
-        tilt = -grad_entropy / heat
+        tilt = -grad_entropy / chunk.heat
         level = level + tilt * (found.entropy - found.sum_exp.log())
     live = live & (found.log_probs != -torch.inf)
-    column, _ = _token_column(chunk)
     gradient = chunk.out if chunk.out.dtype == chunk.p.dtype and tilt is None else chunk.p
     torch.mul(chunk.p, level[:, None], out=gradient)
     if tilt is not None:
         gradient.addcmul_(chunk.spare, tilt[:, None])
-    gradient.scatter_add_(-1, column, slope[:, None])
+    gradient.scatter_add_(-1, chunk.column, slope[:, None])
     if gradient is not chunk.out:
         chunk.out.copy_(gradient)
     if chunk.out.device.type == "cpu":
