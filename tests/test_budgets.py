@@ -1,37 +1,72 @@
-"""Every kernel compiled for an H100/H200 without one: registers do not spill, logits move 16 bytes at a time."""
+"""Every kernel compiled for GPUs that need not be there, every launch case counted, each figure held to its budget."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks.counts.budgets import CASES, KERNELS, TARGETS, WIDTH, case_figures, kernel_figures
+from benchmarks.counts.collect import collect, printed, together
+from benchmarks.counts.table import markdown
+from tests.support.once import made_once
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGITS_KERNELS = {"row_statistics_kernel", "logits_gradient_kernel", "logits_policy_loss_kernel"}
 
 
-def launches(*arguments):
-    """What `benchmarks.counts.compiled_kernels` prints, in a process that compiles kernels instead of interpreting."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.counts.compiled_kernels", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    def make():
+        with together() as pool:
+            options = pool.submit(printed, "compiled_kernels", "sm_90")
+            counts = collect(TARGETS, ["egpo_kernels"], pool)
+            return {"options": options.result(), "counts": counts}
+
+    return made_once(tmp_path_factory, "counts", make)
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    return launches("sm_90")
+def counts(made):
+    return made["counts"]
 
 
-def test_every_kernel_of_the_package_is_compiled(compiled):
+@pytest.fixture(scope="module")
+def options(made):
+    """Every kernel of the package in every dtype and option, for an H100 or H200."""
+    return made["options"]
+
+
+def problems(figures):
+    return [figure.problem for figure in figures if figure.problem]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_costs_what_its_budget_says(counts, name):
+    case = next(case for case in counts["cases"] if case["name"] == name)
+    assert not problems(case_figures(case))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_takes_what_its_budget_says(counts, kernel):
+    assert not problems(kernel_figures(counts["cases"], kernel))
+
+
+def test_nothing_is_without_a_budget(counts):
+    assert [case["name"] for case in counts["cases"]] == list(CASES)
+    assert {row["kernel"] for case in counts["cases"] for row in case["targets"]["sm_90"]} == set(KERNELS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_logits_move_sixteen_bytes_at_a_time_everywhere(counts, target):
+    for case in counts["cases"]:
+        for row in case["targets"][target]:
+            if row["kernel"] in LOGITS_KERNELS:
+                assert max(map(int, row["load_widths"])) == WIDTH, row
+                assert all(sweep["load_width"] == WIDTH for sweep in row.get("sweeps", [])), row
+
+
+def test_every_kernel_of_the_package_is_compiled(options):
     sources = (ROOT / "egpo_kernels" / "triton").glob("*.py")
     defined = {
         line.removeprefix("def ").split("(")[0]
@@ -39,17 +74,16 @@ def test_every_kernel_of_the_package_is_compiled(compiled):
         for line in source.read_text().splitlines()
         if line.startswith("def ") and "_kernel(" in line
     }
-    assert defined >= LOGITS_KERNELS
-    assert {row["kernel"] for row in compiled} == defined
+    assert defined == set(KERNELS) >= LOGITS_KERNELS
+    assert {row["kernel"] for row in options} == defined
 
 
-def test_no_kernel_spills(compiled):
-    spilling = [row for row in compiled if row["spill_stores"] or row["spill_loads"]]
-    assert not spilling
+def test_no_option_spills(options):
+    assert not [row for row in options if row["stack"]]
 
 
-def test_logits_move_sixteen_bytes_at_a_time(compiled):
-    rows = [row for row in compiled if row["kernel"] in LOGITS_KERNELS and row["dtype"] == "bfloat16"]
+def test_logits_move_sixteen_bytes_at_a_time_with_every_option(options):
+    rows = [row for row in options if row["kernel"] in LOGITS_KERNELS and row["dtype"] == "bfloat16"]
     assert len(rows) >= 12
     for row in rows:
         assert row["load_widths"].get("16", 0) > 0, row
@@ -60,13 +94,22 @@ def test_logits_move_sixteen_bytes_at_a_time(compiled):
             assert row["store_widths"].get("16", 0) > 0, row
 
 
+def test_no_logit_is_overwritten_before_every_warp_has_read_the_tokens_own(options):
+    """In place the gradient lands where the token's logit lay: a barrier must stand before the first store."""
+    rows = [row for row in options if row["kernel"] in LOGITS_KERNELS - {"row_statistics_kernel"}]
+    assert rows and all(row["fenced"] for row in rows)
+
+
 def test_no_length_count_or_coefficient_recompiles_a_kernel():
-    rows = launches("sm_90", "values")
+    rows = printed("compiled_kernels", "sm_90", "values")
     assert len({row["kernel"] for row in rows}) >= 8
     assert {row["number"] for row in rows} == {1}
 
 
-def test_no_logit_is_overwritten_before_every_warp_has_read_the_tokens_own(compiled):
-    """In place the gradient lands where the token's logit lay: a barrier must stand before the first store."""
-    rows = [row for row in compiled if row["kernel"] in LOGITS_KERNELS - {"row_statistics_kernel"}]
-    assert rows and all(row["fenced"] for row in rows)
+def test_the_table_shows_a_case_a_row_and_says_what_could_not_be_counted(counts):
+    absent = {"name": "a loss", "library": "liger", "listed": True, "missing": "not installed"}
+    table = [line for line in markdown(counts | {"cases": [*counts["cases"], absent]}).splitlines() if line[:1] == "|"]
+    listed = [case["name"] for case in counts["cases"] if case["listed"]]
+    assert [line.split("|")[1].strip().partition(": ")[2] for line in table[2:]] == [*listed, "a loss"]
+    assert {line.count("|") for line in table} == {table[0].count("|")}
+    assert "not installed" in table[-1]
