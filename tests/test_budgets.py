@@ -6,10 +6,18 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
+
 from benchmarks.counts.budgets import CASES, KERNELS, TARGETS, WIDTH, case_figures, kernel_figures
+from benchmarks.counts.cases import Case
 from benchmarks.counts.collect import collect, printed, together
+from benchmarks.counts.measure import SMALL_PASS, counted, traffic_of
+from benchmarks.counts.rivals import PACKAGES
 from benchmarks.counts.table import markdown
 from tests.support.once import made_once
+
+# Four targets are compiled for, by one worker while another may be waiting for the result.
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGITS_KERNELS = {"row_statistics_kernel", "logits_gradient_kernel", "logits_policy_loss_kernel"}
@@ -37,19 +45,20 @@ def options(made):
     return made["options"]
 
 
-def problems(figures):
-    return [figure.problem for figure in figures if figure.problem]
+def assert_on_budget(figures):
+    problems = [figure.problem for figure in figures if figure.problem]
+    assert not problems, "\n".join(problems)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_costs_what_its_budget_says(counts, name):
     case = next(case for case in counts["cases"] if case["name"] == name)
-    assert not problems(case_figures(case))
+    assert_on_budget(case_figures(case))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_takes_what_its_budget_says(counts, kernel):
-    assert not problems(kernel_figures(counts["cases"], kernel))
+    assert_on_budget(kernel_figures(counts["cases"], kernel))
 
 
 def test_nothing_is_without_a_budget(counts):
@@ -113,3 +122,27 @@ def test_the_table_shows_a_case_a_row_and_says_what_could_not_be_counted(counts)
     assert [line.split("|")[1].strip().partition(": ")[2] for line in table[2:]] == [*listed, "a loss"]
     assert {line.count("|") for line in table} == {table[0].count("|")}
     assert "not installed" in table[-1]
+
+
+def test_a_rival_that_cannot_be_counted_says_why_and_ours_fails(monkeypatch):
+    def broken(batch):
+        raise RuntimeError("no CPU")
+
+    monkeypatch.setitem(PACKAGES, "trl", "there-is-no-such-package")
+    assert counted(Case("loss", broken, "trl"), None) == {"missing": "not installed"}
+    monkeypatch.setitem(PACKAGES, "trl", "torch")
+    assert counted(Case("loss", broken, "trl"), None) == {"missing": "RuntimeError: no CPU"}
+    with pytest.raises(RuntimeError, match="no CPU"):
+        counted(Case("loss", broken), None)
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="counts in the interpreter")
+def test_memory_as_large_as_the_logits_is_counted_at_its_peak():
+    def copies(batch):
+        # Two at a time, three altogether; what the logits take themselves does not count.
+        one, two = (batch.logits.detach().clone() for _ in range(2))
+        del one
+        three = batch.logits.detach().clone()
+        del two, three
+
+    assert traffic_of(Case("copies", copies))["extra_bytes"] == 2 * SMALL_PASS
