@@ -98,6 +98,7 @@ def test_masked_lanes_do_not_count_and_a_fresh_output_is_known_afterwards():
     assert traffic.of(x) == TensorTraffic(1, loaded=444, loaded_once=444, stored=0, stored_once=0)
     assert traffic.of(out) == TensorTraffic(1, loaded=0, loaded_once=0, stored=12, stored_once=12)
     assert traffic.of(torch.randn(3, 37)) == NO_TRAFFIC
+    assert traffic.total == TensorTraffic(1, loaded=444, loaded_once=444, stored=12, stored_once=12)
 
 
 @interpreted
@@ -245,6 +246,9 @@ def check_spills():
     assert tight.registers <= 32 < free.registers
     assert tight.spill_stores > 0
     assert tight.spill_loads > 0
+    # The stack is there for the spills and for nothing else.
+    assert (free.stack, tight.stack % 8) == (0, 0)
+    assert tight.stack > 0
 
 
 def test_offline_compilation():

@@ -7,48 +7,81 @@ The library's own host code runs on CPU tensors; where it would launch a kernel,
 arguments instead (types, divisibility, absent tensors), so that whatever is added to the library is covered.
 """
 
+import contextlib
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from benchmarks.counts.launches import GROUP_CONFIGS, Size, launch_groups, launch_log_probs, launch_logits
-from benchmarks.counts.offline import compile_source, gpu_target
+from benchmarks.counts.launches import GROUP_CONFIGS, VOCAB, Size, launch_groups, launch_log_probs, launch_logits
+from benchmarks.counts.offline import compile_source, gpu_target, resources_of
+from benchmarks.counts.sass import sweeps
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
+
+ODD_VOCAB = 151665
 
 
 class Compiler:
     """Stands in for `JITFunction.run`: specialises as a launch does and compiles, once for each specialisation."""
 
-    def __init__(self, target: str, compiles: bool) -> None:
+    def __init__(self, target: str, compiles: bool = True) -> None:
         self.target, self.compiles, self.label = target, compiles, {}
         self.backend = make_backend(gpu_target(target))
-        self.binders, self.seen = {}, set()
+        self.binders = {}
+        self.rows: dict[tuple, dict[str, Any]] = {}
+        """What came of each specialisation."""
+        self.launched: list[dict[str, Any]] = []
+        """The row of every launch, in order."""
+
+    @contextlib.contextmanager
+    def catching(self) -> Iterator[None]:
+        """Let every kernel launched inside come here, whosever it is."""
+        with mock.patch.object(JITFunction, "run", lambda kernel, *args, **kwargs: self.run(kernel, *args, **kwargs)):
+            yield
 
     def run(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        """Compile ``kernel`` for these arguments and print what came of it."""
+        """Compile ``kernel`` for these arguments."""
         if kernel not in self.binders:
             self.binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, self.backend)
         bound, specialisation, options = self.binders[kernel](*args, **kwargs)
         key = (kernel, str(specialisation), str(options))
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        row = {"kernel": kernel.__name__, **self.label}
-        if self.compiles:
-            _, signature, constants, attributes = kernel._pack_args(
-                self.backend, kwargs, bound, specialisation, options
-            )
-            source = ASTSource(kernel, signature, constants, attributes)
-            row |= compile_source(source, self.target, **options)._asdict()
-            sass = row.pop("sass")
-            row["fenced"] = "BAR.SYNC" in sass.partition("STG.")[0]
-        print(json.dumps(row), flush=True)
+        if key not in self.rows:
+            self.rows[key] = {"kernel": kernel.__name__, **self.label}
+            if self.compiles:
+                _, signature, constants, attributes = kernel._pack_args(
+                    self.backend, kwargs, bound, specialisation, options
+                )
+                source = ASTSource(kernel, signature, constants, attributes)
+                largest = max(tensors((args, tuple(kwargs.values()))), key=torch.Tensor.numel)
+                self.rows[key] |= self.read(source, options, largest)
+        self.launched.append(self.rows[key])
+
+    def read(self, source: ASTSource, options: dict[str, Any], largest: torch.Tensor) -> dict[str, Any]:
+        """The figures of a kernel; its instructions too if its ``largest`` argument is as large as logits."""
+        if largest.numel() < VOCAB:
+            return resources_of(source, self.target, **options)._asdict()
+        row = compile_source(source, self.target, **options)._asdict()
+        sass = row.pop("sass")
+        row["fenced"] = "BAR.SYNC" in sass.partition("STG.")[0]
+        if self.target.startswith("sm_"):
+            row["sweeps"] = [sweep._asdict() for sweep in sweeps(sass, largest.element_size())]
+        return row
+
+
+def tensors(argument: Any) -> Iterator[torch.Tensor]:
+    """The tensors among a kernel's arguments, through tuples."""
+    if isinstance(argument, torch.Tensor):
+        yield argument
+    elif isinstance(argument, tuple):
+        for member in argument:
+            yield from tensors(member)
 
 
 def every_option(compiler: Compiler) -> None:
@@ -58,6 +91,10 @@ def every_option(compiler: Compiler) -> None:
     for dtype, full, entropy in itertools.chain(bfloat16, others):
         compiler.label = {"dtype": str(dtype).removeprefix("torch."), "entropy": entropy}
         launch_logits(dtype, full, PolicyLossConfig(entropy_coef=0.1 if entropy else 0.0))
+    # Rows that start anywhere are loaded an element at a time, in more registers.
+    for dtype, entropy in itertools.product((torch.bfloat16, torch.float32), (False, True)):
+        compiler.label = {"dtype": f"unaligned {dtype}", "entropy": entropy}
+        launch_logits(dtype, True, PolicyLossConfig(entropy_coef=0.1 if entropy else 0.0), vocab=ODD_VOCAB)
     for dtype in (torch.float32, torch.float64):
         compiler.label = {"dtype": str(dtype).removeprefix("torch.")}
         for full, ratio, kl in itertools.product((False, True), ("token", "sequence"), ("k1", "k2", "k3")):
@@ -85,8 +122,10 @@ def many_values(compiler: Compiler) -> None:
 def main(target: str, what: str = "options") -> None:
     """Let the library launch its kernels into the compiler."""
     compiler = Compiler(target, compiles=what == "options")
-    JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
-    {"options": every_option, "values": many_values}[what](compiler)
+    with compiler.catching():
+        {"options": every_option, "values": many_values}[what](compiler)
+    for row in compiler.rows.values():
+        print(json.dumps(row))
 
 
 if __name__ == "__main__":

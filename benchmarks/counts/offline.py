@@ -27,16 +27,27 @@ from triton.compiler import ASTSource
 _DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
 
 
+class Resources(NamedTuple):
+    """What a compiled kernel occupies, known without disassembling it, which takes longest."""
+
+    target: str
+    registers: int
+    """Per thread; on AMD the vector registers."""
+    stack: int
+    """Bytes per thread. Triton's kernels keep nothing but spills there."""
+    shared: int
+    """Bytes of shared memory per program."""
+
+
 class Compiled(NamedTuple):
     """A compiled kernel. Spills are bytes per thread, as static instructions, not as executed."""
 
     target: str
     registers: int
-    """Per thread; on AMD the vector registers."""
+    stack: int
     spill_stores: int
     spill_loads: int
     shared: int
-    """Bytes of shared memory per program."""
     load_widths: dict[int, int]
     """Bytes one thread loads from global memory in one instruction -> how many such instructions."""
     store_widths: dict[int, int]
@@ -69,7 +80,12 @@ def compile_source(source: ASTSource, target: str, **options) -> Compiled:
     """Compiles what is described already, as a launch describes it."""
     binary = triton.compile(source, target=gpu_target(target), options=options)
     read = _read_cubin if "cubin" in binary.asm else _read_amdgcn
-    return Compiled(target=target, shared=binary.metadata.shared, **read(binary.asm))
+    return Compiled(**_resources(binary, target)._asdict(), **read(binary.asm))
+
+
+def resources_of(source: ASTSource, target: str, **options) -> Resources:
+    """As `compile_source`, without a look at the instructions."""
+    return _resources(triton.compile(source, target=gpu_target(target), options=options), target)
 
 
 def require_compiler() -> None:
@@ -101,19 +117,28 @@ def _split(leaf, path: tuple[int, ...], values: dict, attributes: dict):
     return plain
 
 
-def _read_cubin(asm: Mapping) -> dict:
+def _resources(binary, target: str) -> Resources:
+    if "cubin" in binary.asm:
+        text, registers, stack = _dump(binary.asm, "-res-usage"), r"\bREG:(\d+)", r"\bSTACK:(\d+)"
+    else:
+        text = binary.asm["amdgcn"]
+        registers, stack = r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)"
+    found = (int(re.search(pattern, text)[1]) for pattern in (registers, stack))
+    return Resources(target, *found, shared=binary.metadata.shared)
+
+
+def _dump(asm: Mapping, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        dump = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name],
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
-    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", dump)
+        command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _read_cubin(asm: Mapping) -> dict:
+    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", _dump(asm, "-sass"))
     mnemonics = [_mnemonic(instruction) for _, instruction in instructions]
     return {
-        "registers": int(re.search(r"\bREG:(\d+)", dump)[1]),
-        # Triton's kernels keep nothing but spills in local memory.
         "spill_stores": _total_bytes(_sass_widths(mnemonics, "STL")),
         "spill_loads": _total_bytes(_sass_widths(mnemonics, "LDL")),
         "load_widths": _sass_widths(mnemonics, "LDG", "LDGSTS"),
@@ -140,7 +165,6 @@ def _sass_widths(mnemonics: list[list[str]], *operations: str) -> dict[int, int]
 def _read_amdgcn(asm: Mapping) -> dict:
     text = asm["amdgcn"]
     return {
-        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
         "spill_stores": sum(map(int, re.findall(r"(\d+)-byte Folded Spill", text))),
         "spill_loads": sum(map(int, re.findall(r"(\d+)-byte Folded Reload", text))),
         "load_widths": _amdgcn_widths(text, "load"),

@@ -23,6 +23,7 @@ An access outside every tensor argument raises before it happens: it would read 
 
 import contextlib
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 from unittest import mock
 
@@ -96,6 +97,19 @@ class Launch:
             stored_once=int(np.count_nonzero(stores)),
         )
 
+    @property
+    def total(self) -> TensorTraffic:
+        """The traffic of this launch with every tensor."""
+        loads = [storage.loads for storage in self._storages.values()]
+        stores = [storage.stores for storage in self._storages.values()]
+        return TensorTraffic(
+            launches=1,
+            loaded=sum(int(counts.sum()) for counts in loads),
+            loaded_once=sum(int(np.count_nonzero(counts)) for counts in loads),
+            stored=sum(int(counts.sum()) for counts in stores),
+            stored_once=sum(int(np.count_nonzero(counts)) for counts in stores),
+        )
+
 
 class Traffic:
     """All launches inside one `count_traffic` block, in order."""
@@ -110,12 +124,20 @@ class Traffic:
 
     def of(self, tensor: torch.Tensor) -> TensorTraffic:
         """The traffic of all launches with `tensor`, which may be any view."""
-        each = [launch.of(tensor) for launch in self.launches]
-        return TensorTraffic(*(sum(field) for field in zip(NO_TRAFFIC, *each, strict=True)))
+        return _sum(launch.of(tensor) for launch in self.launches)
+
+    @property
+    def total(self) -> TensorTraffic:
+        """The traffic of all launches with every tensor."""
+        return _sum(launch.total for launch in self.launches)
 
     def rows_loaded(self, tensor: torch.Tensor) -> list[int]:
         """The indices into the first dimension under which at least one byte was loaded."""
         return [row for row in range(len(tensor)) if self.of(tensor[row]).loaded]
+
+
+def _sum(each: Iterable[TensorTraffic]) -> TensorTraffic:
+    return TensorTraffic(*(sum(field) for field in zip(NO_TRAFFIC, *each, strict=True)))
 
 
 @contextlib.contextmanager

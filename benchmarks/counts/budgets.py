@@ -1,0 +1,116 @@
+"""What our launch cases and kernels may cost. A worse figure fails `tests/test_budgets.py`; a better one asks to be
+written down here: a limit more than `SLACK` above its figure fails too.
+
+The figures are those of the pinned triton (pyproject.toml): another version's compiler may land elsewhere.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+SLACK = 1.15
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Bytes of the widest load, and of every load of a sweep over the logits.
+WIDTH = 16
+
+
+class CaseBudget(NamedTuple):
+    """Launches; passes over the logits; sums over the sweeps on sm_90, per element."""
+
+    launches: int
+    over_logits: int = 0
+    read: float = 0
+    read_as_issued: float = 0
+    written: float = 0
+    extra: float = 0
+    instructions: float = 0
+    special: float = 0
+
+
+class KernelBudget(NamedTuple):
+    """The most of any case, by target as in `TARGETS`; the stack holds nothing but spills."""
+
+    registers: tuple[int, int, int, int]
+    shared: tuple[int, int, int, int] = (0, 0, 0, 0)
+    stack: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+# In the order of the fields above.
+CASES = {
+    "value": CaseBudget(3, 1, 1, 1, 0, 0, 8.5, 1.1),
+    "value, entropy reported": CaseBudget(3, 1, 1, 1, 0, 0, 12.5, 1.1),
+    "one pass": CaseBudget(4, 1, 1, 2, 1, 1, 16, 2.2),
+    "one pass, in place": CaseBudget(4, 1, 1, 2, 1, 0, 16, 2.2),
+    "one pass, entropy reported": CaseBudget(4, 1, 1, 2, 1, 1, 20, 2.2),
+    "one pass, entropy in the loss": CaseBudget(4, 1, 1, 2, 1, 1, 22, 2.2),
+    "one pass, another upstream gradient": CaseBudget(4, 2, 2, 3, 2, 1, 37, 2.2),
+    "sequence ratio": CaseBudget(7, 2, 2, 2, 1, 1, 16, 2.2),
+    "sequence ratio, in place": CaseBudget(7, 2, 2, 2, 1, 0, 16, 2.2),
+    "token_log_probs": CaseBudget(2, 2, 2, 2, 1, 1, 16, 2.2),
+    "token_log_probs, entropy": CaseBudget(2, 2, 2, 2, 1, 1, 22, 2.2),
+    "policy_loss": CaseBudget(3),
+    "group_advantages": CaseBudget(3),
+    "policy_loss, float64": CaseBudget(5),
+    "policy_loss, float64, on-policy": CaseBudget(5),
+    "group_advantages, float64": CaseBudget(3),
+    "group_advantages, unweighted": CaseBudget(3),
+    "group_advantages, renormalised": CaseBudget(3),
+}
+
+KERNELS = {
+    # 16 warps: at 128 registers a thread one program fills a multiprocessor, and a spill begins.
+    "row_statistics_kernel": KernelBudget((128, 128, 128, 80), (64, 64, 64, 64)),
+    "logits_gradient_kernel": KernelBudget((64, 64, 56, 40)),
+    "logits_policy_loss_kernel": KernelBudget((128, 128, 128, 96), (64, 64, 64, 64)),
+    "rescale_kernel": KernelBudget((112, 112, 96, 64)),
+    "policy_loss_kernel": KernelBudget((64, 64, 64, 48), (32, 32, 32, 32)),
+    "policy_loss_gradient_kernel": KernelBudget((32, 32, 32, 12)),
+    # float64 on-policy. With 16 warps this spills nowhere but float32 on an H100 does.
+    "sequence_kernel": KernelBudget((64, 64, 64, 32), (64, 64, 64, 64), (8, 0, 0, 0)),
+    "segment_mean_kernel": KernelBudget((32, 32, 32, 24), (64, 64, 64, 64)),
+    # Some choices, at 80 or 128 registers: ptxas spills to let one more program run beside. With 4 or 16 warps others
+    # spill instead; a launch serves a whole rollout batch.
+    "group_advantages_kernel": KernelBudget((168, 168, 160, 88), (512, 512, 512, 256), (16, 16, 32, 0)),
+    "combine_kernel": KernelBudget((120, 120, 120, 64), (1024, 1024, 1024, 2048)),
+}
+
+
+class Figure(NamedTuple):
+    """A counted figure and its limit."""
+
+    owner: str
+    name: str
+    value: float
+    limit: float
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with it, if anything."""
+        here = f"{self.owner}: {self.name} {self.value:g}, budget {self.limit:g}"
+        if self.value > self.limit:
+            return f"{here}: worse than its budget"
+        if self.value * SLACK < self.limit:
+            return f"{here}: better than its budget by more than {SLACK - 1:.0%}; write the new figure down"
+        return None
+
+
+def case_figures(case: dict[str, Any]) -> Iterator[Figure]:
+    """Every budgeted figure of a case of `collect.collect`."""
+    sweeps = case.get("sweeps", [])
+    found = CaseBudget(
+        launches=len(case["launches"]),
+        over_logits=sum(case["over_logits"]),
+        **{name: case["passes"][name] for name in ("read", "read_as_issued", "written", "extra")},
+        instructions=sum(sweep["instructions"] for sweep in sweeps),
+        special=sum(sweep["special"] for sweep in sweeps),
+    )
+    for name, value, limit in zip(CaseBudget._fields, found, CASES[case["name"]], strict=True):
+        yield Figure(case["name"], name, value, limit)
+
+
+def kernel_figures(cases: list[dict[str, Any]], kernel: str) -> Iterator[Figure]:
+    """Every budgeted figure of a kernel, the largest of all cases."""
+    budget = KERNELS[kernel]
+    for place, target in enumerate(TARGETS):
+        rows = [row for case in cases for row in case["targets"][target] if row["kernel"] == kernel]
+        for name, limits in budget._asdict().items():
+            yield Figure(f"{kernel} on {target}", name, max(row[name] for row in rows), limits[place])

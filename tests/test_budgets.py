@@ -1,0 +1,148 @@
+"""Every kernel compiled for GPUs that need not be there, every launch case counted, each figure held to its budget."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from benchmarks.counts.budgets import CASES, KERNELS, TARGETS, WIDTH, case_figures, kernel_figures
+from benchmarks.counts.cases import Case
+from benchmarks.counts.collect import collect, printed, together
+from benchmarks.counts.measure import SMALL_PASS, counted, traffic_of
+from benchmarks.counts.rivals import PACKAGES
+from benchmarks.counts.table import markdown
+from tests.support.once import made_once
+
+# Four targets are compiled for, by one worker while another may be waiting for the result.
+pytestmark = pytest.mark.timeout(600)
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGITS_KERNELS = {"row_statistics_kernel", "logits_gradient_kernel", "logits_policy_loss_kernel"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    def make():
+        with together() as pool:
+            options = pool.submit(printed, "compiled_kernels", "sm_90")
+            counts = collect(TARGETS, ["egpo_kernels"], pool)
+            return {"options": options.result(), "counts": counts}
+
+    return made_once(tmp_path_factory, "counts", make)
+
+
+@pytest.fixture(scope="module")
+def counts(made):
+    return made["counts"]
+
+
+@pytest.fixture(scope="module")
+def options(made):
+    """Every kernel of the package in every dtype and option, for an H100 or H200."""
+    return made["options"]
+
+
+def assert_on_budget(figures):
+    problems = [figure.problem for figure in figures if figure.problem]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_costs_what_its_budget_says(counts, name):
+    case = next(case for case in counts["cases"] if case["name"] == name)
+    assert_on_budget(case_figures(case))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_takes_what_its_budget_says(counts, kernel):
+    assert_on_budget(kernel_figures(counts["cases"], kernel))
+
+
+def test_nothing_is_without_a_budget(counts):
+    assert [case["name"] for case in counts["cases"]] == list(CASES)
+    assert {row["kernel"] for case in counts["cases"] for row in case["targets"]["sm_90"]} == set(KERNELS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_logits_move_sixteen_bytes_at_a_time_everywhere(counts, target):
+    for case in counts["cases"]:
+        for row in case["targets"][target]:
+            if row["kernel"] in LOGITS_KERNELS:
+                assert max(map(int, row["load_widths"])) == WIDTH, row
+                assert all(sweep["load_width"] == WIDTH for sweep in row.get("sweeps", [])), row
+
+
+def test_every_kernel_of_the_package_is_compiled(options):
+    sources = (ROOT / "egpo_kernels" / "triton").glob("*.py")
+    defined = {
+        line.removeprefix("def ").split("(")[0]
+        for source in sources
+        for line in source.read_text().splitlines()
+        if line.startswith("def ") and "_kernel(" in line
+    }
+    assert defined == set(KERNELS) >= LOGITS_KERNELS
+    assert {row["kernel"] for row in options} == defined
+
+
+def test_no_option_spills(options):
+    assert not [row for row in options if row["stack"]]
+
+
+def test_logits_move_sixteen_bytes_at_a_time_with_every_option(options):
+    rows = [row for row in options if row["kernel"] in LOGITS_KERNELS and row["dtype"] == "bfloat16"]
+    assert len(rows) >= 12
+    for row in rows:
+        assert row["load_widths"].get("16", 0) > 0, row
+        # Only the token's own logit is loaded, and its gradient stored, two bytes wide.
+        assert row["load_widths"].get("2", 0) <= 1, row
+        assert row["store_widths"].get("2", 0) <= 1, row
+        if row["kernel"] != "row_statistics_kernel":
+            assert row["store_widths"].get("16", 0) > 0, row
+
+
+def test_no_logit_is_overwritten_before_every_warp_has_read_the_tokens_own(options):
+    """In place the gradient lands where the token's logit lay: a barrier must stand before the first store."""
+    rows = [row for row in options if row["kernel"] in LOGITS_KERNELS - {"row_statistics_kernel"}]
+    assert rows and all(row["fenced"] for row in rows)
+
+
+def test_no_length_count_or_coefficient_recompiles_a_kernel():
+    rows = printed("compiled_kernels", "sm_90", "values")
+    assert len({row["kernel"] for row in rows}) >= 8
+    assert {row["number"] for row in rows} == {1}
+
+
+def test_the_table_shows_a_case_a_row_and_says_what_could_not_be_counted(counts):
+    absent = {"name": "a loss", "library": "liger", "listed": True, "missing": "not installed"}
+    table = [line for line in markdown(counts | {"cases": [*counts["cases"], absent]}).splitlines() if line[:1] == "|"]
+    listed = [case["name"] for case in counts["cases"] if case["listed"]]
+    assert [line.split("|")[1].strip().partition(": ")[2] for line in table[2:]] == [*listed, "a loss"]
+    assert {line.count("|") for line in table} == {table[0].count("|")}
+    assert "not installed" in table[-1]
+
+
+def test_a_rival_that_cannot_be_counted_says_why_and_ours_fails(monkeypatch):
+    def broken(batch):
+        raise RuntimeError("no CPU")
+
+    monkeypatch.setitem(PACKAGES, "trl", "there-is-no-such-package")
+    assert counted(Case("loss", broken, "trl"), None) == {"missing": "not installed"}
+    monkeypatch.setitem(PACKAGES, "trl", "torch")
+    assert counted(Case("loss", broken, "trl"), None) == {"missing": "RuntimeError: no CPU"}
+    with pytest.raises(RuntimeError, match="no CPU"):
+        counted(Case("loss", broken), None)
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="counts in the interpreter")
+def test_memory_as_large_as_the_logits_is_counted_at_its_peak():
+    def copies(batch):
+        # Two at a time, three altogether; what the logits take themselves does not count.
+        one, two = (batch.logits.detach().clone() for _ in range(2))
+        del one
+        three = batch.logits.detach().clone()
+        del two, three
+
+    assert traffic_of(Case("copies", copies))["extra_bytes"] == 2 * SMALL_PASS
