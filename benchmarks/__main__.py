@@ -10,16 +10,17 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.machine import describe
 from benchmarks.pictures import FAMILIES, draw
 from benchmarks.providers import OURS
-from benchmarks.report import make_report, markdown, show
+from benchmarks.report import Report, make_report, markdown, show
 from benchmarks.session import run
 from benchmarks.timing import copy_bandwidth
-from benchmarks.workloads import DTYPES, SEQUENCES, WORKLOADS, cases
+from benchmarks.workloads import DTYPES, SEQUENCES, WORKLOADS, Case, cases
 
 DEFAULTS = {
     "cpu": {"dtype": ["fp32", "bf16"], "tokens": [64, 256, 512], "vocab": [32000, 151936], "rounds": 7},
@@ -65,21 +66,28 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, write; what is known after each workload is written then."""
     options = arguments()
     chosen = list(WORKLOADS) if options.what == "all" else [options.what]
-    sizes = (options.device, options.dtype, options.tokens, options.vocab)
-    every = [case for workload in chosen for case in cases(workload, *sizes)]
     machine, bandwidth = describe(options.device), copy_bandwidth(options.device)
-    report = make_report(machine, bandwidth, run(every, options.rivals, options.rounds))
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "benchmarks.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / "benchmarks.md").write_text(markdown(report))
-    draw(report, options.out)
+    facts: dict[tuple[Case, str], dict[str, Any]] = {}
+    for workload in chosen:
+        sizes = (options.device, options.dtype, options.tokens, options.vocab)
+        facts |= run(list(cases(workload, *sizes)), options.rivals, options.rounds)
+        report = make_report(machine, bandwidth, facts)
+        write(report, options.out)
     show(report)
     print(f"written to {options.out}: benchmarks.json, benchmarks.md and pictures")
     if any(one["family"] == OURS and one["wrong"] for one in report["results"]):
         sys.exit(f"{OURS} is too far from float64: see the rows marked WRONG")
+
+
+def write(report: Report, out: Path) -> None:
+    """JSON, Markdown and pictures."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "benchmarks.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "benchmarks.md").write_text(markdown(report))
+    draw(report, out)
 
 
 if __name__ == "__main__":

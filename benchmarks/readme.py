@@ -18,8 +18,9 @@ NOT_MEASURED = "Not measured yet: no GPU has run this code. `make gpu` fills thi
 
 
 def reports(results: Path) -> list[tuple[Path, Report]]:
-    """Every benchmark report under ``results``."""
-    return [(path, json.loads(path.read_text())) for path in sorted(results.glob("*/benchmarks.json"))]
+    """Every benchmark report under ``results``, dry runs aside."""
+    found = [path for path in sorted(results.glob("*/benchmarks.json")) if not path.parent.name.endswith("-dry-run")]
+    return [(path, json.loads(path.read_text())) for path in found]
 
 
 def measured(results: Path, on_cpu: bool) -> str:
