@@ -14,7 +14,7 @@ from benchmarks.report import Report, markdown
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 SECTION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
-NOT_MEASURED = "Not measured yet: no GPU has run this code. `make gpu` fills this section.\n"
+NOT_MEASURED = "Not measured yet: no GPU has run this code. `make gpu` writes what this section is drawn from.\n"
 
 
 def reports(results: Path) -> list[tuple[Path, Report]]:
@@ -29,8 +29,9 @@ def measured(results: Path, on_cpu: bool) -> str:
     for path, report in reports(results):
         if (report["machine"]["device"] == "cpu") == on_cpu:
             folder = path.parent.relative_to(results.parent.parent)
-            parts.append(markdown(report, heading="", largest=True))
-            parts.append(f"Every size, and the pictures: `{folder}`.\n\n![{path.parent.name}]({folder}/logits.png)\n")
+            parts.append(markdown(report, heading="", leading=True))
+            parts.append(f"All workloads, sizes and pictures: [{folder}]({folder}).\n\n")
+            parts.append(f"![{path.parent.name}]({folder}/logits.png)\n")
     return "".join(parts) or NOT_MEASURED
 
 

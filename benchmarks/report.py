@@ -51,11 +51,12 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def cases_of(report: Report, largest: bool = False) -> list[Case]:
-    """The cases of a report, or the largest batch of each workload and dtype."""
+def cases_of(report: Report, leading: bool = False) -> list[Case]:
+    """The cases of a report, or the largest batch in each dtype of the workloads that have logits."""
     found = list(dict.fromkeys(Case(*(one[field] for field in Case._fields)) for one in report["results"]))
-    if largest:
-        found = list({(case.workload, case.dtype): case for case in reversed(found)}.values())[::-1]
+    if leading:
+        first = {(case.workload, case.dtype): case for case in reversed(found)}
+        found = [case for case in reversed(first.values()) if WORKLOADS[case.workload].of_logits]
     return found
 
 
@@ -108,10 +109,10 @@ def notes(report: Report) -> str:
     return NOTES.format(rounds=rounds, copy=report["copy_bandwidth"] / 1e9)
 
 
-def markdown(report: Report, heading: str = "# Benchmarks", largest: bool = False) -> str:
-    """The whole report, or its largest batches."""
+def markdown(report: Report, heading: str = "# Benchmarks", leading: bool = False) -> str:
+    """The whole report, or the cases a reader wants first."""
     parts = [f"{heading}\n\n" if heading else "", f"{headline(report['machine'])}\n\n{notes(report)}\n"]
-    for case in cases_of(report, largest):
+    for case in cases_of(report, leading):
         title, rows = section(report, case)
         lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
         parts.append(f"**{title}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n")

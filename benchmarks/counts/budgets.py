@@ -64,11 +64,11 @@ KERNELS = {
     "rescale_kernel": KernelBudget((112, 112, 96, 64)),
     "policy_loss_kernel": KernelBudget((64, 64, 64, 48), (32, 32, 32, 32)),
     "policy_loss_gradient_kernel": KernelBudget((32, 32, 32, 12)),
-    # float64 on-policy. With 16 warps this spills nowhere but float32 on an H100 does.
+    # Spills in float64, on-policy. With 16 warps it would not, but float32 on an H100 would.
     "sequence_kernel": KernelBudget((64, 64, 64, 32), (64, 64, 64, 64), (8, 0, 0, 0)),
     "segment_mean_kernel": KernelBudget((32, 32, 32, 24), (64, 64, 64, 64)),
-    # Some choices, at 80 or 128 registers: ptxas spills to let one more program run beside. With 4 or 16 warps others
-    # spill instead; a launch serves a whole rollout batch.
+    # Spills with some choices, at 80 or 128 registers of 255: presumably so that one more program fits beside. With
+    # 4 or 16 warps other choices spill instead; a launch serves a whole rollout batch.
     "group_advantages_kernel": KernelBudget((168, 168, 160, 88), (512, 512, 512, 256), (16, 16, 32, 0)),
     "combine_kernel": KernelBudget((120, 120, 120, 64), (1024, 1024, 1024, 2048)),
 }
