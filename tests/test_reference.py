@@ -12,6 +12,7 @@ import torch
 
 import egpo_kernels as ek
 from egpo_kernels.types import AdvantageConfig, PolicyLossConfig
+from tests.support.runs import loss_of
 from tests.support.strategies import make_case
 
 INF, NAN = math.inf, math.nan
@@ -654,16 +655,7 @@ def test_derivatives_of_logits_policy_loss(settings):
     case = settled(2, "near", settings)
 
     def loss(logits):
-        return ek.logits_policy_loss(
-            logits,
-            case.tokens,
-            case.advantages,
-            case.mask,
-            temperature=case.temperature,
-            config=case.recipe.loss,
-            backend="reference",
-            **case.loss_arguments(),
-        ).loss
+        return loss_of(case, logits, "reference").loss
 
     logits = case.logits.clone().requires_grad_()
     assert torch.autograd.gradcheck(loss, logits)
@@ -677,16 +669,7 @@ def test_derivatives_on_policy(settings):
     found = []
     for old in (None, case.log_probs().view(case.tokens.shape)):
         logits = case.logits.clone().requires_grad_()
-        loss, _ = ek.logits_policy_loss(
-            logits,
-            case.tokens,
-            case.advantages,
-            case.mask,
-            temperature=case.temperature,
-            config=case.recipe.loss,
-            backend="reference",
-            **{**case.loss_arguments(), "old_log_probs": old},
-        )
+        loss, _ = loss_of(case, logits, "reference", old_log_probs=old)
         (first,) = torch.autograd.grad(loss.sum(), logits, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), logits)
         found.append((loss.detach(), first.detach(), second))

@@ -5,6 +5,7 @@ import torch
 
 import egpo_kernels as ek
 import egpo_kernels.portable.softmax as portable_softmax
+from tests.support import runs
 from tests.support.accuracy import assert_alike, assert_bits, assert_rounding
 from tests.support.batches import BACKENDS, FAST
 from tests.support.device import DEVICE
@@ -14,43 +15,19 @@ from tests.support.strategies import DTYPES, STRIDES, Case, make_case
 DTYPES_BUT_DOUBLE = DTYPES[:3]
 
 
+def by_name(found: dict) -> dict:
+    """Loss, gradient and every metric, side by side."""
+    return {**{name: value for name, value in found.items() if name != "metrics"}, **found["metrics"]}
+
+
 def whole(case: Case, backend: str, **options) -> dict:
-    """`egpo_loss`: loss, gradient and every metric, by name."""
-    logits = case.logits.detach().requires_grad_()
-    loss, metrics = ek.egpo_loss(
-        logits,
-        case.tokens,
-        case.groups,
-        case.rewards,
-        mask=case.mask,
-        entropy_mask=case.entropy_mask,
-        correct=case.correct,
-        temperature=case.temperature,
-        recipe=case.recipe,
-        backend=backend,
-        **case.loss_arguments(),
-        **options,
-    )
-    loss.backward(case.upstream.to(loss.dtype))
-    return {"loss": loss.detach(), "gradient": logits.grad, **metrics}
+    """`egpo_loss`: loss, gradient and every metric."""
+    return by_name(runs.whole(case, backend, **options))
 
 
 def of_logits(case: Case, backend: str, **options) -> dict:
-    """`logits_policy_loss` with the case's advantages: loss and gradient."""
-    logits = case.logits.detach().requires_grad_()
-    loss, metrics = ek.logits_policy_loss(
-        logits,
-        case.tokens,
-        case.advantages,
-        case.mask,
-        temperature=case.temperature,
-        config=case.recipe.loss,
-        backend=backend,
-        **case.loss_arguments(),
-        **options,
-    )
-    loss.backward(case.upstream.to(loss.dtype))
-    return {"loss": loss.detach(), "gradient": logits.grad, **metrics}
+    """`logits_policy_loss` with the case's advantages: loss, gradient and every metric."""
+    return by_name(runs.alone(case, backend, **options))
 
 
 CASES = {

@@ -17,7 +17,7 @@ def leaf(case: Case) -> torch.Tensor:
     return case.logits.detach().requires_grad_()
 
 
-def whole(case: Case, backend: str) -> dict:
+def whole(case: Case, backend: str, **options) -> dict:
     """`egpo_loss`: loss, gradient, metrics."""
     logits = leaf(case)
     loss, metrics = ek.egpo_loss(
@@ -30,31 +30,33 @@ def whole(case: Case, backend: str) -> dict:
         correct=case.correct,
         temperature=case.temperature,
         recipe=case.recipe,
-        grad_scale=case.grad_scale,
         backend=backend,
-        **case.loss_arguments(),
+        **{"grad_scale": case.grad_scale, **case.loss_arguments(), **options},
     )
     loss.backward(case.upstream.to(loss.dtype))
     return {"loss": loss.detach(), "gradient": logits.grad, "metrics": metrics}
 
 
-def alone(case: Case, backend: str, metrics: str = "all") -> dict:
-    """`logits_policy_loss` with the case's own advantages."""
-    logits = leaf(case)
-    loss, seen = ek.logits_policy_loss(
+def loss_of(case: Case, logits: torch.Tensor, backend: str, **options) -> ek.LossOutput:
+    """`logits_policy_loss` of ``logits`` with the case's own advantages."""
+    return ek.logits_policy_loss(
         logits,
         case.tokens,
         case.advantages,
         case.mask,
         temperature=case.temperature,
         config=case.recipe.loss,
-        grad_scale=case.grad_scale,
-        metrics=metrics,
         backend=backend,
-        **case.loss_arguments(),
+        **{**case.loss_arguments(), **options},
     )
+
+
+def alone(case: Case, backend: str, **options) -> dict:
+    """`loss_of`: loss, gradient, metrics."""
+    logits = leaf(case)
+    loss, metrics = loss_of(case, logits, backend, **{"grad_scale": case.grad_scale, **options})
     loss.backward(case.upstream.to(loss.dtype))
-    return {"loss": loss.detach(), "gradient": logits.grad, "metrics": seen}
+    return {"loss": loss.detach(), "gradient": logits.grad, "metrics": metrics}
 
 
 def advantages(case: Case, backend: str) -> ek.GroupAdvantages:
