@@ -136,7 +136,7 @@ def test_logits_policy_loss(backend, case):
     actual = alone(case, backend)
     check(case, actual, reference, exact, case.double().advantages, nothing(case.double()))
     for metrics in ("active", "none"):
-        fewer = alone(case, backend, metrics)
+        fewer = alone(case, backend, metrics=metrics)
         # Without the entropy to report it is another kernel.
         assert_alike(fewer["gradient"], actual["gradient"], metrics)
         assert_rounding(fewer["loss"], actual["loss"])
