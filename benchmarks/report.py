@@ -6,8 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import headline
-from benchmarks.workloads import DTYPES, WORKLOADS, Case, size
+from benchmarks.machine import headline, version
+from benchmarks.rivals import PACKAGES
+from benchmarks.workloads import DTYPES, SAMPLED, WORKLOADS, Case, size
 
 Report = dict[str, Any]
 COLUMNS = ["provider", "median (quartiles)", "eager / this", "bandwidth (of copy)", "peak memory", "error"]
@@ -19,7 +20,8 @@ def make_report(machine: dict[str, Any], copy: float, facts: dict[tuple[Case, st
     results = [
         _record(case, name, found, facts.get((case, BASELINE), {}), copy) for (case, name), found in facts.items()
     ]
-    return {"machine": machine, "copy_bandwidth": copy, "results": results}
+    versions = {package: version(package) or "not installed" for package in PACKAGES}
+    return {"machine": machine, "rivals": versions, "copy_bandwidth": copy, "results": results}
 
 
 def _record(case: Case, name: str, found: dict[str, Any], baseline: dict[str, Any], copy: float) -> dict[str, Any]:
@@ -52,11 +54,11 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def cases_of(report: Report, leading: bool = False) -> list[Case]:
-    """The cases of a report, or the largest batch in each dtype of the workloads that have logits."""
+    """The cases of a report, or the largest batch of each workload and dtype."""
     found = list(dict.fromkeys(Case(*(one[field] for field in Case._fields)) for one in report["results"]))
     if leading:
         first = {(case.workload, case.dtype): case for case in reversed(found)}
-        found = [case for case in reversed(first.values()) if WORKLOADS[case.workload].of_logits]
+        found = list(reversed(first.values()))
     return found
 
 
@@ -78,7 +80,7 @@ def _cells(one: dict[str, Any]) -> list[str]:
         f"{one['times_eager']:.2f}" if "times_eager" in one else "",
         f"{one['bandwidth'] / 1e9:.3g} GB/s ({one['of_copy_bandwidth']:.0%})",
         "" if one["peak_bytes"] is None else _memory(one),
-        "not compared" if one["error"] is None else f"{one['error']:.1e}" + (" WRONG" if one["wrong"] else ""),
+        "not compared" if one["error"] is None else f"{one['error']:.1e}" + (" FAR OFF" if one["wrong"] else ""),
     ]
 
 
@@ -99,14 +101,18 @@ NOTES = """\
 Medians (and quartiles) over {rounds} interleaved rounds; ratios within this run. *Bandwidth* is the bytes that any
 implementation must move (formula in each heading) over the median, and its share of this machine's plain copy,
 {copy:.1f} GB/s. *Peak memory* is what one call adds to its inputs at the most; e is the size of the logits. *Error* is
-the largest difference to float64 over the largest value, found before anything is timed.
+the largest difference to float64 over the largest value, found before anything is timed, at the size that is timed
+(of a gradient of logits, {sampled} rows); FAR OFF is more than rounding the output and summing in float32 explain.
 """
 
 
 def notes(report: Report) -> str:
     """How to read the table."""
     rounds = max((one["seconds"]["rounds"] for one in report["results"] if one["refused"] is None), default=0)
-    return NOTES.format(rounds=rounds, copy=report["copy_bandwidth"] / 1e9)
+    versions = ", ".join(f"{package} {found}" for package, found in report["rivals"].items())
+    return f"Rivals: {versions}.\n\n" + NOTES.format(
+        rounds=rounds, copy=report["copy_bandwidth"] / 1e9, sampled=SAMPLED
+    )
 
 
 def markdown(report: Report, heading: str = "# Benchmarks", leading: bool = False) -> str:

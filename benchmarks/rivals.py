@@ -8,6 +8,9 @@ from benchmarks.machine import version
 from benchmarks.providers import Provider, clipped_loss
 from benchmarks.workloads import Batch, Outputs
 
+TRL, TRL_LOSS = "TRL", "TRL log-probs + torch loss"
+PACKAGES = ("liger-kernel", "trl", "quack-kernels")
+
 
 def _needs(package: str, on_cuda: bool = False, hopper: bool = False) -> Callable[[str], str | None]:
     """Why a rival cannot run: not installed, or made for another device."""
@@ -87,7 +90,7 @@ def rivals(workload: str) -> list[Provider]:
         "logits": [
             Provider("Liger", "Liger", _liger_logits(False), liger),
             Provider("Liger, in place", "Liger", _liger_logits(True), liger, overwrites=True),
-            Provider("TRL log-probs + torch loss", "TRL", _trl_logits, trl),
+            Provider(TRL_LOSS, "TRL", _trl_logits, trl),
             # A bar, not a rival: cross-entropy is less work, and its answer is another one.
             Provider(
                 "quack cross-entropy, in place", "quack", _quack_cross_entropy,
@@ -96,6 +99,6 @@ def rivals(workload: str) -> list[Provider]:
         ],
         "log-probs": [
             Provider("Liger (no entropy)", "Liger", _liger_log_probs, liger, outputs=("log_probs",)),
-            Provider("TRL", "TRL", _trl_log_probs, trl),
+            Provider(TRL, "TRL", _trl_log_probs, trl),
         ],
     }.get(workload, [])  # fmt: skip

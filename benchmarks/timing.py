@@ -8,9 +8,10 @@ import torch
 
 from benchmarks.providers import Provider
 from benchmarks.workloads import WORKLOADS, Batch, Case
+from egpo_kernels import ops
 
-FLUSH_BYTES = 256 << 20
-"""More than any GPU's level-2 cache."""
+FLUSH_BYTES = 8 << 30
+"""Far more than any GPU's cache: writing it takes longer than the host needs to queue a call's kernels behind it."""
 
 
 class Moment:
@@ -31,12 +32,13 @@ def timer(device: str):
 
 
 def make_ready(batch: Batch, device: str) -> None:
-    """Forget the last gradient; on a GPU empty the cache, which also lets the host run ahead of the queue."""
+    """Forget the last gradient; on a GPU empty the cache, and keep it busy while the host queues what is timed."""
     for leaf in (batch.logits, batch.log_probs):
         if leaf is not None:
             leaf.grad = None
     if device == "cuda":
-        torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device).zero_()
+        size = min(FLUSH_BYTES, torch.cuda.get_device_properties(device).total_memory // 16)
+        torch.empty(size, dtype=torch.uint8, device=device).zero_()
 
 
 def copy_bandwidth(device: str) -> float:
@@ -67,7 +69,10 @@ def peak_bytes(case: Case, provider: Provider) -> int | None:
         run(batch)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    run(workload.make(case._replace(tokens=16, vocab=64)))
+    run(batch)
+    make_ready(batch, case.device)
+    # What a first call allocates for good is not a call's, but the gradient's memory is.
+    ops._last_gradient.clear()
     gc.collect()
     # Writing 5 here sets the peak back to what is resident now (Linux, proc_pid_clear_refs).
     reset.write_text("5")

@@ -1,12 +1,12 @@
 """What is measured: the inputs of each workload, the bytes it cannot avoid, and its answer in float64."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from egpo_kernels import group_advantages, logits_policy_loss, policy_loss, token_log_probs
+from egpo_kernels import TokenLogProbs, group_advantages, policy_loss, token_log_probs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SEQUENCES = 8
@@ -16,6 +16,10 @@ RESPONSE = 1024
 """Tokens of a response in a rollout batch."""
 GROUP = 8
 """Responses to one prompt."""
+SAMPLED = 32
+"""Rows of a gradient of logits that are compared with float64; of everything else all are."""
+EXACT_ROWS = 64
+"""Rows of logits that are float64 at a time."""
 
 
 class Case(NamedTuple):
@@ -39,10 +43,6 @@ class Batch(NamedTuple):
     advantages: Tensor | None = None
     groups: Tensor | None = None
     rewards: Tensor | None = None
-
-    def double(self) -> "Batch":
-        """The same numbers in float64, as new leaves."""
-        return Batch(*(_double(field) for field in self))
 
 
 Outputs = dict[str, Tensor]
@@ -69,12 +69,6 @@ def size(case: Case) -> str:
 
 def _responses(case: Case) -> int:
     return max(ROLLOUT * case.tokens // RESPONSE, 2 * GROUP)
-
-
-def _double(field: Any) -> Any:
-    if not isinstance(field, Tensor) or not field.is_floating_point():
-        return field
-    return field.detach().double().requires_grad_(field.requires_grad)
 
 
 def _seeded(case: Case) -> torch.Generator:
@@ -122,28 +116,53 @@ def make_rollouts(case: Case) -> Batch:
     )
 
 
-def _logits_truth(batch: Batch) -> Outputs:
-    loss, _ = logits_policy_loss(
-        batch.logits, batch.tokens, batch.advantages, batch.mask, old_log_probs=batch.old_log_probs, backend="reference"
-    )
+def sampled_rows(gradient: Tensor) -> Tensor:
+    """The rows of a gradient of logits that are compared: first, last, and evenly between."""
+    rows = gradient.flatten(0, -2)
+    return rows[torch.linspace(0, len(rows) - 1, SAMPLED, device=rows.device).long()]
+
+
+def _exact_log_probs(batch: Batch) -> TokenLogProbs:
+    """In float64, some rows at a time."""
+    rows = [field.flatten(0, 1).split(EXACT_ROWS) for field in (batch.logits.detach(), batch.tokens)]
+    with torch.no_grad():
+        parts = [
+            token_log_probs(logits[None].double(), tokens[None], return_entropy=True, backend="reference")
+            for logits, tokens in zip(*rows, strict=True)
+        ]
+    return TokenLogProbs(*(torch.cat(field, 1).view(batch.tokens.shape) for field in zip(*parts, strict=True)))
+
+
+def _exact_loss(log_probs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The loss in float64 and its gradient with respect to the log-probs."""
+    leaf = log_probs.detach().double().requires_grad_()
+    given = (batch.old_log_probs.double(), batch.advantages.double(), batch.mask)
+    loss = policy_loss(leaf, *given, backend="reference").loss
     loss.backward()
-    return {"loss": loss, "gradient": batch.logits.grad}
+    return loss.detach(), leaf.grad
+
+
+def _logits_truth(batch: Batch) -> Outputs:
+    loss, slope = _exact_loss(_exact_log_probs(batch).log_probs, batch)
+    leaf = sampled_rows(batch.logits.detach()).double().requires_grad_()
+    tokens, slope = (sampled_rows(field[..., None])[None, :, 0] for field in (batch.tokens, slope))
+    token_log_probs(leaf[None], tokens, backend="reference").log_probs.backward(slope)
+    return {"loss": loss, "gradient": leaf.grad}
 
 
 def _log_probs_truth(batch: Batch) -> Outputs:
-    found = token_log_probs(batch.logits, batch.tokens, mask=batch.mask, return_entropy=True, backend="reference")
-    return {"log_probs": found.log_probs, "entropy": found.entropy}
+    found = _exact_log_probs(batch)
+    return {name: value * batch.mask for name, value in found._asdict().items()}
 
 
 def _advantages_truth(batch: Batch) -> Outputs:
-    found = group_advantages(batch.groups, batch.rewards, batch.old_log_probs, batch.mask, backend="reference")
-    return {"advantages": found.advantages}
+    given = (batch.groups, batch.rewards.double(), batch.old_log_probs.double(), batch.mask)
+    return {"advantages": group_advantages(*given, backend="reference").advantages}
 
 
 def _policy_loss_truth(batch: Batch) -> Outputs:
-    loss, _ = policy_loss(batch.log_probs, batch.old_log_probs, batch.advantages, batch.mask, backend="reference")
-    loss.backward()
-    return {"loss": loss, "gradient": batch.log_probs.grad}
+    loss, gradient = _exact_loss(batch.log_probs, batch)
+    return {"loss": loss, "gradient": gradient}
 
 
 def _logits_bytes(passes: int) -> Callable[[Case], int]:
