@@ -15,7 +15,7 @@ def row_statistics(
     results = [logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits.dtype)) for _ in range(4)]
     for chunk in chunks(logits, rows, rows.mask, temperature):
         found = softmax(chunk, want_entropy)
-        for result, values in zip(results, found, strict=True):
+        for result, values in zip(results, found[:4], strict=True):
             if values is not None:
                 result[chunk.place] = torch.where(chunk.rows.mask, values, 0.0)
     log_probs, entropy, maximum, sum_exp = results

@@ -36,12 +36,16 @@ class Chunk(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What a row's logits say, ``[R]`` each; entropy is None unless it was asked for."""
+    """What a row's logits say, ``[R]`` each; entropy is None unless it was asked for.
+
+    ``total`` is what ``Chunk.p`` sums to: not quite 1, since torch.softmax adds up a large vocabulary carelessly.
+    """
 
     log_probs: Tensor
     entropy: Tensor | None
     maximum: Tensor
     sum_exp: Tensor
+    total: Tensor
 
 
 def chunks(logits: Tensor, rows: Rows, live: Tensor, temperature: float, out: Tensor | None = None) -> Iterator[Chunk]:
@@ -113,28 +117,30 @@ def softmax(chunk: Chunk, want_entropy: bool) -> Statistics:
     if heated:
         scaled.div_(heat[:, None] if isinstance(heat, Tensor) else heat)
     torch.softmax(scaled, -1, out=p)
-    # The largest probability is exp(0) / s.
-    sum_exp = p.amax(-1).reciprocal()
+    # The largest probability is exp(0) / s, for torch's s.
+    total = _row_sums(p)
+    sum_exp = total / p.amax(-1)
     log_sum = sum_exp.log()
     log_probs = torch.where(chunk.own == -torch.inf, -torch.inf, (chunk.own - maximum) / heat - log_sum)
     entropy = None
     if want_entropy:
-        entropy = torch.where(maximum == -torch.inf, 0.0, log_sum - _mean_exponent(chunk))
-    return Statistics(log_probs, entropy, maximum, sum_exp)
+        entropy = torch.where(maximum == -torch.inf, 0.0, log_sum - _sum_of_exponents(chunk) / total)
+    return Statistics(log_probs, entropy, maximum, sum_exp, total)
 
 
-def _mean_exponent(chunk: Chunk) -> Tensor:
-    """Turn ``chunk.spare`` from x into p x and return its row sums."""
-    count = chunk.spare.shape[0]
-    terms = chunk.spare.mul_(chunk.p)
+def _row_sums(matrix: Tensor) -> Tensor:
     # A sum over one row alone is split over threads and rounds differently: never sum fewer than two.
-    terms = terms.expand(2, -1) if count == 1 else terms
-    mean = terms.sum(-1)[:count]
+    count = matrix.shape[0]
+    return (matrix.expand(2, -1) if count == 1 else matrix).sum(-1)[:count]
+
+
+def _sum_of_exponents(chunk: Chunk) -> Tensor:
+    """Turn ``chunk.spare`` from x into p x and return its row sums."""
+    found = _row_sums(chunk.spare.mul_(chunk.p))
     # 0 * -inf is NaN where a probability is 0; looking for it is free on a CPU. A row that is NaN stays so by its p.
-    if chunk.spare.device.type != "cpu" or mean.isnan().any():
-        chunk.spare.nan_to_num_(0.0)
-        mean = terms.sum(-1)[:count]
-    return mean
+    if chunk.spare.device.type != "cpu" or found.isnan().any():
+        found = _row_sums(chunk.spare.nan_to_num_(0.0))
+    return found
 
 
 def write_gradient(chunk: Chunk, found: Statistics, grad_log_probs: Tensor, grad_entropy: Tensor | None) -> None:
@@ -146,7 +152,9 @@ def write_gradient(chunk: Chunk, found: Statistics, grad_log_probs: Tensor, grad
         live = live | (chunk.rows.mask & (grad_entropy != 0))
         tilt = -grad_entropy / chunk.heat
         level = level + tilt * (found.entropy - found.sum_exp.log())
+        tilt = tilt / found.total
     live = live & (found.log_probs != -torch.inf)
+    level = level / found.total
     gradient = chunk.out if chunk.out.dtype == chunk.p.dtype and tilt is None else chunk.p
     torch.mul(chunk.p, level[:, None], out=gradient)
     if tilt is not None:

@@ -18,12 +18,22 @@ RECIPES = {
 }
 
 
+def assert_accuracy(backend, vocab, dtype, recipe):
+    case = make_case(vocab, group_sizes=(2, 1), length=3, vocab=vocab, dtype=dtype, mask="bool", recipe=recipe)
+    case = case.replace(rollout_weights=None)
+    exact = advantages(case.double(), "reference")
+    results = (whole(case, backend), whole(case, "reference"), whole(case.double(), "reference"))
+    check(case, *results, exact.advantages, group_terms(case.double(), exact))
+
+
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 def test_accuracy(vocab, dtype, name):
-    case = make_case(vocab, group_sizes=(2, 1), length=3, vocab=vocab, dtype=dtype, mask="bool", recipe=RECIPES[name])
-    case = case.replace(rollout_weights=None)
-    exact = advantages(case.double(), "reference")
-    results = (whole(case, "triton"), whole(case, "reference"), whole(case.double(), "reference"))
-    check(case, *results, exact.advantages, group_terms(case.double(), exact))
+    assert_accuracy("triton", vocab, dtype, RECIPES[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [151936, 300_000])
+def test_portable_accuracy(vocab, dtype):
+    assert_accuracy("portable", vocab, dtype, RECIPES["one pass"])
