@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("matplotlib")
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("rich")
+
 import benchmarks.session as session_module
 from benchmarks.__main__ import arguments
 from benchmarks.pictures import FAMILIES, draw

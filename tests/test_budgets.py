@@ -1,11 +1,13 @@
 """Every kernel compiled for GPUs that need not be there, every launch case counted, each figure held to its budget."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
 
+import torch
 import triton
 
 from benchmarks.counts.budgets import CASES, KERNELS, TARGETS, WIDTH, case_figures, kernel_figures
@@ -14,6 +16,7 @@ from benchmarks.counts.collect import collect, printed, together
 from benchmarks.counts.measure import SMALL_PASS, counted, traffic_of
 from benchmarks.counts.rivals import PACKAGES
 from benchmarks.counts.table import markdown
+from egpo_kernels.triton import softmax
 from tests.support.once import made_once
 
 # Four targets are compiled for, by one worker while another may be waiting for the result.
@@ -73,6 +76,27 @@ def test_logits_move_sixteen_bytes_at_a_time_everywhere(counts, target):
             if row["kernel"] in LOGITS_KERNELS:
                 assert max(map(int, row["load_widths"])) == WIDTH, row
                 assert all(sweep["load_width"] == WIDTH for sweep in row.get("sweeps", [])), row
+
+
+def test_the_last_read_and_the_write_leave_the_cache_to_rows_still_to_be_read_again(counts):
+    rows = [row for case in counts["cases"] for row in case["targets"]["sm_90"] if row["kernel"] in LOGITS_KERNELS]
+    sweeps = [(row["kernel"], sweep) for row in rows for sweep in row["sweeps"]]
+    assert {kernel for kernel, sweep in sweeps if sweep["stores"]} == LOGITS_KERNELS - {"row_statistics_kernel"}
+    assert all(sweep["evict_first"] is (sweep["stores"] > 0) for _, sweep in sweeps)
+
+
+def test_a_processor_has_one_row_at_a_time(monkeypatch):
+    """Two rows on one would push each other out of the cache between their sweeps."""
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(
+        torch, "get_device_module", lambda _: SimpleNamespace(get_device_properties=lambda _: properties)
+    )
+    softmax._processors.cache_clear()
+    try:
+        device = torch.device("cuda", 0)
+        assert [softmax.num_programs(rows, device) for rows in (1, 132, 133, 10**6)] == [1, 132, 132, 132]
+    finally:
+        softmax._processors.cache_clear()
 
 
 def test_every_kernel_of_the_package_is_compiled(options):

@@ -43,6 +43,8 @@ class Sweep(NamedTuple):
     loads: float
     stores: float
     barriers: float
+    evict_first: bool
+    """Every load and store of the row's own leaves the cache to what is read again."""
 
 
 def parse(sass: str) -> list[Instruction]:
@@ -88,6 +90,7 @@ def _sweep(body: list[Instruction], itemsize: int) -> Sweep:
     names, width = Counter(one.name for one in body), _width(body)
     loads = [one for one in body if one.name in ("LDG", "LDGSTS")]
     elements = sum(one.width for one in loads if one.width == width) // itemsize
+    row = [one for one in body if one.name in ("LDG", "LDGSTS", "STG") and one.width == width]
     return Sweep(
         elements=elements,
         load_width=width,
@@ -96,4 +99,7 @@ def _sweep(body: list[Instruction], itemsize: int) -> Sweep:
         loads=len(loads) / elements,
         stores=names["STG"] / elements,
         barriers=names["BAR"] / elements,
+        evict_first=all(
+            "EF" in one.modifiers for one in body if one.name in ("LDG", "LDGSTS", "STG") and one.width == width
+        ),
     )

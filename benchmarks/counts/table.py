@@ -17,7 +17,8 @@ launch, then as issued; extra: memory as large as the logits that is allocated b
 [{tokens} x {traffic_vocab}] under the interpreter.
 
 Machine code for a vocabulary of {code_vocab}, bfloat16, temperature 1, for {target}: registers of a thread, bytes of a
-load, instructions and special-function operations (MUFU) per element, a number for each sweep over the logits. Every
+load, instructions and special-function operations (MUFU) per element, a number for each sweep over the logits: of the
+loop's body, so that the last, partial block of a row and what is done once a row come on top, for everybody. Every
 path of a loop counts: most of the rescaling sweep is a masked path that only the end of a row takes. Spills: bytes of
 stack, the most of any kernel for {targets}.
 

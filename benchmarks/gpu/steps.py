@@ -50,9 +50,10 @@ def find_tool(name: str) -> str | None:
     return found
 
 
-def absent(tool: str) -> Record:
-    """The record of a step whose tool is not there."""
-    return {"status": "absent", "seconds": 0.0, "reason": f"{tool} is not installed here"}
+def absent(tool: str, dry: bool) -> Record:
+    """The record of a step whose tool is not there, or would have no GPU to look at."""
+    reason = f"{tool} needs a GPU" if dry else f"{tool} is not installed here"
+    return {"status": "absent", "seconds": 0.0, "reason": reason}
 
 
 def tests(plan: Plan, limit: float) -> Record:
@@ -76,7 +77,7 @@ def sanitizer(plan: Plan, limit: float) -> Record:
     deadline = time.monotonic() + limit
     tool = None if plan.dry else find_tool("compute-sanitizer")
     if tool is None:
-        return absent("compute-sanitizer")
+        return absent("compute-sanitizer", plan.dry)
     script = [sys.executable, "-m", "benchmarks.gpu.every_kernel", plan.device]
     # First alone, so that the kernels are compiled and it is known that they run.
     runs = {"alone": plan.run("every_kernel", script, limit).record()}
@@ -114,7 +115,7 @@ def dram(plan: Plan, limit: float) -> Record:
     """What each kernel over logits moves to and from memory, by the GPU's own counters."""
     tool = None if plan.dry else find_tool("ncu")
     if tool is None:
-        return absent("ncu")
+        return absent("ncu", plan.dry)
     log = plan.out / "logs" / "ncu.csv"
     done = plan.run("ncu", counters.command(tool, sys.executable, str(log)), limit)
     text = log.read_text(errors="replace") if log.is_file() else done.log.read_text(errors="replace")
