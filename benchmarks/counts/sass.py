@@ -99,7 +99,5 @@ def _sweep(body: list[Instruction], itemsize: int) -> Sweep:
         loads=len(loads) / elements,
         stores=names["STG"] / elements,
         barriers=names["BAR"] / elements,
-        evict_first=all(
-            "EF" in one.modifiers for one in body if one.name in ("LDG", "LDGSTS", "STG") and one.width == width
-        ),
+        evict_first=all("EF" in one.modifiers for one in row),
     )
