@@ -24,7 +24,7 @@ def describe(device: str) -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "triton": version("triton") or "not installed",
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -52,9 +52,10 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    changed = answer("git", "status", "--porcelain", "--untracked-files=no") != UNKNOWN
-    return answer("git", "rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
+def commit(*paths: str) -> str:
+    """The last commit (that touched ``paths``, where some are given), and whether anything of it has changed since."""
+    changed = answer("git", "status", "--porcelain", "--untracked-files=no", "--", *paths) != UNKNOWN
+    return answer("git", "log", "-1", "--format=%h", "--", *paths) + (" with changes" if changed else "")
 
 
 def answer(*command: str) -> str:

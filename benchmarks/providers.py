@@ -71,12 +71,6 @@ def eager_logits_and_entropy(batch: Batch) -> Outputs:
     return found
 
 
-def compiled_logits() -> Run:
-    """`eager_logits` under torch.compile."""
-    by_hand = torch.compile(_by_hand, dynamic=False)
-    return lambda batch: _backward(by_hand(batch.logits, batch), batch.logits)
-
-
 def _ours_logits(**options) -> Run:
     def run(batch: Batch) -> Outputs:
         loss, _ = logits_policy_loss(
@@ -128,9 +122,17 @@ def ours_policy_loss(batch: Batch) -> Outputs:
     return _backward(loss, batch.log_probs)
 
 
-def _compiled_policy_loss() -> Run:
-    by_hand = torch.compile(clipped_loss, dynamic=False)
-    return lambda batch: _backward(by_hand(batch.log_probs, batch), batch.log_probs)
+def eager_policy_loss(batch: Batch) -> Outputs:
+    """The clipped loss of log-probs."""
+    return _backward(clipped_loss(batch.log_probs, batch), batch.log_probs)
+
+
+def _compiled_loss(by_hand: Callable[[Tensor, Batch], Tensor], of: str) -> Callable[[], Run]:
+    def prepare() -> Run:
+        compiled = torch.compile(by_hand, dynamic=False)
+        return lambda batch: _backward(compiled(getattr(batch, of), batch), getattr(batch, of))
+
+    return prepare
 
 
 def _compiled(function: Run) -> Callable[[], Run]:
@@ -147,7 +149,7 @@ def own_providers(workload: str) -> list[Provider]:
             Provider("eager", "eager", eager_logits),
             Provider("eager, with entropy", "eager", eager_logits_and_entropy),
             Provider(NATIVE, "eager", native_logits),
-            Provider("torch.compile", "torch.compile", eager_logits, prepare=compiled_logits),
+            Provider("torch.compile", "torch.compile", eager_logits, prepare=_compiled_loss(_by_hand, "logits")),
         ],
         "log-probs": [
             Provider(OURS, OURS, ours_log_probs),
@@ -162,7 +164,9 @@ def own_providers(workload: str) -> list[Provider]:
         ],
         "policy-loss": [
             Provider(OURS, OURS, ours_policy_loss),
-            Provider("eager", "eager", lambda batch: _backward(clipped_loss(batch.log_probs, batch), batch.log_probs)),
-            Provider("torch.compile", "torch.compile", ours_policy_loss, prepare=_compiled_policy_loss),
+            Provider("eager", "eager", eager_policy_loss),
+            Provider(
+                "torch.compile", "torch.compile", eager_policy_loss, prepare=_compiled_loss(clipped_loss, "log_probs")
+            ),
         ],
     }[workload]

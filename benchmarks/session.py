@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from benchmarks.providers import OURS, Provider, own_providers
 from benchmarks.rivals import rivals
-from benchmarks.timing import make_ready, peak_bytes
+from benchmarks.timing import make_ready, peak_bytes, timer
 from benchmarks.workloads import WORKLOADS, Batch, Case, Outputs, sampled_rows
 
 FLOAT32_ERROR = 2.0**-15
@@ -172,11 +172,12 @@ def run(cases: list[Case], chosen: list[str], rounds: int) -> dict[tuple[Case, s
 
 
 def _pytest(session: Session, device: str, written: Path) -> None:
+    clock = timer(device)
     arguments = [
         str(Path(__file__).with_name("rounds.py")), "-c", os.devnull, "--rootdir", str(Path(__file__).parent), "-q",
         "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist", "--benchmark-only", "--benchmark-quiet",
         "--benchmark-disable-gc", f"--benchmark-json={written}", "--no-header", "-x", "--benchmark-timer",
-        "benchmarks.timing.Moment" if device == "cuda" else "time.perf_counter",
+        f"{clock.__module__}.{clock.__name__}",
     ]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         code = pytest.main(arguments, plugins=[session])

@@ -12,7 +12,7 @@ from benchmarks.workloads import WORKLOADS, Batch, Case
 from egpo_kernels import ops
 
 FLUSH_BYTES = 8 << 30
-"""Far more than any GPU's cache: writing it takes longer than the host needs to queue a call's kernels behind it."""
+"""Far more than any GPU's cache; writing it is meant to outlast the host's queueing of a call's kernels behind it."""
 
 
 class Moment:
@@ -61,17 +61,15 @@ def peak_bytes(case: Case, provider: Provider) -> int | None:
         return None
     batch = workload.make(case)
     run = provider.prepare() if provider.prepare else provider.run
+    run(batch)
+    make_ready(batch, case.device)
     if case.device == "cuda":
-        run(batch)
-        make_ready(batch, case.device)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run(batch)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    run(batch)
-    make_ready(batch, case.device)
     # What a first call allocates for good is not a call's, but the gradient's memory is.
     ops._last_gradient.clear()
     gc.collect()

@@ -142,12 +142,13 @@ def test_the_truth_is_that_of_the_reference():
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("egpo_kernels", "quack")])
-def test_every_rival_that_a_picture_has_a_colour_for_is_offered(workload, family):
-    assert {one.family for one in selected(workload, ["all"])} <= set(FAMILIES)
-    if workload == "logits":
-        assert family in {one.family for one in selected(workload, [family])}
-    assert {one.family for one in selected(workload, [])} == {"egpo_kernels"}
+def test_who_is_compared_is_chosen_by_family_and_ours_always_is(workload):
+    everyone = {one.family for one in selected(workload, ["all"])}
+    assert {"egpo_kernels", "eager", "torch.compile"} <= everyone <= set(FAMILIES)
+    assert everyone == set(FAMILIES) or workload != "logits"
+    for family in everyone:
+        assert {one.family for one in selected(workload, [family])} == {"egpo_kernels", family}
+    assert {one.family for one in selected(workload, ["none"])} == {"egpo_kernels"}
 
 
 def test_a_run_times_every_provider_as_often_and_measures_memory(monkeypatch):

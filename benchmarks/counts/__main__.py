@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 
 from benchmarks.counts.budgets import TARGETS
-from benchmarks.counts.collect import LIBRARIES, ROOT, collect, together
+from benchmarks.counts.collect import LIBRARIES, collect, together
 from benchmarks.counts.table import markdown
+from benchmarks.machine import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "counts"
 

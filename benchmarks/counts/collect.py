@@ -1,21 +1,19 @@
 """All counts of all cases, gathered from a process for the traffic and one for each target, two at a time."""
 
-import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from benchmarks.counts.cases import TOKENS
 from benchmarks.counts.h200 import BANDWIDTH, CLOCK, PROCESSORS, ceilings
 from benchmarks.counts.launches import VOCAB
 from benchmarks.counts.measure import ITEMSIZE, SMALL_PASS, SMALL_VOCAB
+from benchmarks.machine import ROOT, commit, version
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 LIBRARIES = ("egpo_kernels", "liger", "trl")
 MAIN_TARGET = "sm_90"
 SOURCES = ("egpo_kernels", "benchmarks/counts")
@@ -31,8 +29,8 @@ def collect(targets: Sequence[str], libraries: Sequence[str], pool: ThreadPoolEx
     traffic, *code = pool.map(lambda what: printed("measure", what, *libraries), ("traffic", *targets))
     cases = [merged(rows[0], dict(zip(targets, rows[1:], strict=True))) for rows in zip(traffic, *code, strict=True)]
     return {
-        "versions": {name: version(name) for name in ("torch", "triton", "liger-kernel", "trl")},
-        "commit": commit(),
+        "versions": {name: version(name) or "not installed" for name in ("torch", "triton", "liger-kernel", "trl")},
+        "commit": commit(*SOURCES),
         "shape": {"tokens": TOKENS, "traffic_vocab": SMALL_VOCAB, "code_vocab": VOCAB, "itemsize": ITEMSIZE},
         "h200": {"processors": PROCESSORS, "clock": CLOCK, "bandwidth": BANDWIDTH},
         "targets": list(targets),
@@ -95,22 +93,3 @@ def per_element(case: dict[str, Any]) -> dict[str, Any]:
     moved = ITEMSIZE * (case["passes"]["read"] + case["passes"]["written"])
     found = ceilings(instructions, special, moved)._asdict()
     return {"sweeps": sweeps, "ceilings": {name: round(value, 2) for name, value in found.items()}}
-
-
-def version(package: str) -> str:
-    """Installed version of a package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def commit() -> str:
-    """The last commit that touched what is counted or what counts, and whether either has changed since."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments, "--", *SOURCES], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    found = git("log", "-1", "--format=%h")
-    return (found or "unknown") + (" with changes" if git("status", "--porcelain") else "")

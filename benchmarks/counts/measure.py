@@ -6,7 +6,6 @@ python -m benchmarks.counts.measure sm_90 egpo_kernels
 
 import contextlib
 import gc
-import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from benchmarks.counts.compiled_kernels import Compiler
 from benchmarks.counts.launches import VOCAB
 from benchmarks.counts.rivals import PACKAGES, RIVALS
 from benchmarks.counts.traffic import Launch, count_traffic
+from benchmarks.machine import version
 from egpo_kernels import dispatch, ops
 
 # More than one block of everybody's, and not a multiple of ours.
@@ -90,12 +90,7 @@ def triton_on_cpu() -> Iterator[None]:
 def missing(case: Case) -> str | None:
     """Why a case cannot be counted: its package is not there."""
     package = PACKAGES.get(case.library)
-    try:
-        if package:
-            importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-    return None
+    return "not installed" if package and version(package) is None else None
 
 
 def counted(case: Case, compiler: Compiler | None) -> dict[str, Any]:

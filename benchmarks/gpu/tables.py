@@ -36,7 +36,10 @@ def tests(record: dict[str, Any]) -> list[str]:
         return []
     counts = f"{record['selected']} selected: {record['passed']} passed, {record['failed']} failed, "
     parts = ["## Tests", counts + f"{record['skipped']} skipped."]
-    rows = [(file, *(row[key] for key in ("passed", "failed", "skipped", "seconds"))) for file, row in _files(record)]
+    rows = [
+        (file, *(row[key] for key in ("passed", "failed", "skipped", "seconds")))
+        for file, row in record["files"].items()
+    ]
     parts.append(table(("file", "passed", "failed", "skipped", "seconds"), rows))
     for name in ("failures", "skips"):
         if record[name]:
@@ -44,10 +47,6 @@ def tests(record: dict[str, Any]) -> list[str]:
             parts += [f"{name.capitalize()} ({len(record[name])}):", table(("test", "message"), rows)]
     slowest = [(it["test"], it["seconds"]) for it in record["slowest"]]
     return [*parts, "Slowest:", table(("test", "seconds"), slowest)] if slowest else parts
-
-
-def _files(record: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    return record["files"].items()
 
 
 def sanitizer(record: dict[str, Any]) -> list[str]:

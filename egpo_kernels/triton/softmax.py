@@ -47,8 +47,8 @@ def matrix(tensor: torch.Tensor) -> tuple[Matrix, int]:
 
 def launch_options(vocab: int, dtype: torch.dtype) -> dict[str, int]:
     """Block and warps from vocabulary and dtype alone, so that a row's bits do not depend on the rows beside it."""
-    # 32 elements a thread: a block's maximum and the loop itself cost less than one instruction an element. Where a row
-    # starts anywhere each element is loaded by itself, which takes more registers than there are for so many.
+    # 32 elements a thread share the cost of a block's maximum and of the loop. Where a row starts anywhere each element
+    # is loaded by itself, which takes more registers than there are for so many.
     largest = 1024 if dtype == torch.float64 else 16384 if vocab % 16 == 0 else 8192
     block = min(max(triton.next_power_of_2(vocab), 2), largest)
     return {"BLOCK_V": block, "num_warps": max(1, min(16, block // 256))}
