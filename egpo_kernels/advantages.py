@@ -14,6 +14,8 @@ from egpo_kernels.types import AdvantageConfig
 
 COLLAPSED = 1e-6
 """A group is collapsed when its rewards span at most this times max(1, largest |reward|)."""
+WHITEN_EPS = 1e-8
+"""Added to the variance that a batch is whitened by."""
 
 
 class Groups(NamedTuple):
@@ -76,31 +78,73 @@ class Base(NamedTuple):
     any_correct: Tensor
 
 
-def base_advantages(rewards: Tensor, correct: Tensor, groups: Groups, config: AdvantageConfig) -> Base:
+def base_advantages(
+    rewards: Tensor, correct: Tensor, lengths: Tensor | None, groups: Groups, config: AdvantageConfig
+) -> Base:
     """Rewards relative to their group; rules in order: group of one, fewer than two usable, collapsed, mixed."""
     usable = rewards.isfinite()
     safe = torch.where(usable, rewards, 0.0)
     size = groups.sum(torch.ones_like(rewards))
     count = groups.sum(usable.to(rewards.dtype))
-    mean = groups.sum(safe) / count.clamp(min=1)
-    centred = torch.where(usable, rewards - mean, 0.0)
     spread = groups.max(torch.where(usable, rewards, metrics.NOTHING)) + groups.max(
         torch.where(usable, -rewards, metrics.NOTHING)
     )
     collapsed = spread <= COLLAPSED * groups.max(safe.abs()).clamp(min=1)
     any_correct = groups.sum((correct & usable).to(rewards.dtype)) > 0
     single, unusable = size == 1, (size > 1) & (count < 2)
-
-    mixed = centred
-    if config.scale == "group_std":
-        mixed = centred / ((groups.sum(centred.square()) / (count - 1).clamp(min=1)).sqrt() + config.std_eps)
-    penalised = ~any_correct & ~single & ~unusable & (config.all_wrong != "zero")
-    if config.all_wrong != "negative_no_correct":
-        penalised = penalised & collapsed
-    base = torch.where(collapsed | unusable, 0.0, mixed)
+    penalised, compared = torch.zeros_like(single), usable
+    if config.compares:
+        penalised = ~any_correct & ~single & ~unusable & (config.all_wrong != "zero")
+        if config.all_wrong != "negative_no_correct":
+            penalised = penalised & collapsed
+        compared = usable & ~unusable & (~single | (config.singleton == "raw"))
+        base = torch.where(single, safe, torch.where(collapsed, 0.0, _relative(safe, usable, count, groups, config)))
+    elif config.baseline == "correctness":
+        base = torch.where(correct, torch.full_like(safe, config.positive_scale), -config.negative_scale)
+    else:
+        base = safe
+    if config.of_batch:
+        shift, factor = batch_scale(base, compared, rewards, lengths, config)
+        base = (base - shift) * factor
     base = torch.where(penalised, -config.nsr_scale, base)
-    base = torch.where(single, safe if config.singleton == "raw" else 0.0, base)
-    return Base(torch.where(usable, base, 0.0), penalised, single, unusable, collapsed, any_correct)
+    return Base(torch.where(compared, base, 0.0), penalised, single, unusable, collapsed, any_correct)
+
+
+def _relative(safe: Tensor, usable: Tensor, count: Tensor, groups: Groups, config: AdvantageConfig) -> Tensor:
+    """Usable rewards less their group's baseline, over their group's scale."""
+    mean = groups.sum(safe) / count.clamp(min=1)
+    centred = torch.where(usable, safe - mean, 0.0)
+    relative = centred
+    if config.baseline == "leave_one_out":
+        relative = centred * (count / (count - 1).clamp(min=1))
+    if config.scale == "group_std":
+        return relative / ((groups.sum(centred.square()) / (count - 1).clamp(min=1)).sqrt() + config.std_eps)
+    if config.scale == "group_mean":
+        return torch.where(mean > 0, relative / (mean + config.std_eps), 0.0)
+    return relative
+
+
+def batch_scale(
+    base: Tensor, compared: Tensor, rewards: Tensor, lengths: Tensor | None, config: AdvantageConfig
+) -> tuple[Tensor, Tensor]:
+    """What is subtracted from base advantages and what they are then multiplied by, 0-d each.
+
+    ``batch_std``: the spread of the batch's usable rewards; ``batch_whiten``: mean and spread of the base advantages
+    over the batch's counted tokens, ``lengths [S]`` of them (REINFORCE++, arXiv 2501.03262).
+    """
+    if lengths is None:
+        mean, variance = _moments(rewards, rewards.isfinite().to(rewards.dtype))
+        return torch.zeros_like(mean), 1 / (variance.sqrt() + config.std_eps)
+    mean, variance = _moments(base, torch.where(compared, lengths, 0).to(base.dtype))
+    return mean, (variance + WHITEN_EPS).rsqrt()
+
+
+def _moments(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sample variance of ``values [S]``, each of which occurs ``counts`` times."""
+    number = metrics.total(counts)
+    mean = metrics.total(torch.where(counts > 0, counts * values, 0.0)) / number.clamp(min=1)
+    squares = metrics.total(torch.where(counts > 0, counts * (values - mean).square(), 0.0))
+    return mean, squares / (number - 1).clamp(min=1)
 
 
 def uncertainty_weights(
@@ -151,6 +195,7 @@ def group_advantages(
     correct: Tensor | None,
     values: Tensor | None,
     mask: Tensor | None,
+    lengths: Tensor | None,
     offsets: Tensor,
     config: AdvantageConfig,
     group_size: int | None,
@@ -159,7 +204,7 @@ def group_advantages(
     groups = make_groups(ids)
     correct = rewards > config.correct_threshold if correct is None else correct
     uncertainty, counts = sequence_uncertainty(values, mask, offsets, ids.shape[0], rewards)
-    base = base_advantages(rewards, correct, groups, config)
+    base = base_advantages(rewards, correct, lengths, groups, config)
     weights = uncertainty_weights(uncertainty, correct, groups, base, config)
     incomplete = torch.zeros_like(correct)
     if group_size is not None:

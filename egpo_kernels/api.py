@@ -167,8 +167,8 @@ def logits_policy_loss(
     """Policy loss from logits (EGPO, arXiv 2602.22751, Eq. 12): loss and gradient in one pass over the vocabulary.
 
     The gradient is made together with the loss: one read and one write of the logits. It is made in backward instead
-    (two reads and one write) where its coefficient is known only later: ``ratio="sequence"``, ``reduction="none"``, or
-    fp16 logits without ``grad_scale``.
+    (two reads and one write) where its coefficient is known only later: a ratio shared by a sequence (``sequence``,
+    ``sequence_token``, the surrogate gmpo), ``reduction="none"``, or fp16 logits without ``grad_scale``.
 
     Args:
         logits: ``[S, T, V]``, or ``[N, V]`` packed; fp16, bf16, fp32 or fp64; undivided by the temperature;

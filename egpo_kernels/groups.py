@@ -8,6 +8,7 @@ from torch import Tensor
 from egpo_kernels import metrics, recipes, reference
 from egpo_kernels.dispatch import choose_backend
 from egpo_kernels.layout import Layout, counted, group_ids, make_layout
+from egpo_kernels.reduction import counts_per_sequence
 from egpo_kernels.types import AdvantageConfig, GroupAdvantages
 from egpo_kernels.validation import check_complete, check_instance, check_tensor
 
@@ -33,7 +34,8 @@ def group_advantages(
             int G for G consecutive sequences.
         rewards: ``[S]``; a non-finite one gives advantage 0 and stays out of its group's reward statistics.
         old_log_probs: Log-probs of the sampled tokens in nats, ``[S, T]`` or packed ``[N]``; the uncertainty's source.
-        mask: Shaped like them, nonzero counts; None counts every position.
+        mask: Shaped like them, nonzero counts; None counts every position. ``scale="batch_whiten"`` needs it where
+            there are no log-probs: it whitens over counted tokens.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
         entropy: Shannon entropy of each position in nats, for ``statistic="shannon"``.
         entropy_mask: Which counted tokens the uncertainty averages over; None: all of them.
@@ -57,16 +59,15 @@ def group_advantages(
         raise ValueError(f"rewards has shape {list(rewards.shape)}; it must be [S], one number per sequence")
     sequences, device = rewards.shape[0], rewards.device
     check_tensor("rewards", rewards, "real", {"[S]": (sequences,)}, device)
-    source = old_log_probs if old_log_probs is not None else entropy
     layout = counts = None
-    if source is not None:
-        name = "old_log_probs" if old_log_probs is not None else "entropy"
-        check_tensor(name, source, "floating", {}, device)
-        layout = make_layout(name, tuple(source.shape), cu_seqlens, device)
+    per_token = {"old_log_probs": old_log_probs, "entropy": entropy, "mask": mask}
+    for name in [name for name, given in per_token.items() if given is not None][:1]:
+        shaped = check_tensor(name, per_token[name], "real" if name == "mask" else "floating", {}, device)
+        layout = make_layout(name, tuple(shaped.shape), cu_seqlens, device)
         if layout.num_sequences != sequences:
             raise ValueError(f"rewards has {sequences} entries; {name} holds {layout.num_sequences} sequences")
         counts = counted(mask, None, layout)
-    for name, given in (("mask", mask), ("entropy_mask", entropy_mask), ("cu_seqlens", cu_seqlens)):
+    for name, given in (("entropy_mask", entropy_mask), ("cu_seqlens", cu_seqlens)):
         if given is not None:
             check_instance(name, given, Tensor)
     ids = group_ids(groups, sequences, device, group_size)
@@ -106,7 +107,13 @@ def advantages_of_groups(
     for tensor in (rewards, values):
         if tensor is not None and tensor.dtype == torch.float64:
             dtype = torch.float64
-    offsets = ids.new_zeros(ids.shape[0] + 1)
+    offsets, lengths = ids.new_zeros(ids.shape[0] + 1), None
+    if config.scale == "batch_whiten":
+        if layout is None or mask is None:
+            raise ValueError(
+                "mask is None with scale 'batch_whiten', which whitens over counted tokens; it must be given"
+            )
+        lengths = counts_per_sequence(mask, layout.offsets)
     if layout is not None:
         offsets = layout.offsets
         if entropy_mask is not None and mask is not None:
@@ -118,11 +125,13 @@ def advantages_of_groups(
     rewards = rewards.detach().to(dtype)
     if backend == "reference":
         check_complete(ids, group_size)
-        *results, raw = reference.group_advantages(ids, rewards, correct, values, mask, offsets, config, group_size)
+        *results, raw = reference.group_advantages(
+            ids, rewards, correct, values, mask, lengths, offsets, config, group_size
+        )
         vector = metrics.finish(raw, metrics.GROUP)
     else:
         *results, vector = torch.ops.egpo_kernels.group_advantages(
-            ids, rewards, [correct, values, mask], offsets, config.json, group_size, backend
+            ids, rewards, [correct, values, mask, lengths], offsets, config.json, group_size, backend
         )
     advantages, weights, base, uncertainty = results
     if layout is not None:

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from egpo_kernels.fields import check_number
 from egpo_kernels.reduction import per_row, segment_index
-from egpo_kernels.types import check_number
 from egpo_kernels.validation import check_complete, check_group_size, check_tensor
 
 IGNORED = -100

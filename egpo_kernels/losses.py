@@ -8,9 +8,10 @@ from torch import Tensor
 from egpo_kernels import autograd, metrics, reference
 from egpo_kernels import layout as layouts
 from egpo_kernels.dispatch import choose_backend
+from egpo_kernels.fields import check_number
 from egpo_kernels.layout import Layout
 from egpo_kernels.reduction import counts_per_sequence, per_row, reduction_factor
-from egpo_kernels.types import LossOutput, PolicyLossConfig, Rows, TokenLogProbs, check_number, compute_dtype
+from egpo_kernels.types import LossOutput, PolicyLossConfig, Rows, TokenLogProbs, compute_dtype
 from egpo_kernels.validation import (
     check_bool,
     check_choice,
@@ -132,6 +133,11 @@ def wants_entropy(config: PolicyLossConfig, mode: str) -> bool:
 def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: Options) -> Rows:
     """Spread what the loss needs over rows ``[N]``, with the mask of the rows that are looked at."""
     layout, dtype, mask, device = call.layout, call.dtype, call.rows.mask, call.layout.sequence.device
+    if config.reduction == "seq_mean_token_sum_norm" and config.norm_length is None:
+        raise ValueError(
+            f"PolicyLossConfig.norm_length is None with reduction {config.reduction!r}; it must be given, a length in "
+            "tokens: recipe.replace(norm_length=...)"
+        )
     if config.kl_coef > 0 and given.ref_log_probs is None:
         raise ValueError(f"ref_log_probs is None with kl_coef = {config.kl_coef}; it must be given per token")
 
@@ -164,7 +170,7 @@ def _active(rows: Rows, layout: Layout, config: PolicyLossConfig) -> Tensor:
     active = rows.mask & (rows.advantages != 0)
     if rows.rollout_weights is not None:
         active = active & (rows.rollout_weights != 0)
-    if config.ratio == "sequence":
+    if config.pools:
         # A shared ratio needs every token of the sequences that have an active one.
         active = rows.mask & per_row(counts_per_sequence(active, layout.offsets) > 0, layout.sequence)
     return active
@@ -184,7 +190,7 @@ def loss_from_logits(
     differentiated = torch.is_grad_enabled() and call.logits.requires_grad
     # fp16 cannot hold an unscaled gradient: without a scale it waits for the upstream one.
     unscaled = call.logits.dtype == torch.float16 and scale == 1.0
-    late = config.ratio == "sequence" or config.reduction == "none" or unscaled or call.backend == "reference"
+    late = config.pools or config.reduction == "none" or unscaled or call.backend == "reference"
     entropy = wants_entropy(config, options.metrics)
     if found is not None or late or not differentiated:
         if found is None:

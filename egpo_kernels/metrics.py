@@ -136,7 +136,7 @@ def token_metrics(terms: TokenTerms, log_probs: Tensor, rows: Rows, config: Poli
         mask,
         terms.loss(rows.factor, config),
         factor * terms.surrogate,
-        factor * config.kl_coef * terms.kl,
+        factor * config.kl_coef * terms.kl_term,
         -factor * config.entropy_coef * terms.entropy,
         terms.clipped_low,
         terms.clipped_high,

@@ -258,7 +258,10 @@ def group_advantages(
     group_size: int | None,
     backend: str,
 ) -> Tensors5:
-    """Advantages, weights, base, uncertainty ``[S]``, metrics; ``rows``: correct ``[S]``, values and mask ``[N]``."""
+    """Advantages, weights, base, uncertainty ``[S]``, metrics.
+
+    ``rows``: correct ``[S]``, values and mask ``[N]``, counted tokens ``[S]``.
+    """
     check_complete(ids, group_size)
     advantages, weights, base, uncertainty, raw = implementation(backend).group_advantages(
         ids, rewards, *rows, offsets, advantage_config(config), group_size

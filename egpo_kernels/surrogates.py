@@ -24,12 +24,14 @@ class SurrogateTerms(NamedTuple):
 class TokenTerms(NamedTuple):
     """Everything a token contributes, ``[N]`` each, exactly 0 (False) where a row is not ``live``.
 
-    The loss of a token is ``surrogate + kl_coef * kl - entropy_coef * entropy``, times its reduction factor.
+    The loss of a token is ``surrogate + kl_coef * kl_term - entropy_coef * entropy``, times its reduction factor;
+    ``kl_term`` is the estimate ``kl``, or that times the ratio.
     """
 
     live: Tensor
     surrogate: Tensor
     kl: Tensor
+    kl_term: Tensor
     entropy: Tensor
     log_ratio: Tensor
     clipped_low: Tensor
@@ -39,7 +41,7 @@ class TokenTerms(NamedTuple):
 
     def loss(self, factor: Tensor, config: PolicyLossConfig) -> Tensor:
         """Return the reduced loss of each token ``[N]``; its sum is the loss."""
-        total = self.surrogate + config.kl_coef * self.kl - config.entropy_coef * self.entropy
+        total = self.surrogate + config.kl_coef * self.kl_term - config.entropy_coef * self.entropy
         return torch.where(self.live, factor * total, 0.0)
 
 
@@ -58,7 +60,53 @@ def clip(log_probs: Tensor, log_ratio: Tensor, advantages: Tensor, config: Polic
     return SurrogateTerms(-bounded * advantages, low, high)
 
 
-SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, PolicyLossConfig], SurrogateTerms]] = {"clip": clip}
+def cispo(log_probs: Tensor, log_ratio: Tensor, advantages: Tensor, config: PolicyLossConfig) -> SurrogateTerms:
+    """``-sg(min(rho, cap)) A l``, cap ``1 + clip_high`` or ``ratio_cap``: the ratio is a weight, not differentiated.
+
+    CISPO (MiniMax-M1, arXiv 2506.13585), without a lower bound.
+    """
+    cap = 1 + config.clip_high if config.ratio_cap is None else config.ratio_cap
+    ratio = log_ratio.detach().exp()
+    high = ratio > cap
+    return SurrogateTerms(-torch.where(high, cap, ratio) * advantages * log_probs, torch.zeros_like(high), high)
+
+
+def sapo(log_probs: Tensor, log_ratio: Tensor, advantages: Tensor, config: PolicyLossConfig) -> SurrogateTerms:
+    """``-A sigmoid(tau (rho - 1)) 4 / tau``: a gate that closes softly, tau by the sign of A; nothing is clipped.
+
+    SAPO (arXiv 2511.20347).
+    """
+    tau = torch.where(advantages > 0, torch.full_like(advantages, config.tau_positive), config.tau_negative)
+    gate = torch.sigmoid(tau * (log_ratio.exp() - 1)) * (4 / tau)
+    nowhere = torch.zeros_like(advantages, dtype=torch.bool)
+    return SurrogateTerms(-gate * advantages, nowhere, nowhere)
+
+
+def gmpo(log_probs: Tensor, log_ratio: Tensor, advantages: Tensor, config: PolicyLossConfig) -> SurrogateTerms:
+    """``-rho A`` with rho the geometric mean of a sequence's ratios, each clipped before by `trimmed`.
+
+    GMPO (arXiv 2507.20673).
+    """
+    nowhere = torch.zeros_like(advantages, dtype=torch.bool)
+    return SurrogateTerms(-log_ratio.exp() * advantages, nowhere, nowhere)
+
+
+SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, PolicyLossConfig], SurrogateTerms]] = {
+    "clip": clip,
+    "cispo": cispo,
+    "sapo": sapo,
+    "gmpo": gmpo,
+}
+
+
+def trimmed(log_ratio: Tensor, advantages: Tensor, config: PolicyLossConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-ratios clipped on the side the advantage pushes to, without gradient there, and where they are.
+
+    GMPO (arXiv 2507.20673): at ``clip_high`` where A > 0, at ``-clip_low`` where A < 0.
+    """
+    low = (advantages < 0) & (log_ratio < -config.clip_low)
+    high = (advantages > 0) & (log_ratio > config.clip_high)
+    return torch.where(low, -config.clip_low, torch.where(high, config.clip_high, log_ratio)), low, high
 
 
 def clamped(values: Tensor, bound: float) -> Tensor:
@@ -69,14 +117,16 @@ def clamped(values: Tensor, bound: float) -> Tensor:
 def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, config: PolicyLossConfig) -> Tensor:
     """KL to the reference per token: with ``x = l_ref - l``, k1 ``-x``, k2 ``x^2 / 2``, k3 ``e^x - x - 1``.
 
-    Schulman, "Approximating KL divergence" (2020); x is clamped and carries no gradient where it is.
+    Schulman, "Approximating KL divergence" (2020); x and the estimate carry no gradient where they are clamped.
     """
     x = clamped(ref_log_probs - log_probs, config.max_log_ratio)
     if config.kl == "k1":
-        return -x
-    if config.kl == "k2":
-        return x.square() / 2
-    return x.exp() - x - 1
+        kl = -x
+    elif config.kl == "k2":
+        kl = x.square() / 2
+    else:
+        kl = x.exp() - x - 1
+    return kl if config.kl_max is None else clamped(kl, config.kl_max)
 
 
 def token_terms(
@@ -99,17 +149,34 @@ def token_terms(
     zeros = torch.zeros_like(log_probs, requires_grad=False)
     safe, advantages = select(log_probs), select(rows.advantages)
     old = safe.detach() if rows.old_log_probs is None else select(rows.old_log_probs)
-    log_ratio = clamped(safe - old, config.max_log_ratio)
-    if config.ratio == "sequence" and offsets is not None:
-        log_ratio = select(_sequence_mean(log_ratio, rows.mask, offsets))
-    loss, low, high = SURROGATES[config.surrogate](safe, log_ratio, advantages, config)
-    unscored = torch.zeros_like(live)
+    log_ratio, low, high = _log_ratio(clamped(safe - old, config.max_log_ratio), advantages, rows, offsets, config)
+    log_ratio = select(log_ratio)
+    terms = SURROGATES[config.surrogate](safe, log_ratio, advantages, config)
+    loss, unscored = terms.loss, torch.zeros_like(live)
     if rows.rollout_weights is not None:
         unscored = rows.mask & rows.rollout_weights.isnan()
         loss = loss * torch.where(live & ~unscored, rows.rollout_weights, 1.0)
     kl = zeros if rows.ref_log_probs is None else select(kl_estimate(safe, select(rows.ref_log_probs), config))
+    kl_term = select(kl * log_ratio.exp()) if config.kl_times_ratio else kl
     bonus = zeros if entropy is None else select(entropy)
-    return TokenTerms(live, select(loss), kl, bonus, log_ratio, low & live, high & live, dead, unscored)
+    low, high = live & (low | terms.clipped_low), live & (high | terms.clipped_high)
+    return TokenTerms(live, select(loss), kl, kl_term, bonus, log_ratio, low, high, dead, unscored)
+
+
+def _log_ratio(
+    own: Tensor, advantages: Tensor, rows: Rows, offsets: Tensor | None, config: PolicyLossConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-ratio a token's loss is made of, and where its own was clipped before it was pooled."""
+    low = high = torch.zeros_like(rows.mask)
+    if config.surrogate == "gmpo":
+        own, low, high = trimmed(own, advantages, config)
+    if not config.pools or offsets is None:
+        return own, low, high
+    shared = _sequence_mean(own, rows.mask, offsets)
+    if config.ratio == "sequence_token":
+        # GSPO-token (arXiv 2507.18071): the sequence's value, the token's own gradient.
+        shared = shared.detach() + (own - own.detach())
+    return shared, low, high
 
 
 def _sequence_mean(log_ratio: Tensor, mask: Tensor, offsets: Tensor) -> Tensor:

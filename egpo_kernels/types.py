@@ -1,15 +1,14 @@
 """Settings, results, and the row tensors every backend is handed."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Config = TypeVar("Config", bound="_Checked")
+from egpo_kernels.fields import Checked, check_keys, check_number, choice, number
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -17,86 +16,21 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _choice(*values: str) -> Any:
-    return dataclasses.field(default=values[0], metadata={"choices": values})
-
-
-def _number(
-    default: float | None, low: float, high: float = math.inf, *, open_low: bool = False, optional: bool = False
-) -> Any:
-    bounds = {"low": low, "high": high, "open_low": open_low, "optional": optional}
-    return dataclasses.field(default=default, metadata=bounds)
-
-
-def check_number(
-    name: str, value: Any, *, low: float, high: float, open_low: bool = False, optional: bool = False
-) -> float | None:
-    """Return ``value`` as a float, or raise naming what it must be."""
-    if value is None and optional:
-        return None
-    wanted = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
-    wanted += " or None" if optional else ""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r}; it must be {wanted}")
-    # Not math.isfinite: a traced call has symbolic numbers.
-    if not (low <= value <= high and abs(value) < math.inf) or (open_low and value == low):
-        raise ValueError(f"{name} is {value!r}; it must be {wanted}")
-    return float(value)
-
-
-class _Checked:
-    """What the two settings classes share: every field is checked when the object is made."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            if not field.init:
-                continue
-            name, value = f"{type(self).__name__}.{field.name}", getattr(self, field.name)
-            if "choices" in field.metadata:
-                choices = field.metadata["choices"]
-                if value not in choices:
-                    raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
-            elif "low" in field.metadata:
-                object.__setattr__(self, field.name, check_number(name, value, **field.metadata))
-            elif isinstance(field.default, bool) and not isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}; it must be True or False")
-        self._check_together()
-        # Opaque operators take strings, not objects: the settings travel as JSON, made once.
-        object.__setattr__(self, "json", json.dumps(self.to_dict()))
-
-    def _check_together(self) -> None:
-        """Check what involves several fields."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for YAML or JSON; `from_dict` reads them back."""
-        fields = [field.name for field in dataclasses.fields(self) if field.init]  # type: ignore[arg-type]
-        values = {name: getattr(self, name) for name in fields}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    @classmethod
-    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-        """Make the settings from `to_dict`'s values; fields left out take their defaults."""
-        check_keys(cls.__name__, values, [field.name for field in dataclasses.fields(cls) if field.init])  # type: ignore[arg-type]
-        return cls(**values)
-
-
-def check_keys(name: str, values: Mapping[str, Any], allowed: list[str]) -> None:
-    """Raise when ``values`` is no mapping or holds a key outside ``allowed``."""
-    if not isinstance(values, Mapping):
-        raise TypeError(f"{name} is made from {type(values).__name__}; it must be a mapping of its fields")
-    unknown = [key for key in values if key not in allowed]
-    if unknown:
-        raise ValueError(f"{name} has no setting {unknown[0]!r}; it must be one of {', '.join(allowed)}")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdvantageConfig(_Checked):
+class AdvantageConfig(Checked):
     """How rewards and uncertainties of whole groups become advantages (EGPO, arXiv 2602.22751, Eq. 2, 5-13).
 
     Attributes:
-        baseline: What is subtracted from a reward: the mean of its group.
-        scale: What the difference is divided by: ``group_std`` (sample std, ddof 1, plus ``std_eps``) or ``none``.
-        std_eps: Added to the standard deviation.
+        baseline: What is subtracted from a reward: the ``mean`` of its group, or that of the others in it
+            (``leave_one_out``, arXiv 2402.14740). Without any group rule: ``none`` takes the reward itself,
+            ``correctness`` gives ``positive_scale`` or ``-negative_scale`` (arXiv 2506.01347).
+        positive_scale: What a correct answer gets under baseline ``correctness``.
+        negative_scale: What an incorrect one loses there.
+        scale: What the difference is divided by. ``group_std``: sample standard deviation (ddof 1) of the group plus
+            ``std_eps``; ``batch_std``: that of all rewards; ``batch_whiten``: less its mean over the counted tokens of
+            the batch and over their standard deviation (arXiv 2501.03262); ``group_mean``: mean reward plus
+            ``std_eps``, and 0 where the mean is not positive; ``none``. Baselines without a group know only the batch.
+        std_eps: Added to the standard deviation or the mean.
         weight: ``inverse_uncertainty`` (Eq. 7) or ``none`` (weight 1).
         statistic: The uncertainty H of a sequence: ``nll`` of its sampled tokens (Eq. 5/6) or mean ``shannon`` entropy.
         uncertainty_eps: Added to H in the weight's denominator.
@@ -116,23 +50,40 @@ class AdvantageConfig(_Checked):
         TypeError: A setting of the wrong type.
     """
 
-    baseline: str = _choice("mean")
-    scale: str = _choice("group_std", "none")
-    std_eps: float = _number(1e-6, 0.0)
-    weight: str = _choice("inverse_uncertainty", "none")
-    statistic: str = _choice("nll", "shannon")
-    uncertainty_eps: float = _number(1e-5, 0.0, open_low=True)
-    clamp: str = _choice("asymmetric", "symmetric", "negative_only", "positive_only", "none")
+    baseline: str = choice("mean", "leave_one_out", "correctness", "none")
+    positive_scale: float = number(1.0, 0.0)
+    negative_scale: float = number(1.0, 0.0)
+    scale: str = choice("group_std", "batch_std", "batch_whiten", "group_mean", "none")
+    std_eps: float = number(1e-6, 0.0)
+    weight: str = choice("inverse_uncertainty", "none")
+    statistic: str = choice("nll", "shannon")
+    uncertainty_eps: float = number(1e-5, 0.0, open_low=True)
+    clamp: str = choice("asymmetric", "symmetric", "negative_only", "positive_only", "none")
     weight_bounds: tuple[float, float] = (0.8, 2.0)
-    renorm: str = _choice("none", "after", "before")
-    all_wrong: str = _choice("negative", "negative_no_correct", "zero")
-    nsr_scale: float = _number(1.0, 0.0)
+    renorm: str = choice("none", "after", "before")
+    all_wrong: str = choice("negative", "negative_no_correct", "zero")
+    nsr_scale: float = number(1.0, 0.0)
     lock_all_wrong: bool = False
-    singleton: str = _choice("zero", "raw")
-    correct_threshold: float = _number(0.5, -math.inf)
+    singleton: str = choice("zero", "raw")
+    correct_threshold: float = number(0.5, -math.inf)
     json: str = dataclasses.field(init=False, repr=False, compare=False)
 
+    @property
+    def compares(self) -> bool:
+        """Whether a reward is compared with its group, so that the rules for groups apply."""
+        return self.baseline in ("mean", "leave_one_out")
+
+    @property
+    def of_batch(self) -> bool:
+        """Whether the scale is that of the whole batch."""
+        return self.scale in ("batch_std", "batch_whiten")
+
     def _check_together(self) -> None:
+        if self.scale == "group_mean" and not self.compares:
+            raise ValueError(
+                f"AdvantageConfig.scale is 'group_mean' with baseline {self.baseline!r}, which knows no group; it must "
+                "be 'none', 'batch_std' or 'batch_whiten' there"
+            )
         name, bounds = "AdvantageConfig.weight_bounds", self.weight_bounds
         if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
             raise TypeError(f"{name} is {bounds!r}; it must be a pair (lambda_min, lambda_max)")
@@ -142,49 +93,77 @@ class AdvantageConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyLossConfig(_Checked):
+class PolicyLossConfig(Checked):
     """The per-token policy loss and its reduction (EGPO, arXiv 2602.22751, Eq. 12).
 
     Attributes:
-        surrogate: ``clip``, the clipped surrogate of PPO (arXiv 1707.06347).
-        ratio: ``token``, or ``sequence``: exp of the mean log-ratio, shared by a sequence's tokens (GSPO, 2507.18071).
-        clip_low: The ratio is clipped below at ``1 - clip_low``.
-        clip_high: The ratio is clipped above at ``1 + clip_high``.
+        surrogate: ``clip``, the clipped surrogate of PPO (arXiv 1707.06347); ``cispo`` (arXiv 2506.13585), ``sapo``
+            (arXiv 2511.20347), ``gmpo`` (arXiv 2507.20673), whose ratio is the token's by definition.
+        ratio: ``token``; ``sequence``: exp of the mean log-ratio, shared by a sequence's tokens (GSPO, arXiv
+            2507.18071); ``sequence_token``: the same value, each token with its own gradient (GSPO-token).
+        clip_low: The ratio is clipped below at ``1 - clip_low``; gmpo clips log-ratios, at ``-clip_low`` nats.
+        clip_high: The ratio is clipped above at ``1 + clip_high``; gmpo clips log-ratios, at ``clip_high`` nats.
+        ratio_cap: The cap of cispo's ratio itself, in place of ``1 + clip_high``.
         dual_clip: With c given and a negative advantage the loss is at most ``-c A`` (arXiv 1912.09729).
+        tau_positive: Temperature of sapo's gate where the advantage is positive.
+        tau_negative: The same where it is not.
         max_log_ratio: Log-ratios are clamped to +- this, in nats; no gradient flows where they are clamped.
         kl: Estimator of the KL to the reference: ``k1``, ``k2``, ``k3``.
         kl_coef: Factor of the KL term; above 0 it needs ``ref_log_probs``.
+        kl_max: The estimate is clamped to +- this, in nats; no gradient flows where it is clamped.
+        kl_times_ratio: Multiply the estimate by the ratio, gradient included, so that it is unbiased for samples of
+            the old policy (DeepSeek-V3.2, arXiv 2512.02556).
         entropy_coef: Factor of the entropy bonus.
         reduction: ``token_mean``, ``seq_mean_token_mean``, ``seq_mean_token_sum``, ``seq_mean_token_sum_norm``, ``sum``
             or ``none`` (per token).
-        norm_length: The constant C of ``seq_mean_token_sum_norm``, in tokens.
+        norm_length: The constant C of ``seq_mean_token_sum_norm``, in tokens; the losses refuse that without it.
 
     Raises:
         ValueError: A setting outside its choices or range.
         TypeError: A setting of the wrong type.
     """
 
-    surrogate: str = _choice("clip")
-    ratio: str = _choice("token", "sequence")
-    clip_low: float = _number(0.2, 0.0, 1.0)
-    clip_high: float = _number(0.2, 0.0)
-    dual_clip: float | None = _number(None, 1.0, optional=True, open_low=True)
+    surrogate: str = choice("clip", "cispo", "sapo", "gmpo")
+    ratio: str = choice("token", "sequence", "sequence_token")
+    clip_low: float = number(0.2, 0.0, 1.0)
+    clip_high: float = number(0.2, 0.0)
+    ratio_cap: float | None = number(None, 0.0, optional=True, open_low=True)
+    dual_clip: float | None = number(None, 1.0, optional=True, open_low=True)
+    tau_positive: float = number(1.0, 1e-3, 1e3)
+    tau_negative: float = number(1.05, 1e-3, 1e3)
     # exp(60) is 1e26: float32 still holds it times an advantage of 1e12.
-    max_log_ratio: float = _number(20.0, 0.0, 60.0, open_low=True)
+    max_log_ratio: float = number(20.0, 0.0, 60.0, open_low=True)
     kl: str = dataclasses.field(default="k3", metadata={"choices": ("k1", "k2", "k3")})
-    kl_coef: float = _number(0.0, 0.0)
-    entropy_coef: float = _number(0.0, -math.inf)
-    reduction: str = _choice(
+    kl_coef: float = number(0.0, 0.0)
+    kl_max: float | None = number(None, 0.0, optional=True, open_low=True)
+    kl_times_ratio: bool = False
+    entropy_coef: float = number(0.0, -math.inf)
+    reduction: str = choice(
         "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "sum", "none"
     )
-    norm_length: float | None = _number(None, 0.0, open_low=True, optional=True)
+    norm_length: float | None = number(None, 0.0, open_low=True, optional=True)
     json: str = dataclasses.field(init=False, repr=False, compare=False)
 
+    @property
+    def pools(self) -> bool:
+        """Whether a token's loss depends on the log-ratios of its whole sequence."""
+        return self.ratio != "token" or self.surrogate == "gmpo"
+
     def _check_together(self) -> None:
-        if (self.reduction == "seq_mean_token_sum_norm") != (self.norm_length is not None):
+        self._check_only("norm_length", "reduction", "seq_mean_token_sum_norm")
+        self._check_only("ratio_cap", "surrogate", "cispo")
+        self._check_only("dual_clip", "surrogate", "clip")
+        if self.ratio != "token" and self.surrogate != "clip":
             raise ValueError(
-                f"PolicyLossConfig.norm_length is {self.norm_length!r} with reduction {self.reduction!r}; it must be "
-                "given (a length in tokens) with 'seq_mean_token_sum_norm' and left out otherwise"
+                f"PolicyLossConfig.ratio is {self.ratio!r} with surrogate {self.surrogate!r}; it must be 'token' there"
+            )
+
+    def _check_only(self, name: str, field: str, wanted: str) -> None:
+        value, chosen = getattr(self, name), getattr(self, field)
+        if value is not None and chosen != wanted:
+            raise ValueError(
+                f"PolicyLossConfig.{name} is {value!r} with {field} {chosen!r}; it must be None there: it belongs to "
+                f"{field} {wanted!r}"
             )
 
 

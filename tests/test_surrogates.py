@@ -15,23 +15,25 @@ from tests.support.device import DEVICE
 
 CONFIGS = [
     PolicyLossConfig(),
-    PolicyLossConfig(clip_low=0.2, clip_high=0.28, dual_clip=3.0),
+    PolicyLossConfig(clip_low=0.2, clip_high=0.28, dual_clip=3.0, max_log_ratio=2.0),
     PolicyLossConfig(clip_low=0.0, clip_high=0.0),
     PolicyLossConfig(clip_low=1.0, clip_high=4.0, dual_clip=1.5),
+    PolicyLossConfig(surrogate="cispo", clip_high=0.5, max_log_ratio=2.0),
+    PolicyLossConfig(surrogate="cispo", ratio_cap=0.9),
+    PolicyLossConfig(surrogate="sapo", max_log_ratio=2.0),
+    PolicyLossConfig(surrogate="sapo", tau_positive=20.0, tau_negative=0.1),
+    PolicyLossConfig(surrogate="gmpo", max_log_ratio=2.0),
 ]
 
 
 @triton.jit
 def surrogate_kernel(
-    log_probs_ptr, log_ratio_ptr, advantages_ptr, out_ptr, settings_ptr, SURROGATE: tl.constexpr, BLOCK: tl.constexpr
+    log_probs_ptr, old_ptr, advantages_ptr, out_ptr, settings_ptr, SURROGATE: tl.constexpr, BLOCK: tl.constexpr
 ):
     offs = tl.arange(0, BLOCK)
-    loss, slope, low, high = SURROGATE(
-        tl.load(log_probs_ptr + offs),
-        tl.load(log_ratio_ptr + offs),
-        tl.load(advantages_ptr + offs),
-        load_settings(settings_ptr),
-    )
+    settings, log_prob = load_settings(settings_ptr), tl.load(log_probs_ptr + offs)
+    log_ratio, inside = triton_side.clamped(log_prob - tl.load(old_ptr + offs), settings.max_log_ratio)
+    loss, slope, low, high = SURROGATE(log_prob, log_ratio, inside, tl.load(advantages_ptr + offs), settings)
     tl.store(out_ptr + offs, loss)
     tl.store(out_ptr + BLOCK + offs, slope)
     tl.store(out_ptr + 2 * BLOCK + offs, low.to(tl.float64))
@@ -66,34 +68,41 @@ def test_the_tables_name_the_same_surrogates():
     assert set(torch_side.SURROGATES) == set(triton_side.SURROGATES) == set(choices)
 
 
+def test_every_surrogate_is_compared():
+    assert {config.surrogate for config in CONFIGS} == set(torch_side.SURROGATES)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", torch_side.SURROGATES)
-def test_value_derivative_and_clip_flags_agree(name, config):
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.surrogate)
+def test_value_derivative_and_clip_flags_agree(config):
     log_probs, old, advantages = points()
     leaf = log_probs.clone().requires_grad_()
-    log_ratio = leaf - old
-    terms = torch_side.SURROGATES[name](leaf, log_ratio, advantages, config)
+    log_ratio = torch_side.clamped(leaf - old, config.max_log_ratio)
+    terms = torch_side.SURROGATES[config.surrogate](leaf, log_ratio, advantages, config)
     (slope,) = torch.autograd.grad(terms.loss.sum(), leaf)
 
     out = torch.empty(4, len(log_probs), dtype=torch.float64, device=DEVICE)
-    device_function = triton_side.SURROGATES[name]
-    surrogate_kernel[(1,)](
-        log_probs, log_ratio.detach(), advantages, out, settings_of(config), device_function, len(log_probs)
-    )
-    torch.testing.assert_close(out[0], terms.loss.detach(), rtol=4 * torch.finfo(torch.float64).eps, atol=0)
-    torch.testing.assert_close(out[1], slope, rtol=4 * torch.finfo(torch.float64).eps, atol=0)
+    device_function = triton_side.SURROGATES[config.surrogate]
+    surrogate_kernel[(1,)](log_probs, old, advantages, out, settings_of(config), device_function, len(log_probs))
+    # What a rounding may change: everything is a multiple of the advantage, at most the ratio and a gate's 4 times it.
+    size = 4 * advantages.abs() * (1 + log_ratio.detach().exp()) * (1 + log_probs.abs())
+    eps = torch.finfo(torch.float64).eps
+    assert ((out[0] - terms.loss.detach()).abs() <= 4 * eps * size).all()
+    assert ((out[1] - slope).abs() <= 4 * eps * size).all()
     assert torch.equal(out[2].bool(), terms.clipped_low)
     assert torch.equal(out[3].bool(), terms.clipped_high)
     if config == CONFIGS[1]:
         assert terms.clipped_low.any() and terms.clipped_high.any() and (slope == 0).sum() < len(slope)
+    if config.max_log_ratio == 2.0:
+        beyond = (log_probs - old).abs() > 2.0
+        assert beyond.any() and ((slope[beyond] == 0).all() or config.surrogate == "cispo")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("max_log_ratio", [0.5, 20.0])
+@pytest.mark.parametrize("bounds", [(0.5, None), (20.0, None), (20.0, 0.3)])
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
-def test_kl_estimators_agree(kl, max_log_ratio):
-    config = PolicyLossConfig(kl=kl, max_log_ratio=max_log_ratio)
+def test_kl_estimators_agree(kl, bounds):
+    config = PolicyLossConfig(kl=kl, max_log_ratio=bounds[0], kl_max=bounds[1])
     log_probs, ref, _ = points()
     leaf = log_probs.clone().requires_grad_()
     value = torch_side.kl_estimate(leaf, ref, config)

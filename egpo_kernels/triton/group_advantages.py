@@ -1,7 +1,6 @@
 """Group level of EGPO (arXiv 2602.22751, Eq. 2, 5-13), as `egpo_kernels.advantages` writes it in torch.
 
-A block of sequences meets all others and adds up those of its groups: no sort, no atomics, ids in any order.
-All members of a group add the same numbers in the same order, so they hold bitwise the same statistics.
+A block of sequences meets all others twice: sums and extremes first, then distances from a mean.
 """
 
 import functools
@@ -13,7 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels import metrics
-from egpo_kernels.advantages import COLLAPSED
+from egpo_kernels.advantages import COLLAPSED, batch_scale
+from egpo_kernels.triton.group_statistics import (
+    Pointers,
+    Settings,
+    gather_groups,
+    load_sequences,
+    load_settings,
+    means,
+    meet,
+)
 from egpo_kernels.triton.segments import as_bytes, combine, sequence_uncertainty, store_maxima, store_sums
 from egpo_kernels.triton.settings import on_device
 from egpo_kernels.types import AdvantageConfig
@@ -22,107 +30,11 @@ LAUNCH = {"BLOCK_I": 16, "BLOCK_J": 128, "num_warps": 8}
 NUM_SUMMARIES = tl.constexpr(len(metrics.SUMMARIES))
 NUM_SUMS = tl.constexpr(len(metrics.GROUP.sums))
 NUM_SLOTS = tl.constexpr(len(metrics.GROUP.slots))
-NO_SEQUENCE = tl.constexpr(2**31 - 1)
-NO_REWARD = tl.constexpr(float("inf"))
 
-# The numbers of the group level, in the order they lie in the settings tensor.
-Settings = namedtuple(
-    "Settings", "correct_threshold collapsed std_eps nsr_scale uncertainty_eps weight_low weight_high"
-)
 # The choices of the group level, each known when the kernel is compiled.
-Choices = namedtuple("Choices", "scale weight clamp renorm all_wrong lock_all_wrong singleton")
-# Sequences [S], in and out; correct_ptr may be None, counts_ptr is None without tokens.
-Pointers = namedtuple(
-    "Pointers",
-    "ids_ptr rewards_ptr correct_ptr uncertainty_ptr counts_ptr advantages_ptr weights_ptr base_ptr",
-)
-# A block of sequences; reward is 0 where not usable, uncertainty 0 where not known.
-Sequences = namedtuple("Sequences", "offs valid ids reward usable correct uncertainty known")
-# A group: first member, member counts, sum and extremes of usable rewards, sum of known uncertainties.
-Group = namedtuple("Group", "first size usable correct known reward high low uncertainty")
-# Which rules a group falls under.
-Rules = namedtuple("Rules", "single unusable collapsed any_correct penalised")
-
-
-@triton.jit
-def load_settings(settings_ptr):
-    """Read the settings tensor; every program reads the same few bytes, which stay in cache."""
-    return Settings(
-        tl.load(settings_ptr), tl.load(settings_ptr + 1), tl.load(settings_ptr + 2),
-        tl.load(settings_ptr + 3), tl.load(settings_ptr + 4), tl.load(settings_ptr + 5),
-        tl.load(settings_ptr + 6),
-    )  # fmt: skip
-
-
-@triton.jit
-def load_sequences(pointers, offs, num_sequences, settings):
-    """Read a block of sequences; those past the end are not valid, usable, correct or known."""
-    valid = offs < num_sequences
-    ids = tl.load(pointers.ids_ptr + offs, mask=valid, other=0)
-    reward = tl.load(pointers.rewards_ptr + offs, mask=valid, other=float("nan"))
-    usable = tl.abs(reward) < float("inf")
-    if pointers.correct_ptr is None:
-        correct = reward > settings.correct_threshold
-    else:
-        correct = tl.load(pointers.correct_ptr + offs, mask=valid, other=0) != 0
-    uncertainty = tl.load(pointers.uncertainty_ptr + offs, mask=valid, other=float("nan"))
-    known = uncertainty == uncertainty
-    reward, uncertainty = tl.where(usable, reward, 0.0), tl.where(known, uncertainty, 0.0)
-    return Sequences(offs, valid, ids, reward, usable, correct, uncertainty, known)
-
-
-@triton.jit
-def number(flags):
-    """How many flags are set in each row."""
-    return tl.sum(flags.to(tl.int32), axis=1)
-
-
-@triton.jit
-def meet(pointers, mine, first, num_sequences, settings, BLOCK_J: tl.constexpr):
-    """Return sequences from ``first`` on, which pairs ``[mine, others]`` share a group, whether any does."""
-    others = load_sequences(pointers, first + tl.arange(0, BLOCK_J), num_sequences, settings)
-    same = (mine.ids[:, None] == others.ids[None, :]) & others.valid[None, :]
-    return others, same, tl.sum(number(same), axis=0) > 0
-
-
-@triton.jit
-def joined(group, same, others):
-    """Return each group with those of ``others`` added that are the ``same`` group."""
-    usable = same & others.usable[None, :]
-    reward = others.reward[None, :]
-    high = tl.max(tl.where(usable, reward, -NO_REWARD), axis=1)
-    low = tl.min(tl.where(usable, reward, NO_REWARD), axis=1)
-    return Group(
-        first=tl.minimum(group.first, tl.min(tl.where(same, others.offs[None, :], NO_SEQUENCE), axis=1)),
-        size=group.size + number(same),
-        usable=group.usable + number(usable),
-        correct=group.correct + number(usable & others.correct[None, :]),
-        known=group.known + number(same & others.known[None, :]),
-        reward=group.reward + tl.sum(tl.where(usable, reward, 0.0), axis=1),
-        high=tl.maximum(group.high, high),
-        low=tl.minimum(group.low, low),
-        uncertainty=group.uncertainty + tl.sum(tl.where(same, others.uncertainty[None, :], 0.0), axis=1),
-    )
-
-
-@triton.jit
-def gather_groups(pointers, mine, num_sequences, settings, BLOCK_J: tl.constexpr):
-    """First round of meetings: everything that needs no mean."""
-    none, zero = tl.zeros_like(mine.offs), tl.zeros_like(mine.reward)
-    group = Group(none + NO_SEQUENCE, none, none, none, none, zero, zero - NO_REWARD, zero + NO_REWARD, zero)
-    for first in range(0, num_sequences, BLOCK_J):
-        others, same, any_same = meet(pointers, mine, first, num_sequences, settings, BLOCK_J)
-        # Most blocks hold no sequence of these groups; adding nothing would change no bit.
-        if any_same:
-            group = joined(group, same, others)
-    return group
-
-
-@triton.jit
-def means(group):
-    """Mean reward and mean uncertainty of each group."""
-    reward = group.reward / tl.maximum(group.usable, 1).to(group.reward.dtype)
-    return reward, group.uncertainty / tl.maximum(group.known, 1).to(group.reward.dtype)
+Choices = namedtuple("Choices", "baseline scale weight clamp renorm all_wrong lock_all_wrong singleton")
+# Which rules a group falls under; what is not compared has no base advantage.
+Rules = namedtuple("Rules", "single unusable collapsed any_correct penalised compared")
 
 
 @triton.jit
@@ -165,32 +77,61 @@ def spread_groups(pointers, mine, group, num_sequences, settings, choices, BLOCK
 
 
 @triton.jit
-def find_rules(group, settings, choices):
+def find_rules(mine, group, settings, choices):
     """Group of one, fewer than two usable rewards, collapsed, else mixed; and who is penalised (Eq. 13)."""
     single, unusable = group.size == 1, (group.size > 1) & (group.usable < 2)
     largest = tl.maximum(tl.maximum(group.high, -group.low), 1.0)
     collapsed = group.high - group.low <= settings.collapsed * largest
     any_correct = group.correct > 0
-    penalised = ~any_correct & ~single & ~unusable
+    penalised, compared = ~any_correct & ~single & ~unusable, mine.usable
     if choices.all_wrong == "negative":
         penalised = penalised & collapsed
-    elif choices.all_wrong == "zero":
+    if choices.baseline == "correctness" or choices.baseline == "none":
         penalised = penalised & False
-    return Rules(single, unusable, collapsed, any_correct, penalised)
+    else:
+        if choices.all_wrong == "zero":
+            penalised = penalised & False
+        compared = compared & ~unusable
+        if choices.singleton != "raw":
+            compared = compared & ~single
+    return Rules(single, unusable, collapsed, any_correct, penalised, compared)
 
 
 @triton.jit
-def base_advantages(mine, group, rules, squares, settings, choices):
-    """Reward relative to its group (Eq. 2, 10), or what the group's rule says."""
+def relative_rewards(mine, group, squares, settings, choices):
+    """Rewards less their group's baseline, over their group's scale (Eq. 2, 10)."""
     mean_reward, _ = means(group)
     base = mine.reward - mean_reward
+    freedom = tl.maximum(group.usable - 1, 1).to(base.dtype)
+    if choices.baseline == "leave_one_out":
+        base = base * (group.usable.to(base.dtype) / freedom)
     if choices.scale == "group_std":
-        freedom = tl.maximum(group.usable - 1, 1).to(base.dtype)
         base = base / (tl.sqrt(squares / freedom) + settings.std_eps)
-    base = tl.where(rules.collapsed | rules.unusable, 0.0, base)
+    elif choices.scale == "group_mean":
+        base = tl.where(mean_reward > 0, base / (mean_reward + settings.std_eps), 0.0)
+    return base
+
+
+@triton.jit
+def unscaled_base(mine, group, rules, squares, settings, choices):
+    """Base advantages before what the whole batch has to say: by correctness, raw, or what the group's rule says."""
+    if choices.baseline == "correctness":
+        return tl.where(mine.correct, settings.positive_scale, -settings.negative_scale)
+    elif choices.baseline == "none":
+        return mine.reward
+    else:
+        base = relative_rewards(mine, group, squares, settings, choices)
+        return tl.where(rules.single, mine.reward, tl.where(rules.collapsed, 0.0, base))
+
+
+@triton.jit
+def base_advantages(pointers, mine, group, rules, squares, settings, choices):
+    """Base advantages, scaled by the batch where that is asked for; 0 where there is no comparison."""
+    base = unscaled_base(mine, group, rules, squares, settings, choices)
+    if pointers.batch_ptr is not None:
+        base = (base - tl.load(pointers.batch_ptr)) * tl.load(pointers.batch_ptr + 1)
     base = tl.where(rules.penalised, -settings.nsr_scale, base)
-    base = tl.where(rules.single, mine.reward if choices.singleton == "raw" else 0.0, base)
-    return tl.where(mine.usable, base, 0.0)
+    return tl.where(rules.compared, base, 0.0)
 
 
 @triton.jit
@@ -259,8 +200,8 @@ def group_advantages_kernel(
     mine = load_sequences(pointers, offs, num_sequences, settings)
     group = gather_groups(pointers, mine, num_sequences, settings, BLOCK_J)
     squares, total = spread_groups(pointers, mine, group, num_sequences, settings, choices, BLOCK_J)
-    rules = find_rules(group, settings, choices)
-    base = base_advantages(mine, group, rules, squares, settings, choices)
+    rules = find_rules(mine, group, settings, choices)
+    base = base_advantages(pointers, mine, group, rules, squares, settings, choices)
     weights = final_weights(mine, group, rules, total, settings, choices)
     incomplete = (group_size > 0) & (group.size != group_size)
     advantages = tl.where(incomplete, float("nan"), weights * base)
@@ -271,17 +212,46 @@ def group_advantages_kernel(
     store_metrics(row_ptr, pointers, mine, group, rules, advantages, weights, incomplete, settings)
 
 
+@triton.jit(do_not_specialize=["num_sequences"])
+def unscaled_base_kernel(
+    pointers, compared_ptr, settings_ptr, choices, num_sequences, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
+):
+    """Base advantages of a block of sequences as the batch's scale is made of them, and where there is one."""
+    settings = load_settings(settings_ptr)
+    offs = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    mine = load_sequences(pointers, offs, num_sequences, settings)
+    group = gather_groups(pointers, mine, num_sequences, settings, BLOCK_J)
+    rules = find_rules(mine, group, settings, choices)
+    base = unscaled_base(mine, group, rules, mine.reward, settings, choices)
+    tl.store(pointers.base_ptr + offs, base, mask=mine.valid)
+    tl.store(compared_ptr + offs, rules.compared.to(tl.uint8), mask=mine.valid)
+
+
 @functools.lru_cache(maxsize=256)
 def _settings_tensor(config: AdvantageConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Put the numbers of ``config`` on ``device``, once for each set of values."""
     numbers = (config.correct_threshold, COLLAPSED, config.std_eps, config.nsr_scale, config.uncertainty_eps)
-    values = Settings(*numbers, *config.weight_bounds)
+    values = Settings(*numbers, *config.weight_bounds, config.positive_scale, config.negative_scale)
     return on_device(values, dtype, device)
+
+
+def _with_batch_scale(
+    pointers: Pointers, lengths: Tensor | None, settings: Tensor, choices: Choices, config: AdvantageConfig
+) -> Pointers:
+    """Fill ``batch_ptr``; only whitening needs to know all base advantages first."""
+    rewards, base = pointers.rewards_ptr, pointers.base_ptr
+    compared = torch.ones_like(rewards, dtype=torch.bool)
+    if lengths is not None:
+        num_sequences = rewards.shape[0]
+        grid = (triton.cdiv(num_sequences, LAUNCH["BLOCK_I"]),)
+        unscaled_base_kernel[grid](pointers, as_bytes(compared), settings, choices, num_sequences, **LAUNCH)
+    scale = torch.stack(batch_scale(base, compared, rewards, lengths, config))
+    return pointers._replace(batch_ptr=scale)
 
 
 def group_advantages(
     ids: Tensor, rewards: Tensor, correct: Tensor | None, values: Tensor | None, mask: Tensor | None,
-    offsets: Tensor, config: AdvantageConfig, group_size: int | None,
+    lengths: Tensor | None, offsets: Tensor, config: AdvantageConfig, group_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Advantages, weights, base advantages, uncertainty ``[S]`` and raw metrics of whole groups."""
     advantages, weights, base = (torch.empty_like(rewards) for _ in range(3))
@@ -291,9 +261,11 @@ def group_advantages(
         if values is not None and mask is not None:
             uncertainty, counts = sequence_uncertainty(values, mask, offsets)
         inputs = (ids.contiguous(), rewards.contiguous(), as_bytes(correct), uncertainty, counts)
-        pointers = Pointers(*inputs, advantages, weights, base)
+        pointers = Pointers(*inputs, None, advantages, weights, base)
         settings = _settings_tensor(config, rewards.dtype, rewards.device)
         choices = Choices(*(tl.constexpr(getattr(config, name)) for name in Choices._fields))
+        if config.of_batch:
+            pointers = _with_batch_scale(pointers, lengths, settings, choices, config)
         group_advantages_kernel[(partials.shape[0],)](
             pointers, partials, settings, choices, ids.shape[0], group_size or 0, **LAUNCH
         )

@@ -47,7 +47,7 @@ def logits_policy_loss_kernel(
                 tl.store(entropy_ptr + row, entropy)
             live = log_prob != float("-inf")
             factor = tl.load(rows.factor_ptr + row) * settings.grad_scale
-            terms = token_terms(rows, row, live, tl.where(live, log_prob, 0.0), None, settings, SURROGATE, KL)
+            terms = token_terms(rows, row, live, tl.where(live, log_prob, 0.0), None, settings, SURROGATE, KL, False)
             slope = tl.where(live, slope_of(terms, factor, settings), 0.0)
             bonus = tl.where(live, -factor * settings.entropy_coef, 0.0)
             if (slope != 0) | (bonus != 0):

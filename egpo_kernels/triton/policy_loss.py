@@ -18,10 +18,10 @@ SEQUENCE = {"BLOCK": 1024, "num_warps": 8}
 
 
 class Scores(NamedTuple):
-    """What a policy gave each token; with a sequence ratio also each token's sequence and what it shares.
+    """What a policy gave each token; with a shared ratio also each token's sequence and what it shares.
 
-    ``log_ratio_ptr`` is the ratio's logarithm, ``slope_ptr`` the gradient of a sequence's surrogate losses
-    with respect to the log-prob of any one of its tokens whose own log-ratio is not clamped.
+    ``log_ratio_ptr`` is the ratio's logarithm. ``slope_ptr``, unless each token has a gradient of its own, is that of a
+    sequence's losses through the ratio, with respect to the log-prob of any one of its tokens that a gradient passes.
     """
 
     log_probs_ptr: Any
@@ -42,19 +42,19 @@ def load_log_probs(rows, log_probs_ptr, offs, stop):
 
 @triton.jit
 def row_terms(rows, scores, offs, live, log_prob, settings, SURROGATE: tl.constexpr, KL: tl.constexpr):
-    """Terms of tokens with their own ratio or their sequence's."""
+    """Terms of tokens with their own ratio or the one their sequence shares."""
     shared = None
     if scores.log_ratio_ptr is not None:
         index = tl.load(scores.index_ptr + offs, mask=live, other=0)
         shared = tl.load(scores.log_ratio_ptr + index, mask=live, other=0.0)
-    return token_terms(rows, offs, live, log_prob, shared, settings, SURROGATE, KL)
+    return token_terms(rows, offs, live, log_prob, shared, settings, SURROGATE, KL, False)
 
 
 @triton.jit
 def sequence_kernel(
     rows, scores, offsets_ptr, settings_ptr, SURROGATE: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One sequence per program: mean log-ratio (GSPO, arXiv 2507.18071, Eq. 7) and, if asked for, slope."""
+    """One sequence per program: mean log-ratio (GSPO, arXiv 2507.18071, Eq. 7) and, if asked for, its slope."""
     settings = load_settings(settings_ptr)
     sequence = tl.program_id(0)
     start, stop = tl.load(offsets_ptr + sequence), tl.load(offsets_ptr + sequence + 1)
@@ -63,7 +63,8 @@ def sequence_kernel(
     for first in range(start, stop, BLOCK):
         offs = first + tl.arange(0, BLOCK)
         counted, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, stop)
-        log_ratio, _ = token_log_ratio(rows, offs, live, log_prob, settings)
+        advantage = tl.load(rows.advantages_ptr + offs, mask=live, other=0.0)
+        log_ratio, _, _, _ = token_log_ratio(rows, offs, live, log_prob, advantage, settings)
         total += tl.where(live, log_ratio, 0.0)
         count += counted.to(tl.int32)
     length = tl.maximum(tl.sum(count, axis=0), 1).to(dtype)
@@ -75,7 +76,7 @@ def sequence_kernel(
         for first in range(start, stop, BLOCK):
             offs = first + tl.arange(0, BLOCK)
             _, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, stop)
-            terms = token_terms(rows, offs, live, log_prob, shared, settings, SURROGATE, KL)
+            terms = token_terms(rows, offs, live, log_prob, shared, settings, SURROGATE, KL, True)
             factor = tl.load(rows.factor_ptr + offs, mask=live, other=0.0)
             slopes += tl.where(live, factor * terms.slope, 0.0)
         tl.store(scores.slope_ptr + sequence, tl.sum(slopes, axis=0) / length)
@@ -115,7 +116,7 @@ def policy_loss_kernel(
     if scores.entropy_ptr is not None:
         entropy = tl.load(scores.entropy_ptr + offs, mask=live, other=0.0)
     factor = tl.load(rows.factor_ptr + offs, mask=live, other=0.0)
-    loss = terms.loss + settings.kl_coef * terms.kl - settings.entropy_coef * entropy
+    loss = terms.loss + settings.kl_coef * terms.kl_term - settings.entropy_coef * entropy
     loss = tl.where(live, factor * loss, 0.0)
     tl.store(losses_ptr + offs, loss, mask=offs < num_rows)
 
@@ -126,7 +127,7 @@ def policy_loss_kernel(
         counted,
         loss,
         tl.where(live, factor * terms.loss, 0.0),
-        tl.where(live, factor * settings.kl_coef * terms.kl, 0.0),
+        tl.where(live, factor * settings.kl_coef * terms.kl_term, 0.0),
         tl.where(live, -factor * settings.entropy_coef * entropy, 0.0),
         terms.low & live,
         terms.high & live,
@@ -167,7 +168,7 @@ def policy_loss_gradient_kernel(
 
 
 class Prepared(NamedTuple):
-    """Arguments both kernels take; with a sequence ratio, what a sequence's tokens share is computed."""
+    """Arguments both kernels take; with a shared ratio, what a sequence's tokens share is computed."""
 
     rows: Any
     scores: Scores
@@ -188,10 +189,11 @@ def _prepare(
     settings = settings_tensor(config, 1.0, 1.0, log_probs.dtype, log_probs.device)
     options = {"SURROGATE": SURROGATES[config.surrogate], "KL": config.kl, "BLOCK": BLOCK}
     scores = Scores(log_probs.contiguous(), None if entropy is None else entropy.contiguous())
-    if config.ratio == "sequence":
+    if config.pools:
         offsets, index = segments
         num_sequences = offsets.shape[0] - 1
-        shared = [log_probs.new_empty(num_sequences) if wanted else None for wanted in (True, want_slope)]
+        spread = want_slope and config.ratio != "sequence_token"
+        shared = [log_probs.new_empty(num_sequences) if wanted else None for wanted in (True, spread)]
         scores = Scores(*scores[:2], index.contiguous(), *shared)
         if num_sequences:
             offsets, launch = offsets.contiguous(), options | SEQUENCE

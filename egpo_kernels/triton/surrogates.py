@@ -10,14 +10,16 @@ import triton.language as tl
 
 
 class Terms(NamedTuple):
-    """What tokens contribute: surrogate loss and slope (rollout weight included), KL and its slope, clip flags.
+    """What tokens contribute: surrogate loss, KL, slopes through the ratio and beside it, clip flags.
 
-    ``inside`` says where the token's own log-ratio is not clamped, so that a gradient passes.
+    ``slope`` is the derivative through the ratio, weights and KL times ratio included; ``kl`` the KL estimate and
+    ``kl_term`` what the loss has of it. ``inside`` says where a gradient passes a token's own log-ratio.
     """
 
     loss: Any
     slope: Any
     kl: Any
+    kl_term: Any
     kl_slope: Any
     low: Any
     high: Any
@@ -25,20 +27,52 @@ class Terms(NamedTuple):
     inside: Any
 
 
+# A surrogate returns (loss, d loss / d log_prob, clipped below, clipped above); the derivative through the ratio is 0
+# where its logarithm is not `inside` its bounds.
+
+
 @triton.jit
-def clip(log_prob, log_ratio, advantage, settings):
-    """Clipped surrogate: (loss, d loss / d log_prob, clipped below, clipped above); dual_clip is inf when off."""
+def clip(log_prob, log_ratio, inside, advantage, settings):
+    """Clipped surrogate of PPO; dual_clip is inf when off."""
     ratio = tl.exp(log_ratio)
     low = (advantage < 0) & (ratio < settings.ratio_low)
     high = (advantage > 0) & (ratio > settings.ratio_high)
     dual = (advantage < 0) & (ratio > settings.dual_clip)
     bounded = tl.where(low, settings.ratio_low, tl.where(high, settings.ratio_high, ratio))
     bounded = tl.where(dual, settings.dual_clip, bounded)
-    slope = tl.where(low | high | dual, 0.0, ratio)
+    slope = tl.where(low | high | dual | ~inside, 0.0, ratio)
     return -bounded * advantage, -slope * advantage, low, high | dual
 
 
-SURROGATES = {"clip": clip}
+@triton.jit
+def cispo(log_prob, log_ratio, inside, advantage, settings):
+    """Capped ratio as the weight of a log-prob: no derivative through the ratio, so ``inside`` does not matter."""
+    ratio = tl.exp(log_ratio)
+    high = ratio > settings.ratio_high
+    slope = -tl.where(high, settings.ratio_high, ratio) * advantage
+    return slope * log_prob, slope, high & False, high
+
+
+@triton.jit
+def sapo(log_prob, log_ratio, inside, advantage, settings):
+    """Soft gate around a ratio of 1; its derivative has 1 - sigmoid(x) as sigmoid(-x), which loses no digits."""
+    ratio = tl.exp(log_ratio)
+    tau = tl.where(advantage > 0, settings.tau_positive, settings.tau_negative)
+    shut = 1.0 / (1.0 + tl.exp(tau * (ratio - 1.0)))
+    open_ = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
+    slope = tl.where(inside, 4.0 * open_ * shut * ratio, 0.0)
+    return -open_ * (4.0 / tau) * advantage, -slope * advantage, inside & False, inside & False
+
+
+@triton.jit
+def gmpo(log_prob, log_ratio, inside, advantage, settings):
+    """Geometric mean of a sequence's ratios, trimmed before they are pooled."""
+    ratio = tl.exp(log_ratio)
+    slope = tl.where(inside, ratio, 0.0)
+    return -ratio * advantage, -slope * advantage, inside & False, inside & False
+
+
+SURROGATES = {"clip": clip, "cispo": cispo, "sapo": sapo, "gmpo": gmpo}
 
 
 @triton.jit
@@ -58,46 +92,61 @@ def kl_estimate(log_prob, ref_log_prob, settings, KL: tl.constexpr):
         value, slope = x * x * 0.5, -x
     else:
         value, slope = tl.exp(x) - x - 1.0, 1.0 - tl.exp(x)
-    return value, tl.where(inside, slope, 0.0)
+    value, bounded = clamped(value, settings.kl_max)
+    return value, tl.where(inside & bounded, slope, 0.0)
 
 
 @triton.jit
-def token_log_ratio(rows, offs, live, log_prob, settings):
-    """Clamped log-ratio of tokens and where it is not clamped; exactly 0 on-policy (NaN for a NaN log-prob)."""
+def token_log_ratio(rows, offs, live, log_prob, advantage, settings):
+    """Log-ratio of tokens, where a gradient passes it, and where it is trimmed; 0 on-policy (NaN for a NaN log-prob).
+
+    Trimming (gmpo) is one-sided by the sign of the advantage; for other surrogates its bounds are infinite.
+    """
     if rows.old_log_probs_ptr is None:
         old = log_prob
     else:
         old = tl.load(rows.old_log_probs_ptr + offs, mask=live, other=0.0)
-    return clamped(log_prob - old, settings.max_log_ratio)
+    log_ratio, inside = clamped(log_prob - old, settings.max_log_ratio)
+    low = (advantage < 0) & (log_ratio < -settings.trim_low)
+    high = (advantage > 0) & (log_ratio > settings.trim_high)
+    log_ratio = tl.where(low, -settings.trim_low, tl.where(high, settings.trim_high, log_ratio))
+    return log_ratio, inside & ~(low | high), low, high
 
 
 @triton.jit
-def token_terms(rows, offs, live, log_prob, sequence_log_ratio, settings, SURROGATE: tl.constexpr, KL: tl.constexpr):
+def token_terms(
+    rows, offs, live, log_prob, shared_log_ratio, settings, SURROGATE: tl.constexpr, KL: tl.constexpr,
+    SPREAD: tl.constexpr,
+):  # fmt: skip
     """Terms of the tokens ``offs``; nothing is read where not ``live``, and ``log_prob`` must be finite or NaN there.
 
-    ``sequence_log_ratio`` is None, or the ratio's logarithm shared by a sequence; the slope is then that of the
-    surrogate at the shared ratio, to be spread over the sequence by the caller.
+    ``shared_log_ratio`` is None, or the ratio's logarithm shared by a sequence. With ``SPREAD`` the slope is that of
+    the surrogate at the shared ratio, to be spread over the sequence by the caller.
     """
-    log_ratio, inside = token_log_ratio(rows, offs, live, log_prob, settings)
-    if sequence_log_ratio is not None:
-        log_ratio = sequence_log_ratio
     advantage = tl.load(rows.advantages_ptr + offs, mask=live, other=0.0)
-    loss, slope, low, high = SURROGATE(log_prob, log_ratio, advantage, settings)
-    if sequence_log_ratio is None:
-        slope = tl.where(inside, slope, 0.0)
+    log_ratio, inside, trimmed_low, trimmed_high = token_log_ratio(rows, offs, live, log_prob, advantage, settings)
+    if shared_log_ratio is not None:
+        log_ratio = shared_log_ratio
+    passes = inside
+    if SPREAD:
+        passes = inside | True
+    loss, slope, low, high = SURROGATE(log_prob, log_ratio, passes, advantage, settings)
     if rows.rollout_weights_ptr is not None:
         weight = tl.load(rows.rollout_weights_ptr + offs, mask=live, other=1.0)
         weight = tl.where(weight == weight, weight, 1.0)
         loss, slope = loss * weight, slope * weight
     if rows.ref_log_probs_ptr is None:
-        kl, kl_slope = tl.zeros_like(loss), tl.zeros_like(loss)
+        kl, kl_term, kl_slope = tl.zeros_like(loss), tl.zeros_like(loss), tl.zeros_like(loss)
     else:
         ref = tl.load(rows.ref_log_probs_ptr + offs, mask=live, other=0.0)
         kl, kl_slope = kl_estimate(log_prob, ref, settings, KL)
-    return Terms(loss, slope, kl, kl_slope, low, high, log_ratio, inside)
+        ratio = tl.where(settings.kl_times_ratio != 0, tl.exp(log_ratio), 1.0)
+        kl_term, kl_slope = kl * ratio, kl_slope * ratio
+        slope += settings.kl_times_ratio * tl.where(passes, settings.kl_coef * kl_term, 0.0)
+    return Terms(loss, slope, kl, kl_term, kl_slope, trimmed_low | low, trimmed_high | high, log_ratio, inside)
 
 
 @triton.jit
 def slope_of(terms, factor, settings):
-    """Derivative of the reduced loss with respect to the log-prob, for a ratio of the token's own."""
+    """Derivative of the reduced loss with respect to the log-prob, for a ratio with a gradient of the token's own."""
     return factor * (terms.slope + settings.kl_coef * terms.kl_slope)

@@ -1,0 +1,83 @@
+"""Settings: dataclasses whose fields say what they may hold and are checked when an object is made."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+Config = TypeVar("Config", bound="Checked")
+
+
+def choice(*values: str) -> Any:
+    """A field that holds one of ``values``, the first by default."""
+    return dataclasses.field(default=values[0], metadata={"choices": values})
+
+
+def number(
+    default: float | None, low: float, high: float = math.inf, *, open_low: bool = False, optional: bool = False
+) -> Any:
+    """A field that holds a number in ``[low, high]``, or ``(low, high]``, or None if it is optional."""
+    bounds = {"low": low, "high": high, "open_low": open_low, "optional": optional}
+    return dataclasses.field(default=default, metadata=bounds)
+
+
+def check_number(
+    name: str, value: Any, *, low: float, high: float, open_low: bool = False, optional: bool = False
+) -> float | None:
+    """Return ``value`` as a float, or raise naming what it must be."""
+    if value is None and optional:
+        return None
+    wanted = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
+    wanted += " or None" if optional else ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; it must be {wanted}")
+    # Not math.isfinite: a traced call has symbolic numbers.
+    if not (low <= value <= high and abs(value) < math.inf) or (open_low and value == low):
+        raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+    return float(value)
+
+
+class Checked:
+    """What the settings classes share: every field is checked when the object is made."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if not field.init:
+                continue
+            name, value = f"{type(self).__name__}.{field.name}", getattr(self, field.name)
+            if "choices" in field.metadata:
+                choices = field.metadata["choices"]
+                if value not in choices:
+                    raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+            elif "low" in field.metadata:
+                object.__setattr__(self, field.name, check_number(name, value, **field.metadata))
+            elif isinstance(field.default, bool) and not isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}; it must be True or False")
+        self._check_together()
+        # Opaque operators take strings, not objects: the settings travel as JSON, made once.
+        object.__setattr__(self, "json", json.dumps(self.to_dict()))
+
+    def _check_together(self) -> None:
+        """Check what involves several fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for YAML or JSON; `from_dict` reads them back."""
+        fields = [field.name for field in dataclasses.fields(self) if field.init]  # type: ignore[arg-type]
+        values = {name: getattr(self, name) for name in fields}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """Make the settings from `to_dict`'s values; fields left out take their defaults."""
+        check_keys(cls.__name__, values, [field.name for field in dataclasses.fields(cls) if field.init])  # type: ignore[arg-type]
+        return cls(**values)
+
+
+def check_keys(name: str, values: Mapping[str, Any], allowed: list[str]) -> None:
+    """Raise when ``values`` is no mapping or holds a key outside ``allowed``."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{name} is made from {type(values).__name__}; it must be a mapping of its fields")
+    unknown = [key for key in values if key not in allowed]
+    if unknown:
+        raise ValueError(f"{name} has no setting {unknown[0]!r}; it must be one of {', '.join(allowed)}")
