@@ -11,6 +11,9 @@ from egpo_kernels.api import (
 )
 from egpo_kernels.groups import group_advantages
 from egpo_kernels.metrics import combine_metrics
+from egpo_kernels.rewards import informative_groups, soft_overlong_penalty
+from egpo_kernels.sampling import off_policy_mask, rollout_weights
+from egpo_kernels.spans import response_spans, top_entropy_mask
 from egpo_kernels.targets import next_token_targets
 from egpo_kernels.types import (
     AdvantageConfig,
@@ -18,6 +21,7 @@ from egpo_kernels.types import (
     LossOutput,
     PolicyLossConfig,
     Recipe,
+    ResponseSpans,
     TokenLogProbs,
 )
 
@@ -29,13 +33,20 @@ __all__ = [
     "LossOutput",
     "PolicyLossConfig",
     "Recipe",
+    "ResponseSpans",
     "TokenLogProbs",
     "combine_metrics",
     "egpo_loss",
     "group_advantages",
+    "informative_groups",
     "logits_policy_loss",
     "next_token_targets",
+    "off_policy_mask",
     "policy_loss",
     "recipes",
+    "response_spans",
+    "rollout_weights",
+    "soft_overlong_penalty",
     "token_log_probs",
+    "top_entropy_mask",
 ]

@@ -78,6 +78,14 @@ class Base(NamedTuple):
     any_correct: Tensor
 
 
+def is_collapsed(rewards: Tensor, groups: Groups) -> Tensor:
+    """Whether the usable rewards of each sequence's group are as good as equal, ``[S]``."""
+    usable = rewards.isfinite()
+    high, low = (groups.max(torch.where(usable, sign * rewards, metrics.NOTHING)) for sign in (1, -1))
+    largest = groups.max(torch.where(usable, rewards, 0.0).abs())
+    return high + low <= COLLAPSED * largest.clamp(min=1)
+
+
 def base_advantages(
     rewards: Tensor, correct: Tensor, lengths: Tensor | None, groups: Groups, config: AdvantageConfig
 ) -> Base:
@@ -86,10 +94,7 @@ def base_advantages(
     safe = torch.where(usable, rewards, 0.0)
     size = groups.sum(torch.ones_like(rewards))
     count = groups.sum(usable.to(rewards.dtype))
-    spread = groups.max(torch.where(usable, rewards, metrics.NOTHING)) + groups.max(
-        torch.where(usable, -rewards, metrics.NOTHING)
-    )
-    collapsed = spread <= COLLAPSED * groups.max(safe.abs()).clamp(min=1)
+    collapsed = is_collapsed(rewards, groups)
     any_correct = groups.sum((correct & usable).to(rewards.dtype)) > 0
     single, unusable = size == 1, (size > 1) & (count < 2)
     penalised, compared = torch.zeros_like(single), usable

@@ -10,7 +10,7 @@ from egpo_kernels.dispatch import choose_backend
 from egpo_kernels.layout import Layout, counted, group_ids, make_layout
 from egpo_kernels.reduction import counts_per_sequence
 from egpo_kernels.types import AdvantageConfig, GroupAdvantages
-from egpo_kernels.validation import check_complete, check_instance, check_tensor
+from egpo_kernels.validation import check_complete, check_instance, check_rewards, check_tensor
 
 
 def group_advantages(
@@ -53,12 +53,7 @@ def group_advantages(
         TypeError: A wrong type or dtype.
     """
     check_instance("config", config, AdvantageConfig)
-    if not isinstance(rewards, Tensor):
-        raise TypeError(f"rewards is {type(rewards).__name__}; it must be a tensor [S], one number per sequence")
-    if rewards.dim() != 1:
-        raise ValueError(f"rewards has shape {list(rewards.shape)}; it must be [S], one number per sequence")
-    sequences, device = rewards.shape[0], rewards.device
-    check_tensor("rewards", rewards, "real", {"[S]": (sequences,)}, device)
+    sequences, device = check_rewards(rewards).shape[0], rewards.device
     layout = counts = None
     per_token = {"old_log_probs": old_log_probs, "entropy": entropy, "mask": mask}
     for name in [name for name, given in per_token.items() if given is not None][:1]:

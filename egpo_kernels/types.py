@@ -252,6 +252,14 @@ class TokenLogProbs(NamedTuple):
     entropy: Tensor | None
 
 
+class ResponseSpans(NamedTuple):
+    """Thinking and answer of each response, bool per token, and how many responses had no tag to split at."""
+
+    thinking: Tensor
+    answer: Tensor
+    untagged: Tensor
+
+
 class Rows(NamedTuple):
     """What the backends are handed per token, flattened to ``[N]``; None where the caller gave nothing.
 

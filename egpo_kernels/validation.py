@@ -34,6 +34,15 @@ def check_tensor(name: str, value: Any, kind: str, shapes: Shapes, device: torch
     return value
 
 
+def check_rewards(rewards: Any) -> Tensor:
+    """Return ``rewards`` when they are one real number per sequence."""
+    if not isinstance(rewards, Tensor):
+        raise TypeError(f"rewards is {type(rewards).__name__}; it must be a tensor [S], one number per sequence")
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards has shape {list(rewards.shape)}; it must be [S], one number per sequence")
+    return check_tensor("rewards", rewards, "real", {}, rewards.device)
+
+
 def check_logits(name: str, logits: Any, packed: bool) -> Tensor:
     """Return ``logits`` when they are ``[S, T, V]`` (``[N, V]`` packed), of a known dtype, readable where they lie."""
     if not isinstance(logits, Tensor):

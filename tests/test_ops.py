@@ -48,7 +48,7 @@ def arguments(name, backend, dtype=torch.float32):
         "group_advantages": (
             torch.tensor([4, 4, 1, 1], device=DEVICE),
             torch.tensor([1.0, 0, 1, 0], device=DEVICE),
-            [None, -log_probs, rows[0]],
+            [None, -log_probs, rows[0], None],
             segments[0],
             AdvantageConfig().json,
             2,

@@ -44,10 +44,16 @@ def examples(backend: str, count: int):
     )
 
 
+WALKED: dict[str, int] = {}
+"""Examples of each property, over all backends."""
+
+
 def over_backends(count: int, *strategies):
     """Run a test on each backend, with examples of these strategies after it."""
 
     def decorate(test):
+        WALKED[test.__name__] = sum(int(count * share) for share in EXAMPLES.values())
+
         @pytest.mark.parametrize("backend", FAST)
         def run(backend):
             def on_example(drawn):
@@ -93,7 +99,13 @@ def joined(case: Case, parts: list[dict]) -> dict:
 # The properties.
 
 
-@over_backends(140, cases())
+@pytest.mark.skipif(ON_GPU, reason="on a GPU nearly every example compiles, so that there are fewer")
+def test_recipes_and_options_are_walked_a_thousand_times():
+    losses = ("test_egpo_loss", "test_two_calls_in_micro_batches", "test_logits_policy_loss", "test_policy_loss")
+    assert sum(WALKED[name] for name in losses) >= 1000
+
+
+@over_backends(300, cases())
 def test_egpo_loss(backend, case):
     """Loss, logits gradient and all metrics of the one call."""
     found = advantages(case.double(), "reference")
@@ -107,7 +119,7 @@ def test_egpo_loss(backend, case):
     )
 
 
-@over_backends(80, cases(), st.lists(st.integers(1, 11), max_size=3))
+@over_backends(200, cases(), st.lists(st.integers(1, 11), max_size=3))
 def test_two_calls_in_micro_batches(backend, case, cuts):
     """`group_advantages` once, `logits_policy_loss` per micro-batch with global counts: the whole batch's results."""
     exact = advantages(case.double(), "reference")
@@ -129,7 +141,7 @@ def test_two_calls_in_micro_batches(backend, case, cuts):
     )
 
 
-@over_backends(80, cases())
+@over_backends(200, cases())
 def test_logits_policy_loss(backend, case):
     """Advantages per sequence or per token, given; looking at fewer rows changes no loss and no gradient."""
     exact, reference = alone(case.double(), "reference"), alone(case, "reference")
@@ -142,7 +154,7 @@ def test_logits_policy_loss(backend, case):
         assert_rounding(fewer["loss"], actual["loss"])
 
 
-@over_backends(70, cases(dtypes=(torch.float32, torch.float64)))
+@over_backends(200, cases(dtypes=(torch.float32, torch.float64)))
 def test_policy_loss(backend, case):
     """Gradients with respect to log-probs and entropy."""
 

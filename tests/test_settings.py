@@ -13,7 +13,8 @@ CONFIGS = [ek.AdvantageConfig, ek.PolicyLossConfig]
 NAN, INF = float("nan"), float("inf")
 
 ADVANTAGE_CHOICES = {
-    "scale": ["group_std", "none"],
+    "baseline": ["mean", "leave_one_out", "correctness", "none"],
+    "scale": ["group_std", "batch_std", "batch_whiten", "group_mean", "none"],
     "weight": ["inverse_uncertainty", "none"],
     "statistic": ["nll", "shannon"],
     "clamp": ["asymmetric", "symmetric", "negative_only", "positive_only", "none"],
@@ -22,21 +23,26 @@ ADVANTAGE_CHOICES = {
     "singleton": ["zero", "raw"],
 }
 LOSS_CHOICES = {
-    "ratio": ["token", "sequence"],
+    "surrogate": ["clip", "cispo", "sapo", "gmpo"],
+    "ratio": ["token", "sequence", "sequence_token"],
     "kl": ["k1", "k2", "k3"],
-    "reduction": ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "sum", "none"],
+    "reduction": ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "sum", "none"],
 }
 GOOD = [(ek.AdvantageConfig, name, value) for name, values in ADVANTAGE_CHOICES.items() for value in values]
 GOOD += [(ek.PolicyLossConfig, name, value) for name, values in LOSS_CHOICES.items() for value in values]
 GOOD += [
-    (ek.AdvantageConfig, "baseline", "mean"),
+    (ek.AdvantageConfig, "positive_scale", 0),
+    (ek.AdvantageConfig, "negative_scale", 0.1),
     (ek.AdvantageConfig, "std_eps", 0),
     (ek.AdvantageConfig, "weight_bounds", (0, 1)),
     (ek.AdvantageConfig, "weight_bounds", [1.0, 1.0]),
     (ek.AdvantageConfig, "nsr_scale", 0.0),
     (ek.AdvantageConfig, "lock_all_wrong", True),
     (ek.AdvantageConfig, "correct_threshold", -3),
-    (ek.PolicyLossConfig, "surrogate", "clip"),
+    (ek.PolicyLossConfig, "tau_positive", 2),
+    (ek.PolicyLossConfig, "tau_negative", 0.5),
+    (ek.PolicyLossConfig, "kl_max", 10),
+    (ek.PolicyLossConfig, "kl_times_ratio", True),
     (ek.PolicyLossConfig, "clip_low", 1.0),
     (ek.PolicyLossConfig, "clip_high", 5.0),
     (ek.PolicyLossConfig, "dual_clip", 3.0),
@@ -63,8 +69,13 @@ BAD_VALUES = [
     (ek.PolicyLossConfig, "max_log_ratio", 81),
     (ek.PolicyLossConfig, "kl_coef", -0.1),
     (ek.PolicyLossConfig, "entropy_coef", NAN),
+    (ek.AdvantageConfig, "positive_scale", -1.0),
+    (ek.AdvantageConfig, "negative_scale", INF),
+    (ek.PolicyLossConfig, "tau_positive", 0.0),
+    (ek.PolicyLossConfig, "tau_negative", 1e4),
+    (ek.PolicyLossConfig, "kl_max", 0.0),
     (ek.PolicyLossConfig, "norm_length", 100),
-    (ek.PolicyLossConfig, "reduction", "seq_mean_token_sum_norm"),
+    (ek.PolicyLossConfig, "ratio_cap", 5.0),
 ]
 BAD_TYPES = [
     (ek.AdvantageConfig, "std_eps", "1e-6"),
@@ -75,9 +86,10 @@ BAD_TYPES = [
     (ek.PolicyLossConfig, "clip_low", None),
     (ek.PolicyLossConfig, "clip_high", True),
     (ek.PolicyLossConfig, "dual_clip", "3"),
+    (ek.PolicyLossConfig, "kl_times_ratio", 1),
 ]
-CHOICES = [(ek.AdvantageConfig, name) for name in ["baseline", *ADVANTAGE_CHOICES]]
-CHOICES += [(ek.PolicyLossConfig, name) for name in ["surrogate", *LOSS_CHOICES]]
+CHOICES = [(ek.AdvantageConfig, name) for name in ADVANTAGE_CHOICES]
+CHOICES += [(ek.PolicyLossConfig, name) for name in LOSS_CHOICES]
 
 
 @pytest.mark.parametrize("kind, name, value", GOOD)
@@ -92,8 +104,7 @@ def test_good_settings(kind, name, value):
 
 @pytest.mark.parametrize("kind, name, value", BAD_VALUES)
 def test_bad_values(kind, name, value):
-    blamed = "norm_length" if name == "reduction" else name
-    with pytest.raises(ValueError, match=rf"{kind.__name__}\.{blamed}\b.* is .* must be"):
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\.{name}\b.* is .* must be"):
         kind(**{name: value})
 
 
@@ -115,6 +126,21 @@ def test_norm_length_goes_with_its_reduction():
     made = ek.PolicyLossConfig(reduction="seq_mean_token_sum_norm", norm_length=128)
     assert made.norm_length == 128.0
     assert ek.PolicyLossConfig.from_dict(made.to_dict()) == made
+
+
+def test_settings_that_need_one_another():
+    assert ek.PolicyLossConfig(surrogate="cispo", ratio_cap=5).ratio_cap == 5.0
+    for surrogate in ("cispo", "sapo", "gmpo"):
+        for ratio in ("sequence", "sequence_token"):
+            with pytest.raises(
+                ValueError, match=rf"ratio is '{ratio}' with surrogate '{surrogate}'; it must be 'token'"
+            ):
+                ek.PolicyLossConfig(surrogate=surrogate, ratio=ratio)
+        with pytest.raises(ValueError, match=r"dual_clip is 3\.0 with surrogate .* belongs to surrogate 'clip'"):
+            ek.PolicyLossConfig(surrogate=surrogate, dual_clip=3.0)
+    for baseline in ("correctness", "none"):
+        with pytest.raises(ValueError, match=rf"scale is 'group_mean' with baseline '{baseline}', .* must be 'none'"):
+            ek.AdvantageConfig(baseline=baseline, scale="group_mean")
 
 
 @pytest.mark.parametrize("kind", [*CONFIGS, ek.Recipe])
@@ -156,7 +182,7 @@ def test_recipes_by_name_in_any_case(name):
 
 
 def test_unknown_recipes():
-    with pytest.raises(ValueError, match="recipe is 'ppo'; it must be a Recipe or one of egpo, grpo"):
+    with pytest.raises(ValueError, match=r"recipe is 'ppo'; it must be a Recipe or one of egpo, .*, dapo, "):
         ek.recipes.get("ppo")
     for value in (None, 3, ek.AdvantageConfig()):
         with pytest.raises(TypeError, match=r"recipe is .* must be a Recipe"):

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from egpo_kernels import surrogates as torch_side
 from egpo_kernels.triton import surrogates as triton_side
-from egpo_kernels.triton.settings import load_settings, settings_tensor
+from egpo_kernels.triton.settings import choices_of, load_settings, settings_tensor
 from egpo_kernels.types import PolicyLossConfig
 from tests.support.device import DEVICE
 
@@ -41,10 +41,10 @@ def surrogate_kernel(
 
 
 @triton.jit
-def kl_kernel(log_probs_ptr, ref_ptr, out_ptr, settings_ptr, KL: tl.constexpr, BLOCK: tl.constexpr):
+def kl_kernel(log_probs_ptr, ref_ptr, out_ptr, settings_ptr, choices, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     value, slope = triton_side.kl_estimate(
-        tl.load(log_probs_ptr + offs), tl.load(ref_ptr + offs), load_settings(settings_ptr), KL
+        tl.load(log_probs_ptr + offs), tl.load(ref_ptr + offs), load_settings(settings_ptr), choices
     )
     tl.store(out_ptr + offs, value)
     tl.store(out_ptr + BLOCK + offs, slope)
@@ -109,7 +109,7 @@ def test_kl_estimators_agree(kl, bounds):
     (slope,) = torch.autograd.grad(value.sum(), leaf)
 
     out = torch.empty(2, len(log_probs), dtype=torch.float64, device=DEVICE)
-    kl_kernel[(1,)](log_probs, ref, out, settings_of(config), kl, len(log_probs))
+    kl_kernel[(1,)](log_probs, ref, out, settings_of(config), choices_of(config), len(log_probs))
     eps = torch.finfo(torch.float64).eps
     assert (out[0] - value.detach()).abs().max() <= 4 * eps * (ref - log_probs).exp().max()
     assert (out[1] - slope).abs().max() <= 4 * eps * (ref - log_probs).exp().max()

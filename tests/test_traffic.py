@@ -5,6 +5,7 @@ import torch
 
 from benchmarks.counts.traffic import count_traffic
 from egpo_kernels import PolicyLossConfig, egpo_loss, logits_policy_loss, recipes, token_log_probs
+from tests.support.strategies import PUBLISHED
 
 SEQUENCES, LENGTH, VOCAB = 4, 3, 16500
 DTYPES = [torch.float32, torch.bfloat16]
@@ -116,6 +117,8 @@ def test_the_expected_upstream_costs_nothing(scale, tokens, mask):
 
 LATE = {
     "sequence": PolicyLossConfig(ratio="sequence"),
+    "sequence_token": PolicyLossConfig(ratio="sequence_token"),
+    "gmpo": PolicyLossConfig(surrogate="gmpo"),
     "none": PolicyLossConfig(reduction="none"),
 }
 
@@ -156,6 +159,53 @@ def test_without_a_weight_egpo_loss_is_one_pass(tokens, mask):
     with count_traffic() as traffic:
         egpo_loss(logits, tokens, 4, rewards, mask=mask, recipe=recipes.GRPO, backend="triton")[0].backward()
     assert_read_once(traffic, logits, int(mask.sum()))
+
+
+@pytest.mark.parametrize("off_policy", [False, True])
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_no_recipe_costs_another_pass(name, off_policy, tokens, mask):
+    """Two reads where a ratio is shared or the uncertainty comes from these logits, one everywhere else."""
+    recipe, logits, live = PUBLISHED[name], make_logits(torch.bfloat16), int(mask.sum())
+    old = torch.full((SEQUENCES, LENGTH), -10.0) if off_policy else None
+    config = recipe.advantage
+    own = config.weight != "none" and (not off_policy or config.statistic == "shannon")
+    reads = 2 if recipe.loss.pools or own else 1
+    with count_traffic() as traffic:
+        rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
+        egpo_loss(
+            logits, tokens, 4, rewards, mask=mask, old_log_probs=old, recipe=recipe, backend="triton"
+        ).loss.backward()
+    flowing = int((logits.grad != 0).any(-1).sum())
+    seen = traffic.of(logits)
+    assert seen.launches == reads and flowing > 0
+    assert seen.loaded_once == row_bytes(torch.bfloat16, live + (flowing if reads == 2 else 0))
+    assert_written_once(traffic, logits.grad, flowing)
+
+
+OPTIONS = {
+    "per-token advantages": {"advantages": torch.ones(SEQUENCES, LENGTH)},
+    "temperature per sequence": {"temperature": torch.full((SEQUENCES,), 0.7)},
+    "temperature per token": {"temperature": torch.full((SEQUENCES, LENGTH), 0.7)},
+    "rollout weights": {"rollout_weights": torch.full((SEQUENCES, LENGTH), 0.5)},
+    "KL times ratio": {"config": PolicyLossConfig(kl_coef=0.1, kl_times_ratio=True, kl_max=10.0)},
+    "entropy bonus": {"config": PolicyLossConfig(entropy_coef=0.01)},
+    "cispo with a cap": {"config": PolicyLossConfig(surrogate="cispo", ratio_cap=5.0)},
+    "sapo, dr_grpo": {
+        "config": PolicyLossConfig(surrogate="sapo", reduction="seq_mean_token_sum_norm", norm_length=LENGTH)
+    },
+    "global counts": {"num_tokens": 100, "num_sequences": torch.tensor(7.0)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_option_costs_another_pass(name, tokens, mask):
+    logits, live = make_logits(torch.bfloat16), int(mask.sum())
+    per_token = {name: torch.full((SEQUENCES, LENGTH), -10.0) for name in ("old_log_probs", "ref_log_probs")}
+    given = {"advantages": torch.ones(SEQUENCES), **per_token, **OPTIONS[name]}
+    with count_traffic() as traffic:
+        logits_policy_loss(logits, tokens, given.pop("advantages"), mask, **given, backend="triton").loss.backward()
+    assert_read_once(traffic, logits, live)
+    assert_written_once(traffic, logits.grad, int((logits.grad != 0).any(-1).sum()))
 
 
 @pytest.mark.parametrize("name", ["one pass", *LATE])

@@ -43,6 +43,9 @@ CASES = {
     "one pass, entropy reported": CaseBudget(4, 1, 1, 2, 1, 1, 20, 2.2),
     "one pass, entropy in the loss": CaseBudget(4, 1, 1, 2, 1, 1, 22, 2.2),
     "one pass, another upstream gradient": CaseBudget(4, 2, 2, 3, 2, 1, 37, 2.2),
+    "one pass, cispo": CaseBudget(4, 1, 1, 2, 1, 1, 16, 2.2),
+    "one pass, sapo": CaseBudget(4, 1, 1, 2, 1, 1, 16, 2.2),
+    "gmpo": CaseBudget(7, 2, 2, 2, 1, 1, 16, 2.2),
     "sequence ratio": CaseBudget(7, 2, 2, 2, 1, 1, 16, 2.2),
     "sequence ratio, in place": CaseBudget(7, 2, 2, 2, 1, 0, 16, 2.2),
     "token_log_probs": CaseBudget(2, 2, 2, 2, 1, 1, 16, 2.2),
@@ -54,6 +57,7 @@ CASES = {
     "group_advantages, float64": CaseBudget(3),
     "group_advantages, unweighted": CaseBudget(3),
     "group_advantages, renormalised": CaseBudget(3),
+    "group_advantages, whitened": CaseBudget(4),
 }
 
 KERNELS = {
@@ -62,13 +66,13 @@ KERNELS = {
     "logits_gradient_kernel": KernelBudget((64, 64, 56, 40)),
     "logits_policy_loss_kernel": KernelBudget((128, 128, 128, 96), (64, 64, 64, 64)),
     "rescale_kernel": KernelBudget((112, 112, 96, 64)),
-    "policy_loss_kernel": KernelBudget((64, 64, 64, 48), (32, 32, 32, 32)),
-    "policy_loss_gradient_kernel": KernelBudget((32, 32, 32, 12)),
-    # Spills in float64, on-policy. With 16 warps it would not, but float32 on an H100 would.
-    "sequence_kernel": KernelBudget((64, 64, 64, 32), (64, 64, 64, 64), (8, 0, 0, 0)),
+    "policy_loss_kernel": KernelBudget((64, 64, 64, 48), (64, 64, 64, 32)),
+    "policy_loss_gradient_kernel": KernelBudget((26, 26, 26, 12)),
+    "sequence_kernel": KernelBudget((64, 64, 64, 25), (64, 64, 64, 64)),
     "segment_mean_kernel": KernelBudget((32, 32, 32, 24), (64, 64, 64, 64)),
     # Spills with some choices, at 80 or 128 registers of 255: presumably so that one more program fits beside. With
     # 4 or 16 warps other choices spill instead; a launch serves a whole rollout batch.
+    "unscaled_base_kernel": KernelBudget((64, 64, 64, 42), (256, 256, 256, 128)),
     "group_advantages_kernel": KernelBudget((168, 168, 160, 88), (512, 512, 512, 256), (16, 16, 32, 0)),
     "combine_kernel": KernelBudget((120, 120, 120, 64), (1024, 1024, 1024, 2048)),
 }

@@ -81,8 +81,12 @@ def groups(batch: Batch, config: AdvantageConfig, dtype: torch.dtype = torch.flo
 
 ENTROPY = PolicyLossConfig(entropy_coef=0.01)
 SEQUENCE_RATIO = PolicyLossConfig(ratio="sequence")
+CISPO = PolicyLossConfig(surrogate="cispo")
+SAPO = PolicyLossConfig(surrogate="sapo")
+GMPO = PolicyLossConfig(surrogate="gmpo")
 UNWEIGHTED = AdvantageConfig(weight="none", clamp="none", all_wrong="zero")
 RENORMALISED = AdvantageConfig(clamp="negative_only", renorm="before", scale="none", singleton="raw")
+WHITENED = AdvantageConfig(baseline="leave_one_out", scale="batch_whiten")
 
 OURS = (
     Case("value", lambda batch: value(batch, "none")),
@@ -92,6 +96,9 @@ OURS = (
     Case("one pass, entropy reported", lambda batch: logits_loss(batch, metrics="all").backward()),
     Case("one pass, entropy in the loss", lambda batch: logits_loss(batch, ENTROPY).backward()),
     Case("one pass, another upstream gradient", lambda batch: (3 * logits_loss(batch)).backward()),
+    Case("one pass, cispo", lambda batch: logits_loss(batch, CISPO).backward(), listed=False),
+    Case("one pass, sapo", lambda batch: logits_loss(batch, SAPO).backward(), listed=False),
+    Case("gmpo", lambda batch: logits_loss(batch, GMPO).backward(), listed=False),
     Case("sequence ratio", lambda batch: logits_loss(batch, SEQUENCE_RATIO).backward()),
     Case("sequence ratio, in place", lambda batch: logits_loss(batch, SEQUENCE_RATIO, inplace=True).backward()),
     Case("token_log_probs", lambda batch: log_probs(batch, entropy=False)),
@@ -107,4 +114,5 @@ OURS = (
     Case("group_advantages, float64", lambda batch: groups(batch, AdvantageConfig(), torch.float64), listed=False),
     Case("group_advantages, unweighted", lambda batch: groups(batch, UNWEIGHTED, torch.float64), listed=False),
     Case("group_advantages, renormalised", lambda batch: groups(batch, RENORMALISED), listed=False),
+    Case("group_advantages, whitened", lambda batch: groups(batch, WHITENED), listed=False),
 )  # fmt: skip

@@ -8,6 +8,7 @@ arguments instead (types, divisibility, absent tensors), so that whatever is add
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import sys
@@ -20,7 +21,15 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from benchmarks.counts.launches import GROUP_CONFIGS, VOCAB, Size, launch_groups, launch_log_probs, launch_logits
+from benchmarks.counts.launches import (
+    GROUP_CONFIGS,
+    LOSS_CONFIGS,
+    VOCAB,
+    Size,
+    launch_groups,
+    launch_log_probs,
+    launch_logits,
+)
 from benchmarks.counts.offline import compile_source, gpu_target, resources_of
 from benchmarks.counts.sass import sweeps
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
@@ -91,15 +100,19 @@ def every_option(compiler: Compiler) -> None:
     for dtype, full, entropy in itertools.chain(bfloat16, others):
         compiler.label = {"dtype": str(dtype).removeprefix("torch."), "entropy": entropy}
         launch_logits(dtype, full, PolicyLossConfig(entropy_coef=0.1 if entropy else 0.0))
+    for config in LOSS_CONFIGS:
+        if not config.pools:
+            compiler.label = {"dtype": "bfloat16", "surrogate": config.surrogate}
+            launch_logits(torch.bfloat16, True, config)
     # Rows that start anywhere are loaded an element at a time, in more registers.
     for dtype, entropy in itertools.product((torch.bfloat16, torch.float32), (False, True)):
         compiler.label = {"dtype": f"unaligned {dtype}", "entropy": entropy}
         launch_logits(dtype, True, PolicyLossConfig(entropy_coef=0.1 if entropy else 0.0), vocab=ODD_VOCAB)
     for dtype in (torch.float32, torch.float64):
         compiler.label = {"dtype": str(dtype).removeprefix("torch.")}
-        for full, ratio, kl in itertools.product((False, True), ("token", "sequence"), ("k1", "k2", "k3")):
-            if full or kl == "k3":
-                launch_log_probs(dtype, full, PolicyLossConfig(ratio=ratio, kl=kl))
+        for full, config, kl in itertools.product((False, True), LOSS_CONFIGS, ("k1", "k2", "k3")):
+            if kl == "k3" or (full and config.surrogate == "clip"):
+                launch_log_probs(dtype, full, dataclasses.replace(config, kl=kl))
         for number, config in enumerate(GROUP_CONFIGS):
             launch_groups(dtype, config, full=number % 2 == 0)
 
@@ -111,12 +124,14 @@ def many_values(compiler: Compiler) -> None:
         compiler.label = {"number": number}
         config = PolicyLossConfig(
             ratio="sequence", clip_low=0.1 * number, clip_high=0.2 * number, dual_clip=1.0 + number, kl_coef=number,
-            entropy_coef=0.1 * number, max_log_ratio=10.0 * number,
+            entropy_coef=0.1 * number, max_log_ratio=10.0 * number, tau_positive=number, tau_negative=0.5 * number,
+            kl_max=number,
         )  # fmt: skip
         launch_logits(torch.bfloat16, True, config, size, vocab=32000, scale=0.5 * number)
         launch_log_probs(torch.float32, True, config, size)
         bounds = (1 / (number + 1), 1.0 + number)
-        launch_groups(torch.float32, AdvantageConfig(nsr_scale=number, weight_bounds=bounds), True, size)
+        scales = {"nsr_scale": number, "positive_scale": number, "negative_scale": 0.5 * number}
+        launch_groups(torch.float32, AdvantageConfig(weight_bounds=bounds, **scales), True, size)
 
 
 def main(target: str, what: str = "options") -> None:

@@ -77,8 +77,10 @@ def launch_groups(
     values = torch.zeros(count, dtype=dtype, device=device) if full else None
     mask = torch.ones(count, dtype=torch.bool, device=device) if full else None
     correct = torch.ones(size.sequences, dtype=torch.bool, device=device) if full else None
+    lengths = torch.full_like(ids, size.length) if config.scale == "batch_whiten" else None
     offsets = torch.arange(size.sequences + 1, device=device) * size.length
-    backend.group_advantages(ids, rewards, correct, values, mask, offsets, config, size.sequences if full else None)
+    known = (correct, values, mask, lengths, offsets)
+    backend.group_advantages(ids, rewards, *known, config, size.sequences if full else None)
 
 
 GROUP_CONFIGS = (
@@ -86,4 +88,16 @@ GROUP_CONFIGS = (
     AdvantageConfig(weight="none", clamp="none", all_wrong="zero"),
     AdvantageConfig(clamp="symmetric", renorm="after", all_wrong="negative_no_correct", lock_all_wrong=True),
     AdvantageConfig(clamp="negative_only", renorm="before", scale="none", singleton="raw"),
+    AdvantageConfig(baseline="leave_one_out", scale="batch_whiten", clamp="positive_only"),
+    AdvantageConfig(baseline="correctness", scale="none", weight="none", clamp="none"),
+    AdvantageConfig(scale="group_mean", statistic="shannon", clamp="none"),
+    AdvantageConfig(baseline="none", scale="batch_std", weight="none", clamp="none"),
+)
+LOSS_CONFIGS = (
+    PolicyLossConfig(),
+    PolicyLossConfig(ratio="sequence"),
+    PolicyLossConfig(ratio="sequence_token"),
+    PolicyLossConfig(surrogate="cispo"),
+    PolicyLossConfig(surrogate="sapo"),
+    PolicyLossConfig(surrogate="gmpo"),
 )

@@ -8,10 +8,11 @@ import sys
 import torch
 
 import egpo_kernels.triton as backend
-from benchmarks.counts.launches import GROUP_CONFIGS, Size, launch_groups, launch_log_probs, launch_logits, make_rows
-from egpo_kernels import PolicyLossConfig
+from benchmarks.counts.launches import Size, launch_groups, launch_log_probs, launch_logits, make_rows
+from egpo_kernels import AdvantageConfig, PolicyLossConfig
 
 CONFIG = PolicyLossConfig(ratio="sequence", kl_coef=0.1, entropy_coef=0.1)
+WHITENED = AdvantageConfig(scale="batch_whiten", renorm="after")
 SIZE = Size(3, 5)
 
 
@@ -31,7 +32,7 @@ def main(device: str = "cuda", vocab: str = "40009") -> None:
     launch_logits(torch.bfloat16, True, CONFIG, SIZE, int(vocab), device=device)
     launch_in_place(device, int(vocab))
     launch_log_probs(torch.float32, True, CONFIG, SIZE, device=device)
-    launch_groups(torch.float32, GROUP_CONFIGS[2], True, SIZE, device=device)
+    launch_groups(torch.float32, WHITENED, True, SIZE, device=device)
     if device == "cuda":
         torch.cuda.synchronize()
     print("every kernel was launched")

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from egpo_kernels.triton.settings import load_settings, row_pointers, settings_tensor
+from egpo_kernels.triton.settings import choices_of, load_settings, row_pointers, settings_tensor
 from egpo_kernels.triton.softmax import (
     LOG2_E,
     launch_options,
@@ -25,8 +25,8 @@ from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
 @triton.jit(do_not_specialize=["length", "out_length", "num_rows"])
 def logits_policy_loss_kernel(
-    logits, out, rows, log_probs_ptr, entropy_ptr, settings_ptr, length, out_length, num_rows, vocab,
-    SURROGATE: tl.constexpr, KL: tl.constexpr, DTYPE: tl.constexpr, ENTROPY: tl.constexpr, TILTED: tl.constexpr,
+    logits, out, rows, log_probs_ptr, entropy_ptr, settings_ptr, choices, length, out_length, num_rows,
+    vocab, SURROGATE: tl.constexpr, DTYPE: tl.constexpr, ENTROPY: tl.constexpr, TILTED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every num_programs-th row: two sweeps, the second meant to be served by the cache.
@@ -47,7 +47,9 @@ def logits_policy_loss_kernel(
                 tl.store(entropy_ptr + row, entropy)
             live = log_prob != float("-inf")
             factor = tl.load(rows.factor_ptr + row) * settings.grad_scale
-            terms = token_terms(rows, row, live, tl.where(live, log_prob, 0.0), None, settings, SURROGATE, KL, False)
+            terms = token_terms(
+                rows, row, live, tl.where(live, log_prob, 0.0), None, settings, choices, SURROGATE, False
+            )
             slope = tl.where(live, slope_of(terms, factor, settings), 0.0)
             bonus = tl.where(live, -factor * settings.entropy_coef, 0.0)
             if (slope != 0) | (bonus != 0):
@@ -84,12 +86,12 @@ def logits_loss_gradient(
             log_probs,
             entropy,
             settings_tensor(config, temperature, grad_scale, dtype, logits.device),
+            choices_of(config),
             length,
             out_length,
             num_rows,
             vocab,
             SURROGATE=SURROGATES[config.surrogate],
-            KL=config.kl,
             DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
             ENTROPY=want_entropy,
             TILTED=config.entropy_coef != 0,

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from egpo_kernels import metrics
 from egpo_kernels.triton.segments import combine, store_maxima, store_sums
-from egpo_kernels.triton.settings import load_settings, row_pointers, settings_tensor
+from egpo_kernels.triton.settings import Choices, choices_of, load_settings, row_pointers, settings_tensor
 from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_log_ratio, token_terms
 from egpo_kernels.types import PolicyLossConfig, Rows
 
-BLOCK = 256
-SEQUENCE = {"BLOCK": 1024, "num_warps": 8}
+LAUNCH = {"BLOCK": 256, "num_warps": 8}
+# As many lanes of float64 spill.
+SEQUENCE_LAUNCH = {torch.float32: {"BLOCK": 1024, "num_warps": 8}, torch.float64: {"BLOCK": 512, "num_warps": 8}}
 
 
 class Scores(NamedTuple):
@@ -41,19 +42,17 @@ def load_log_probs(rows, log_probs_ptr, offs, stop):
 
 
 @triton.jit
-def row_terms(rows, scores, offs, live, log_prob, settings, SURROGATE: tl.constexpr, KL: tl.constexpr):
+def row_terms(rows, scores, offs, live, log_prob, settings, choices, SURROGATE: tl.constexpr):
     """Terms of tokens with their own ratio or the one their sequence shares."""
     shared = None
     if scores.log_ratio_ptr is not None:
         index = tl.load(scores.index_ptr + offs, mask=live, other=0)
         shared = tl.load(scores.log_ratio_ptr + index, mask=live, other=0.0)
-    return token_terms(rows, offs, live, log_prob, shared, settings, SURROGATE, KL, False)
+    return token_terms(rows, offs, live, log_prob, shared, settings, choices, SURROGATE, False)
 
 
 @triton.jit
-def sequence_kernel(
-    rows, scores, offsets_ptr, settings_ptr, SURROGATE: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr
-):
+def sequence_kernel(rows, scores, offsets_ptr, settings_ptr, choices, SURROGATE: tl.constexpr, BLOCK: tl.constexpr):
     """One sequence per program: mean log-ratio (GSPO, arXiv 2507.18071, Eq. 7) and, if asked for, its slope."""
     settings = load_settings(settings_ptr)
     sequence = tl.program_id(0)
@@ -64,7 +63,7 @@ def sequence_kernel(
         offs = first + tl.arange(0, BLOCK)
         counted, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, stop)
         advantage = tl.load(rows.advantages_ptr + offs, mask=live, other=0.0)
-        log_ratio, _, _, _ = token_log_ratio(rows, offs, live, log_prob, advantage, settings)
+        log_ratio, _, _, _ = token_log_ratio(rows, offs, live, log_prob, advantage, settings, choices)
         total += tl.where(live, log_ratio, 0.0)
         count += counted.to(tl.int32)
     length = tl.maximum(tl.sum(count, axis=0), 1).to(dtype)
@@ -76,7 +75,7 @@ def sequence_kernel(
         for first in range(start, stop, BLOCK):
             offs = first + tl.arange(0, BLOCK)
             _, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, stop)
-            terms = token_terms(rows, offs, live, log_prob, shared, settings, SURROGATE, KL, True)
+            terms = token_terms(rows, offs, live, log_prob, shared, settings, choices, SURROGATE, True)
             factor = tl.load(rows.factor_ptr + offs, mask=live, other=0.0)
             slopes += tl.where(live, factor * terms.slope, 0.0)
         tl.store(scores.slope_ptr + sequence, tl.sum(slopes, axis=0) / length)
@@ -104,14 +103,14 @@ def outside_vocab(tokens_ptr, offs, counted, vocab):
 
 @triton.jit(do_not_specialize=["num_rows", "vocab"])
 def policy_loss_kernel(
-    rows, scores, losses_ptr, partials_ptr, settings_ptr, num_rows, vocab, SURROGATE: tl.constexpr,
-    KL: tl.constexpr, BLOCK: tl.constexpr,
+    rows, scores, losses_ptr, partials_ptr, settings_ptr, choices, num_rows, vocab,
+    SURROGATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Losses of a block of tokens and its partial metrics."""
     settings = load_settings(settings_ptr)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     counted, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, num_rows)
-    terms = row_terms(rows, scores, offs, live, log_prob, settings, SURROGATE, KL)
+    terms = row_terms(rows, scores, offs, live, log_prob, settings, choices, SURROGATE)
     entropy = tl.zeros_like(log_prob)
     if scores.entropy_ptr is not None:
         entropy = tl.load(scores.entropy_ptr + offs, mask=live, other=0.0)
@@ -148,14 +147,14 @@ def policy_loss_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def policy_loss_gradient_kernel(
-    rows, scores, slopes_ptr, bonus_ptr, settings_ptr, num_rows, SURROGATE: tl.constexpr, KL: tl.constexpr,
+    rows, scores, slopes_ptr, bonus_ptr, settings_ptr, choices, num_rows, SURROGATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of token losses with respect to log-prob (slopes) and entropy (bonus)."""
     settings = load_settings(settings_ptr)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, num_rows)
-    terms = row_terms(rows, scores, offs, live, log_prob, settings, SURROGATE, KL)
+    terms = row_terms(rows, scores, offs, live, log_prob, settings, choices, SURROGATE)
     factor = tl.load(rows.factor_ptr + offs, mask=live, other=0.0)
     if scores.slope_ptr is None:
         slope = slope_of(terms, factor, settings)
@@ -173,6 +172,7 @@ class Prepared(NamedTuple):
     rows: Any
     scores: Scores
     settings: Tensor
+    choices: Choices
     options: dict[str, Any]
 
 
@@ -187,7 +187,8 @@ def _prepare(
     assert rows.advantages is not None and rows.factor is not None
     pointers = row_pointers(rows)
     settings = settings_tensor(config, 1.0, 1.0, log_probs.dtype, log_probs.device)
-    options = {"SURROGATE": SURROGATES[config.surrogate], "KL": config.kl, "BLOCK": BLOCK}
+    choices = choices_of(config)
+    options = {"SURROGATE": SURROGATES[config.surrogate], **LAUNCH}
     scores = Scores(log_probs.contiguous(), None if entropy is None else entropy.contiguous())
     if config.pools:
         offsets, index = segments
@@ -196,9 +197,9 @@ def _prepare(
         shared = [log_probs.new_empty(num_sequences) if wanted else None for wanted in (True, spread)]
         scores = Scores(*scores[:2], index.contiguous(), *shared)
         if num_sequences:
-            offsets, launch = offsets.contiguous(), options | SEQUENCE
-            sequence_kernel[(num_sequences,)](pointers, scores, offsets, settings, **launch)
-    return Prepared(pointers, scores, settings, options)
+            offsets, launch = offsets.contiguous(), options | SEQUENCE_LAUNCH[log_probs.dtype]
+            sequence_kernel[(num_sequences,)](pointers, scores, offsets, settings, choices, **launch)
+    return Prepared(pointers, scores, settings, choices, options)
 
 
 def policy_loss(
@@ -212,11 +213,11 @@ def policy_loss(
     """Reduced loss of each token ``[N]``, raw metrics; ``segments``: offsets ``[S + 1]``, index ``[N]``."""
     num_rows = log_probs.shape[0]
     losses = torch.empty_like(log_probs, memory_format=torch.contiguous_format)
-    partials = log_probs.new_empty(triton.cdiv(num_rows, BLOCK), len(metrics.TOKEN.slots))
+    partials = log_probs.new_empty(triton.cdiv(num_rows, LAUNCH["BLOCK"]), len(metrics.TOKEN.slots))
     if num_rows:
         made = _prepare(log_probs, entropy, rows, segments, config, want_slope=False)
         policy_loss_kernel[(partials.shape[0],)](
-            made.rows, made.scores, losses, partials, made.settings, num_rows, vocab, **made.options
+            made.rows, made.scores, losses, partials, made.settings, made.choices, num_rows, vocab, **made.options
         )
     return losses, combine(partials, metrics.TOKEN)
 
@@ -229,7 +230,7 @@ def policy_loss_gradient(
     slopes, bonus = (torch.empty_like(log_probs, memory_format=torch.contiguous_format) for _ in range(2))
     if num_rows:
         made = _prepare(log_probs, None, rows, segments, config, want_slope=True)
-        policy_loss_gradient_kernel[(triton.cdiv(num_rows, BLOCK),)](
-            made.rows, made.scores, slopes, bonus, made.settings, num_rows, **made.options
+        policy_loss_gradient_kernel[(triton.cdiv(num_rows, LAUNCH["BLOCK"]),)](
+            made.rows, made.scores, slopes, bonus, made.settings, made.choices, num_rows, **made.options
         )
     return slopes, bonus

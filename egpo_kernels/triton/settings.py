@@ -11,22 +11,33 @@ from egpo_kernels.types import PolicyLossConfig, Rows
 
 
 class Settings(NamedTuple):
-    """The numbers of a policy loss, in the order they lie in the settings tensor."""
+    """The numbers of a policy loss, in the order they lie in the settings tensor; gmpo bounds the ratio's logarithm."""
 
     ratio_low: Any
     ratio_high: Any
     dual_clip: Any
-    trim_low: Any
-    trim_high: Any
     tau_positive: Any
     tau_negative: Any
     max_log_ratio: Any
     kl_coef: Any
     kl_max: Any
-    kl_times_ratio: Any
     entropy_coef: Any
     inverse_temperature: Any
     grad_scale: Any
+
+
+class Choices(NamedTuple):
+    """What of a policy loss is known when a kernel is compiled, beside its surrogate."""
+
+    kl: Any
+    kl_times_ratio: Any
+    trims: Any
+
+
+def choices_of(config: PolicyLossConfig) -> Choices:
+    """Choices as a kernel argument."""
+    values = (config.kl, config.kl_times_ratio, config.surrogate == "gmpo")
+    return Choices(*(tl.constexpr(value) for value in values))
 
 
 class RowPointers(NamedTuple):
@@ -53,19 +64,16 @@ def settings_tensor(
     config: PolicyLossConfig, temperature: float, grad_scale: float, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Put the numbers of ``config`` on ``device``, once for each set of values."""
-    inf, trims = float("inf"), config.surrogate == "gmpo"
+    inf, one = float("inf"), 0 if config.surrogate == "gmpo" else 1
     values = Settings(
-        ratio_low=1 - config.clip_low,
-        ratio_high=1 + config.clip_high if config.ratio_cap is None else config.ratio_cap,
+        ratio_low=one - config.clip_low,
+        ratio_high=one + config.clip_high if config.ratio_cap is None else config.ratio_cap,
         dual_clip=inf if config.dual_clip is None else config.dual_clip,
-        trim_low=config.clip_low if trims else inf,
-        trim_high=config.clip_high if trims else inf,
         tau_positive=config.tau_positive,
         tau_negative=config.tau_negative,
         max_log_ratio=config.max_log_ratio,
         kl_coef=config.kl_coef,
         kl_max=inf if config.kl_max is None else config.kl_max,
-        kl_times_ratio=float(config.kl_times_ratio),
         entropy_coef=config.entropy_coef,
         inverse_temperature=1 / temperature,
         grad_scale=grad_scale,
@@ -94,7 +102,4 @@ def load_settings(settings_ptr):
         tl.load(settings_ptr + 8),
         tl.load(settings_ptr + 9),
         tl.load(settings_ptr + 10),
-        tl.load(settings_ptr + 11),
-        tl.load(settings_ptr + 12),
-        tl.load(settings_ptr + 13),
     )

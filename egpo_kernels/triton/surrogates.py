@@ -83,12 +83,12 @@ def clamped(values, bound):
 
 
 @triton.jit
-def kl_estimate(log_prob, ref_log_prob, settings, KL: tl.constexpr):
+def kl_estimate(log_prob, ref_log_prob, settings, choices):
     """KL to the reference (k1, k2, k3) and its derivative with respect to log_prob."""
     x, inside = clamped(ref_log_prob - log_prob, settings.max_log_ratio)
-    if KL == "k1":
+    if choices.kl == "k1":
         value, slope = -x, x * 0.0 + 1.0
-    elif KL == "k2":
+    elif choices.kl == "k2":
         value, slope = x * x * 0.5, -x
     else:
         value, slope = tl.exp(x) - x - 1.0, 1.0 - tl.exp(x)
@@ -97,34 +97,38 @@ def kl_estimate(log_prob, ref_log_prob, settings, KL: tl.constexpr):
 
 
 @triton.jit
-def token_log_ratio(rows, offs, live, log_prob, advantage, settings):
+def token_log_ratio(rows, offs, live, log_prob, advantage, settings, choices):
     """Log-ratio of tokens, where a gradient passes it, and where it is trimmed; 0 on-policy (NaN for a NaN log-prob).
 
-    Trimming (gmpo) is one-sided by the sign of the advantage; for other surrogates its bounds are infinite.
+    Trimming (gmpo) is one-sided by the sign of the advantage.
     """
     if rows.old_log_probs_ptr is None:
         old = log_prob
     else:
         old = tl.load(rows.old_log_probs_ptr + offs, mask=live, other=0.0)
     log_ratio, inside = clamped(log_prob - old, settings.max_log_ratio)
-    low = (advantage < 0) & (log_ratio < -settings.trim_low)
-    high = (advantage > 0) & (log_ratio > settings.trim_high)
-    log_ratio = tl.where(low, -settings.trim_low, tl.where(high, settings.trim_high, log_ratio))
-    return log_ratio, inside & ~(low | high), low, high
+    low, high = inside & False, inside & False
+    if choices.trims:
+        low = (advantage < 0) & (log_ratio < settings.ratio_low)
+        high = (advantage > 0) & (log_ratio > settings.ratio_high)
+        log_ratio = tl.where(low, settings.ratio_low, tl.where(high, settings.ratio_high, log_ratio))
+        inside = inside & ~(low | high)
+    return log_ratio, inside, low, high
 
 
 @triton.jit
 def token_terms(
-    rows, offs, live, log_prob, shared_log_ratio, settings, SURROGATE: tl.constexpr, KL: tl.constexpr,
-    SPREAD: tl.constexpr,
-):  # fmt: skip
+    rows, offs, live, log_prob, shared_log_ratio, settings, choices, SURROGATE: tl.constexpr, SPREAD: tl.constexpr
+):
     """Terms of the tokens ``offs``; nothing is read where not ``live``, and ``log_prob`` must be finite or NaN there.
 
     ``shared_log_ratio`` is None, or the ratio's logarithm shared by a sequence. With ``SPREAD`` the slope is that of
     the surrogate at the shared ratio, to be spread over the sequence by the caller.
     """
     advantage = tl.load(rows.advantages_ptr + offs, mask=live, other=0.0)
-    log_ratio, inside, trimmed_low, trimmed_high = token_log_ratio(rows, offs, live, log_prob, advantage, settings)
+    log_ratio, inside, trimmed_low, trimmed_high = token_log_ratio(
+        rows, offs, live, log_prob, advantage, settings, choices
+    )
     if shared_log_ratio is not None:
         log_ratio = shared_log_ratio
     passes = inside
@@ -139,10 +143,12 @@ def token_terms(
         kl, kl_term, kl_slope = tl.zeros_like(loss), tl.zeros_like(loss), tl.zeros_like(loss)
     else:
         ref = tl.load(rows.ref_log_probs_ptr + offs, mask=live, other=0.0)
-        kl, kl_slope = kl_estimate(log_prob, ref, settings, KL)
-        ratio = tl.where(settings.kl_times_ratio != 0, tl.exp(log_ratio), 1.0)
-        kl_term, kl_slope = kl * ratio, kl_slope * ratio
-        slope += settings.kl_times_ratio * tl.where(passes, settings.kl_coef * kl_term, 0.0)
+        kl, kl_slope = kl_estimate(log_prob, ref, settings, choices)
+        kl_term = kl
+        if choices.kl_times_ratio:
+            ratio = tl.exp(log_ratio)
+            kl_term, kl_slope = kl * ratio, kl_slope * ratio
+            slope += tl.where(passes, settings.kl_coef * kl_term, 0.0)
     return Terms(loss, slope, kl, kl_term, kl_slope, trimmed_low | low, trimmed_high | high, log_ratio, inside)
 
 

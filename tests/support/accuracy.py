@@ -21,12 +21,14 @@ the derivative (first-order error analysis), because a rounding made early is in
   more rounding: 2 + |log p|) and of p (log p + Ent), over the temperature.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from egpo_kernels.types import GroupAdvantages
+import egpo_kernels as ek
+from egpo_kernels.types import GroupAdvantages, PolicyLossConfig
 from tests.support.device import ON_GPU
 from tests.support.strategies import Case
 
@@ -120,19 +122,53 @@ def group_terms(case: Case, found: GroupAdvantages) -> GroupTerms:
     # A mean over an entropy mask sums fewer terms than `size` does; its own size is then the larger of the two.
     terms = uncertainty + size
     relative = terms / (uncertainty + config.uncertainty_eps)
-    base = torch.zeros_like(uncertainty)
+    base = _base_terms(case)
     for number in numbers.unique():
         own = numbers == number
-        usable = own & case.rewards.isfinite()
-        rewards = case.rewards[usable]
-        if len(rewards) > 1:
-            spread = rewards.std() + config.std_eps if config.scale == "group_std" and rewards.std() > 0 else 1.0
-            base[usable] = (rewards.abs() + rewards.abs().mean()) / spread
+        if own.sum() > 1:
             # The mean H of the group is as uncertain as its members together.
             relative[own] = relative[own] + terms[own].sum() / (uncertainty[own].sum() + config.uncertainty_eps)
     weights = found.weights * (2 + relative)
     advantages = found.weights * base * (1 + found.base.abs()) + weights * found.base.abs()
     return GroupTerms(terms, weights, advantages)
+
+
+def _base_terms(case: Case) -> Tensor:
+    """Terms [S] of base advantages: a reward's and those of the means and spreads it is set against."""
+    config, rewards = case.recipe.advantage, case.rewards
+    numbers, usable = case.group_numbers.to(rewards.device), rewards.isfinite()
+    terms = torch.where(usable, rewards.abs(), 0.0)
+    if config.baseline == "correctness":
+        terms = torch.full_like(terms, max(config.positive_scale, config.negative_scale))
+    for number in numbers.unique() if config.compares else []:
+        own = usable & (numbers == number)
+        members = rewards[own]
+        if len(members) < 2:
+            continue
+        size = members.abs().mean()
+        terms[own] = members.abs() + size
+        if config.baseline == "leave_one_out":
+            terms[own] *= len(members) / (len(members) - 1)
+        if config.scale == "group_std" and members.std() > 0:
+            terms[own] /= members.std() + config.std_eps
+        if config.scale == "group_mean" and members.mean() > 0:
+            level = members.mean() + config.std_eps
+            terms[own] *= (1 + size / level) / level
+    if config.scale == "batch_std" and usable.sum() > 1:
+        terms = terms / (rewards[usable].std() + config.std_eps)
+    if config.scale == "batch_whiten":
+        plain = dataclasses.replace(config, scale="none", weight="none", all_wrong="zero")
+        base = ek.group_advantages(case.groups, rewards, correct=case.correct, config=plain, backend="reference").base
+        sizes = numbers.bincount()[numbers] if len(numbers) else numbers
+        usable_sizes = torch.zeros(len(numbers) + 1, dtype=terms.dtype).index_add_(0, numbers, usable.to(terms.dtype))
+        compared = usable & (usable_sizes[numbers] > 1)
+        compared = usable if not config.compares else compared | (usable & (sizes == 1) & (config.singleton == "raw"))
+        counts = torch.where(compared, counts_per_sequence(case), 0.0)
+        total = counts.sum().clamp(min=1)
+        mean = (counts * base).sum() / total
+        variance = (counts * (base - mean).square()).sum() / (total - 1).clamp(min=1)
+        terms = (terms + (counts * terms).sum() / total) * (variance + 1e-8).rsqrt()
+    return terms
 
 
 def _mean_per_sequence(case: Case, values: Tensor) -> Tensor:
@@ -190,6 +226,33 @@ class TokenTerms(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+def _surrogate_terms(
+    config: PolicyLossConfig,
+    ratio: Tensor,
+    unsure: Tensor,
+    log_probs: Tensor,
+    advantages: Tensor,
+    unsure_advantages: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Terms of a surrogate and of its derivative, [N]; `unsure` are those of the log-ratio."""
+    size = advantages.abs() * (1 + unsure) + unsure_advantages
+    if config.surrogate == "cispo":
+        capped = ratio.clamp(max=1 + config.clip_high if config.ratio_cap is None else config.ratio_cap)
+        return capped * size * log_probs, capped * size
+    if config.surrogate == "sapo":
+        tau = torch.where(advantages > 0, config.tau_positive, config.tau_negative)
+        gate, steep = torch.sigmoid(tau * (ratio - 1)), tau * (ratio * (1 + unsure) + 1)
+        # 1 - sigmoid, from a rounded sigmoid, loses the digits that they share.
+        value = gate * (1 + (1 - gate) * steep)
+        return 4 / tau * value * size, 4 * ratio * (gate + value) * size
+    if config.surrogate == "gmpo":
+        return ratio * size, ratio * size
+    bounded = torch.where(advantages > 0, ratio.clamp(max=1 + config.clip_high), ratio.clamp(min=1 - config.clip_low))
+    if config.dual_clip is not None:
+        bounded = torch.where(advantages < 0, bounded.clamp(max=config.dual_clip), bounded)
+    return bounded * size, bounded * size
+
+
 def token_terms(case: Case, advantages: Tensor, advantage_terms: Tensor) -> TokenTerms:
     """Terms of a float64 case's policy loss; `advantages` and `advantage_terms` are [N]."""
     config, counted = case.recipe.loss, case.counted
@@ -210,24 +273,35 @@ def token_terms(case: Case, advantages: Tensor, advantage_terms: Tensor) -> Toke
 
     down, unsure = difference(case.old_log_probs)
     log_ratio = -down
-    if config.ratio == "sequence":
+    if config.surrogate == "gmpo":
+        trimmed = ((advantages < 0) & (log_ratio < -config.clip_low)) | (
+            (advantages > 0) & (log_ratio > config.clip_high)
+        )
+        log_ratio, unsure = (
+            log_ratio.clamp(-config.clip_low, config.clip_high).where(trimmed, log_ratio),
+            unsure.where(~trimmed, 0.0),
+        )
+    if config.pools:
         log_ratio, unsure = (_mean_per_sequence(case, value)[case.index] for value in (log_ratio, unsure))
     ratio = log_ratio.exp()
-    bounded = torch.where(advantages > 0, ratio.clamp(max=1 + config.clip_high), ratio.clamp(min=1 - config.clip_low))
-    if config.dual_clip is not None:
-        bounded = torch.where(advantages < 0, bounded.clamp(max=config.dual_clip), bounded)
+    value, derivative = _surrogate_terms(config, ratio, unsure, log_probs, advantages, advantage_terms)
     weight = zeros + 1 if case.rollout_weights is None else case.rows(case.rollout_weights).nan_to_num(1.0).abs()
-    surrogate = weight * bounded * (advantages.abs() * (1 + unsure) + advantage_terms)
+    surrogate, through = weight * value, weight * derivative
     x, unsure_x = difference(case.ref_log_probs)
     kl = {"k1": x.abs() + unsure_x, "k2": x.square() / 2 + x.abs() * unsure_x}.get(
         config.kl, x.exp() + x.abs() + 1 + (1 + x.exp()) * unsure_x
     )
     kl_slope = {"k1": zeros + 1, "k2": x.abs() + unsure_x}.get(config.kl, 1 + x.exp() * (1 + unsure_x))
+    kl_term = kl
+    if config.kl_times_ratio:
+        kl_term, kl_slope = kl * ratio * (1 + unsure), kl_slope * ratio * (1 + unsure)
+        through = through + config.kl_coef * kl_term
     parts = [
-        only_counted(factor * part) for part in (surrogate, config.kl_coef * kl, abs(config.entropy_coef) * entropy)
+        only_counted(factor * part)
+        for part in (surrogate, config.kl_coef * kl_term, abs(config.entropy_coef) * entropy)
     ]
-    slope = parts[0]
-    if config.ratio == "sequence":
+    slope = only_counted(factor * through)
+    if config.pools and config.ratio != "sequence_token":
         slope = _mean_per_sequence(case, slope)[case.index]
     slope = only_counted(slope + factor * config.kl_coef * kl_slope)
     bonus = only_counted(factor * abs(config.entropy_coef))

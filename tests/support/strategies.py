@@ -18,7 +18,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from egpo_kernels.recipes import EGPO, GRPO
+from egpo_kernels.recipes import DR_GRPO, EGPO, RECIPES
 from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Recipe
 from tests.support.device import DEVICE
 
@@ -261,11 +261,11 @@ def make_case(
     case = _on_device(case)
     changes: dict[str, Any] = {}
     if old != "none":
-        log_ratio = _log_ratios(rng, case, far=old == "far", sequence=recipe.loss.ratio == "sequence")
+        log_ratio = _log_ratios(rng, case, far=old == "far", sequence=recipe.loss.ratio != "token")
         changes["old_log_probs"] = tensor((case.log_probs().cpu() - log_ratio).view(shape), hide=True)
     if recipe.loss.kl_coef or rng.random() < 0.3:
         drift = torch.from_numpy(rng.normal(size=shape) * 0.5).view(-1)
-        drift = _away_from(drift, (-recipe.loss.max_log_ratio, recipe.loss.max_log_ratio))
+        drift = _away_from(drift, _ref_bounds(recipe.loss))
         changes["ref_log_probs"] = tensor((case.log_probs().cpu() + drift).view(shape), hide=True)
     return _on_device(case.replace(**changes))
 
@@ -298,9 +298,27 @@ def _names(rng: np.random.Generator, numbers: np.ndarray, sizes: tuple[int, ...]
 
 
 def _bounds(config: PolicyLossConfig) -> tuple[float, ...]:
-    """Log-ratios at which the gradient jumps."""
-    ratios = (1 - config.clip_low, 1 + config.clip_high, config.dual_clip or 0.0)
+    """Log-ratios at which the gradient jumps; of gmpo a token's own."""
+    if config.surrogate == "gmpo":
+        return (-config.clip_low, config.clip_high, -config.max_log_ratio, config.max_log_ratio)
+    cap = 1 + config.clip_high if config.ratio_cap is None else config.ratio_cap
+    ratios = (1 - config.clip_low, cap, config.dual_clip or 0.0)
     return (*(math.log(ratio) for ratio in ratios if ratio > 0), -config.max_log_ratio, config.max_log_ratio)
+
+
+def _ref_bounds(config: PolicyLossConfig) -> tuple[float, ...]:
+    """Log-ratios to the reference at which the gradient of the KL estimate jumps."""
+    limit = config.max_log_ratio
+    if config.kl_max is None:
+        return (-limit, limit)
+    if config.kl == "k3":
+        # The two roots of e^x - x - 1 = kl_max.
+        grid = np.linspace(-limit, limit, 200_001)
+        above = np.exp(grid) - grid - 1 > config.kl_max
+        roots = grid[1:][above[1:] != above[:-1]]
+        return (-limit, *roots.tolist(), limit)
+    root = config.kl_max if config.kl == "k1" else math.sqrt(2 * config.kl_max)
+    return (-limit, -root, root, limit)
 
 
 def _away_from(values: Tensor, bounds: tuple[float, ...]) -> Tensor:
@@ -332,9 +350,20 @@ def _log_ratios(rng: np.random.Generator, case: Case, far: bool, sequence: bool)
 
 def advantage_configs() -> st.SearchStrategy[AdvantageConfig]:
     """Every option of the group level."""
-    return st.builds(
-        AdvantageConfig,
-        scale=st.sampled_from(["group_std", "none"]),
+    compared = st.builds(
+        dict,
+        baseline=st.sampled_from(["mean", "leave_one_out"]),
+        scale=st.sampled_from(["group_std", "none", "group_mean", "batch_std", "batch_whiten"]),
+    )
+    alone = st.builds(
+        dict,
+        baseline=st.sampled_from(["correctness", "none"]),
+        scale=st.sampled_from(["group_std", "none", "batch_std", "batch_whiten"]),
+        positive_scale=st.sampled_from([1.0, 0.1, 0.0]),
+        negative_scale=st.sampled_from([1.0, 0.0, 3.0]),
+    )
+    others = st.builds(
+        dict,
         std_eps=st.sampled_from([1e-6, 0.1]),
         weight=st.sampled_from(["inverse_uncertainty", "inverse_uncertainty", "none"]),
         statistic=st.sampled_from(["nll", "nll", "shannon"]),
@@ -348,6 +377,9 @@ def advantage_configs() -> st.SearchStrategy[AdvantageConfig]:
         singleton=st.sampled_from(["zero", "raw"]),
         correct_threshold=st.sampled_from([0.5, 0.0, -0.25]),
     )
+    # Repeated values weigh: repeated strategies in a one_of would be drawn as often as one.
+    bases = st.sampled_from([True, True, True, False]).flatmap(lambda groups: compared if groups else alone)
+    return st.builds(lambda base, rest: AdvantageConfig(**base, **rest), bases, others)
 
 
 @st.composite
@@ -358,28 +390,40 @@ def loss_configs(draw) -> PolicyLossConfig:
             ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "sum", "none"]
         )
     )
+    surrogate = draw(st.sampled_from(["clip", "clip", "clip", "cispo", "sapo", "gmpo"]))
+    clips = surrogate == "clip"
     return PolicyLossConfig(
-        ratio=draw(st.sampled_from(["token", "token", "sequence"])),
+        surrogate=surrogate,
+        ratio=draw(st.sampled_from(["token", "token", "sequence", "sequence_token"])) if clips else "token",
         clip_low=draw(st.sampled_from([0.2, 0.0, 1.0])),
         clip_high=draw(st.sampled_from([0.2, 0.28, 0.0])),
-        dual_clip=draw(st.sampled_from([None, 3.0, 1.5])),
+        ratio_cap=draw(st.sampled_from([None, 5.0, 0.9])) if surrogate == "cispo" else None,
+        dual_clip=draw(st.sampled_from([None, 3.0, 1.5])) if clips else None,
+        tau_positive=draw(st.sampled_from([1.0, 4.0])),
+        tau_negative=draw(st.sampled_from([1.05, 0.1])),
         max_log_ratio=draw(st.sampled_from([20.0, 1.0])),
         kl=draw(st.sampled_from(["k1", "k2", "k3"])),
         kl_coef=draw(st.sampled_from([0.0, 0.1, 1.0])),
+        kl_max=draw(st.sampled_from([None, None, 10.0, 0.25])),
+        kl_times_ratio=draw(st.booleans()),
         entropy_coef=draw(st.sampled_from([0.0, 0.0, 0.02, -0.5])),
         reduction=reduction,
         norm_length=7.0 if reduction == "seq_mean_token_sum_norm" else None,
     )
 
 
+PUBLISHED = {name: recipe for name, recipe in RECIPES.items() if name != "dr_grpo"}
+PUBLISHED["dr_grpo"] = DR_GRPO.replace(norm_length=7)
+"""Every recipe, as it can be run."""
+
+
 @st.composite
 def recipes(draw) -> Recipe:
-    """The published settings now and then, any settings mostly."""
-    # Repeated names weigh: repeated strategies in a one_of would be drawn as often as one.
-    name = draw(st.sampled_from(["EGPO", "GRPO", *["drawn"] * 6]))
-    if name != "drawn":
-        return {"EGPO": EGPO, "GRPO": GRPO}[name]
-    return Recipe(name=name, advantage=draw(advantage_configs()), loss=draw(loss_configs()))
+    """A published method now and then, as it is or half of it; any settings mostly."""
+    published = st.sampled_from(sorted(PUBLISHED))
+    advantage = PUBLISHED[draw(published)].advantage if draw(st.booleans()) else draw(advantage_configs())
+    loss = PUBLISHED[draw(published)].loss if draw(st.booleans()) else draw(loss_configs())
+    return Recipe(name="drawn", advantage=advantage, loss=loss)
 
 
 @st.composite

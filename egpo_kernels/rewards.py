@@ -1,0 +1,58 @@
+"""What DAPO does to a batch before the loss: prompts worth training on, and a price on length (arXiv 2503.14476)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.advantages import is_collapsed, make_groups
+from egpo_kernels.fields import check_number
+from egpo_kernels.layout import group_ids
+from egpo_kernels.validation import check_rewards, check_tensor
+
+
+def informative_groups(groups: Any, rewards: Tensor) -> Tensor:
+    """Sequences whose group has rewards that differ: dynamic sampling keeps those (DAPO, arXiv 2503.14476, Eq. 11).
+
+    Where rewards collapse the advantage relative to the group is 0. Recipes with ``all_wrong="negative"`` learn from
+    groups without a correct answer all the same: do not drop those there.
+
+    Args:
+        groups: Group of each sequence, as `group_advantages` takes them.
+        rewards: ``[S]``; non-finite ones are left out.
+
+    Returns:
+        Bool ``[S]``: index by it, or sample until enough are left.
+
+    Raises:
+        ValueError: A wrong shape, device or value.
+        TypeError: A wrong type or dtype.
+    """
+    check_rewards(rewards)
+    members = make_groups(group_ids(groups, rewards.shape[0], rewards.device, None))
+    values = rewards.detach().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
+    usable = members.sum(values.isfinite().to(values.dtype))
+    return (usable > 1) & ~is_collapsed(values, members)
+
+
+def soft_overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
+    """Penalty on long responses, to be added to their rewards (DAPO, arXiv 2503.14476, Eq. 13).
+
+    0 up to ``max_length - buffer`` tokens, falling evenly to -1 at ``max_length``, -1 beyond.
+
+    Args:
+        lengths: Tokens of each response, ``[S]``, integer.
+        max_length: Longest response that is not punished in full, in tokens, at least 1.
+        buffer: Tokens before it over which the penalty grows, in (0, max_length].
+
+    Returns:
+        Float32 ``[S]`` in [-1, 0].
+
+    Raises:
+        ValueError: A wrong shape or value.
+        TypeError: A wrong type or dtype.
+    """
+    check_tensor("lengths", lengths, "integer", {}, getattr(lengths, "device", torch.device("cpu")))
+    longest = check_number("max_length", max_length, low=1.0, high=2.0**53) or 1.0
+    width = check_number("buffer", buffer, low=0.0, high=longest, open_low=True) or 1.0
+    return ((longest - width - lengths.double()) / width).clamp(-1.0, 0.0).float()

@@ -1,0 +1,123 @@
+"""What to do about a sampler that is not quite the policy: weights on its tokens, and sequences left out."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.fields import check_number
+from egpo_kernels.layout import Layout, counted, make_layout
+from egpo_kernels.reduction import counts_per_sequence, segment_sum
+from egpo_kernels.types import compute_dtype
+from egpo_kernels.validation import check_choice, check_tensor
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios to the sampler are clamped to +- this, in nats."""
+
+
+def rollout_weights(
+    log_probs: Tensor,
+    sampler_log_probs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    level: str = "token",
+    outside: str = "clamp",
+    bounds: tuple[float, float] = (0.0, 2.0),
+) -> Tensor:
+    """Importance weights of a trainer's policy over the sampler that drew the tokens, as the losses take them.
+
+    Truncated importance sampling (``clamp``) or masked (``mask``), for inference engines whose log-probs differ from
+    the trainer's (Yao et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025).
+
+    Args:
+        log_probs: Log-probs in nats under the trainer's policy at sampling time, ``[S, T]`` or packed ``[N]``.
+        sampler_log_probs: The sampler's own, shaped like them; NaN where it scored nothing.
+        mask: Shaped like them, nonzero counts; None counts every position.
+        cu_seqlens: ``[S + 1]`` integer, for the packed layout.
+        level: ``token``, or ``sequence``: the product of a sequence's ratios.
+        outside: What becomes of ratios outside ``bounds``: ``clamp`` to the nearer one, or ``mask``, which is weight 0.
+        bounds: ``(low, high)`` with ``0 <= low <= high``.
+
+    Returns:
+        Float32 (float64) weights without gradient: shaped like log_probs, or ``[S]`` for ``sequence``. NaN where
+        nothing was scored, which the losses take as 1 and count; 1 where nothing counts.
+
+    Raises:
+        ValueError: A wrong shape, device or value.
+        TypeError: A wrong type or dtype.
+    """
+    check_choice("level", level, ("token", "sequence"))
+    check_choice("outside", outside, ("clamp", "mask"))
+    low, high = _check_bounds(bounds)
+    layout, counts, log_ratio = _log_ratio(log_probs, sampler_log_probs, mask, cu_seqlens)
+    scored = counts & ~log_ratio.isnan()
+    if level == "sequence":
+        log_ratio = segment_sum(torch.where(scored, log_ratio, 0.0), layout.offsets)
+        counts, scored = (counts_per_sequence(rows, layout.offsets) > 0 for rows in (counts, scored))
+    weights = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    within = (weights >= low) & (weights <= high)
+    weights = weights.clamp(low, high) if outside == "clamp" else torch.where(within, weights, 0.0)
+    weights = torch.where(counts, torch.where(scored, weights, torch.nan), 1.0) * layout.poison
+    return weights if level == "sequence" else weights.view(layout.shape)
+
+
+def off_policy_mask(
+    log_probs: Tensor,
+    sampler_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    threshold: float,
+) -> Tensor:
+    """Which sequences to keep: those with an advantage of at least 0, and those the policy has not drifted away from.
+
+    The off-policy sequence mask of DeepSeek-V3.2 (arXiv 2512.02556): an incorrect answer teaches nothing once the mean
+    of ``sampler_log_probs - log_probs`` over its counted tokens is above the threshold. Multiply it into
+    ``rollout_weights``.
+
+    Args:
+        log_probs: Log-probs in nats under the policy that learns, ``[S, T]`` or packed ``[N]``.
+        sampler_log_probs: Those at sampling time, shaped like them; NaN is no evidence and counts as no drift.
+        advantages: ``[S]`` or shaped like log_probs.
+        mask: Shaped like log_probs, nonzero counts; None counts every position.
+        cu_seqlens: ``[S + 1]`` integer, for the packed layout.
+        threshold: Largest mean drift to keep, in nats per token, at least 0.
+
+    Returns:
+        Bool, shaped like advantages.
+
+    Raises:
+        ValueError: A wrong shape, device or value.
+        TypeError: A wrong type or dtype.
+    """
+    threshold = check_number("threshold", threshold, low=0.0, high=float("inf")) or 0.0
+    layout, counts, log_ratio = _log_ratio(log_probs, sampler_log_probs, mask, cu_seqlens)
+    drift = segment_sum(torch.where(counts, -log_ratio, 0.0).nan_to_num(0.0, torch.inf, -torch.inf), layout.offsets)
+    near = drift <= threshold * counts_per_sequence(counts, layout.offsets)
+    rows = layout.per_token_or_sequence("advantages", advantages, "real")
+    if advantages.shape == (layout.num_sequences,):
+        return (advantages >= 0) | near
+    return ((rows >= 0) | layout.per_token_or_sequence("near", near, "bool")).view(layout.shape)
+
+
+def _log_ratio(log_probs: Any, sampler_log_probs: Any, mask: Any, cu_seqlens: Any) -> tuple[Layout, Tensor, Tensor]:
+    """Layout, counted rows ``[N]``, and log-ratios ``[N]``, NaN where the sampler scored nothing."""
+    check_tensor("log_probs", log_probs, "floating", {}, getattr(log_probs, "device", torch.device("cpu")))
+    layout = make_layout("log_probs", tuple(log_probs.shape), cu_seqlens, log_probs.device)
+    sampled = layout.per_token("sampler_log_probs", sampler_log_probs, "floating")
+    dtype = compute_dtype(torch.promote_types(log_probs.dtype, sampled.dtype))
+    difference = log_probs.detach().reshape(-1).to(dtype) - sampled.detach().to(dtype)
+    return layout, counted(mask, None, layout), difference
+
+
+def _check_bounds(bounds: Any) -> tuple[float, float]:
+    wanted = "it must be a pair (low, high) with 0 <= low <= high"
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise TypeError(f"bounds is {bounds!r}; {wanted}")
+    if any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in bounds):
+        raise TypeError(f"bounds is {bounds!r}; {wanted}")
+    if not 0 <= bounds[0] <= bounds[1]:
+        raise ValueError(f"bounds is {bounds!r}; {wanted}")
+    return float(bounds[0]), float(bounds[1])

@@ -1,0 +1,107 @@
+"""Parts of responses: thinking and answer by the closing think tag, and the tokens of highest entropy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.fields import check_number
+from egpo_kernels.layout import counted, make_layout
+from egpo_kernels.reduction import per_row
+from egpo_kernels.types import ResponseSpans, compute_dtype
+from egpo_kernels.validation import check_tensor
+
+
+def response_spans(
+    tokens: Tensor,
+    close_tag: int | Sequence[int],
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> ResponseSpans:
+    """Split responses at their closing think tag: an ``entropy_mask``, or diagnostics (arXiv 2602.22751, Table 3).
+
+    The last tag counts. A response without one is not split: both spans are the whole of it, and it is counted.
+
+    Args:
+        tokens: ``[S, T]`` or packed ``[N]``, integer.
+        close_tag: Token id of the closing tag, or its ids in order, where the tokenizer makes several of it.
+        mask: Shaped like tokens, nonzero counts; None counts ``tokens != -100``. Only counted tokens make a tag.
+        cu_seqlens: ``[S + 1]`` integer, for the packed layout.
+
+    Returns:
+        ``(thinking, answer, untagged)``: bool shaped like tokens, the tag itself in thinking; and how many responses
+        with counted tokens have no tag, a 0-d int64 tensor.
+
+    Raises:
+        ValueError: A wrong shape, device or value.
+        TypeError: A wrong type or dtype.
+    """
+    tag = _check_tag(close_tag)
+    check_tensor("tokens", tokens, "integer", {}, getattr(tokens, "device", torch.device("cpu")))
+    layout = make_layout("tokens", tuple(tokens.shape), cu_seqlens, tokens.device)
+    ids = tokens.reshape(-1).long()
+    counts, rows = counted(mask, ids, layout), torch.arange(layout.num_rows, device=ids.device)
+    closes = counts
+    for back, token in enumerate(reversed(tag)):
+        same_sequence = (rows >= back) & (layout.sequence.roll(back) == layout.sequence)
+        closes = closes & same_sequence & (counts & (ids == token)).roll(back)
+    shape = (max(layout.num_sequences, 1),)
+    last, used = rows.new_full(shape, -1), torch.zeros(shape, dtype=torch.long, device=rows.device)
+    last = last.scatter_reduce(0, layout.sequence, torch.where(closes, rows, -1), "amax")
+    used = used.scatter_reduce(0, layout.sequence, counts.long(), "amax")
+    end = per_row(last, layout.sequence)
+    thinking, answer = counts & ((end < 0) | (rows <= end)), counts & ((end < 0) | (rows > end))
+    untagged = ((last < 0) & (used > 0)).sum()
+    return ResponseSpans(thinking.view(layout.shape), answer.view(layout.shape), untagged)
+
+
+def top_entropy_mask(
+    entropy: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    fraction: float = 0.2,
+) -> Tensor:
+    """Which counted tokens of the batch have the highest entropy: multiply it into ``rollout_weights``.
+
+    Policy gradients from the forking tokens only ("Beyond the 80/20 rule", arXiv 2506.01939). As weights, and not as
+    the mask, they leave the other tokens in the reduction's denominator and in the KL, which is what TRL does.
+
+    Args:
+        entropy: Shannon entropy of each position in nats, ``[S, T]`` or packed ``[N]``; a NaN is never chosen.
+        mask: Shaped like entropy, nonzero counts; None counts every position.
+        cu_seqlens: ``[S + 1]`` integer, for the packed layout.
+        fraction: Share of the counted tokens to choose, in (0, 1]; ties with the last of them are chosen too.
+
+    Returns:
+        Bool, shaped like entropy.
+
+    Raises:
+        ValueError: A wrong shape, device or value.
+        TypeError: A wrong type or dtype.
+    """
+    share = check_number("fraction", fraction, low=0.0, high=1.0, open_low=True) or 1.0
+    check_tensor("entropy", entropy, "floating", {}, getattr(entropy, "device", torch.device("cpu")))
+    layout = make_layout("entropy", tuple(entropy.shape), cu_seqlens, entropy.device)
+    values = entropy.detach().reshape(-1).to(compute_dtype(entropy.dtype))
+    eligible = counted(mask, None, layout) & ~values.isnan()
+    if layout.num_rows == 0:
+        return eligible.view(layout.shape)
+    # Not torch.quantile, which takes no mask and at most 16 million values.
+    ordered = torch.where(eligible, values, torch.inf).sort().values
+    place = (1 - share) * (eligible.sum() - 1).clamp(min=0).to(values.dtype)
+    low, high = ordered[place.floor().long()], ordered[place.ceil().long()]
+    threshold = torch.where(low == high, low, torch.lerp(low, high, place - place.floor()))
+    return (eligible & (values >= threshold)).view(layout.shape)
+
+
+def _check_tag(close_tag: Any) -> list[int]:
+    tag = [close_tag] if isinstance(close_tag, int) else close_tag
+    wanted = "it must be a token id (an int >= 0) or a list of them"
+    if not isinstance(tag, (list, tuple)) or any(isinstance(it, bool) or not isinstance(it, int) for it in tag):
+        raise TypeError(f"close_tag is {close_tag!r}; {wanted}")
+    if not tag or min(tag) < 0 or max(tag) >= 2**63:
+        raise ValueError(f"close_tag is {close_tag!r}; {wanted}")
+    return list(tag)

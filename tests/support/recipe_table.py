@@ -1,0 +1,92 @@
+"""The README's table of recipes, made of the presets and their docstrings: python -m tests.support.recipe_table"""
+
+import ast
+import itertools
+import re
+from pathlib import Path
+
+from egpo_kernels import recipes
+from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Recipe
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BEGIN, END = "<!-- recipes -->", "<!-- end of recipes -->"
+HEADER = ["recipe", "source", "advantage", "weight", "all wrong", "loss", "reduction"]
+
+
+def sources() -> dict[str, str]:
+    """The paper in the docstring under each preset."""
+    body = ast.parse(Path(recipes.__file__).read_text()).body
+    found = {}
+    for preset, text in itertools.pairwise(body):
+        if isinstance(preset, ast.Assign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            found[preset.targets[0].id] = re.search(r"arXiv (\d{4}\.\d{5})", text.value.value).group(1)
+    return found
+
+
+def advantage_cell(config: AdvantageConfig) -> str:
+    if config.baseline == "correctness":
+        return f"{config.positive_scale:g} if correct, else {0 - config.negative_scale:g}"
+    base = {"mean": "r - group mean", "leave_one_out": "r - mean of the others", "none": "r"}[config.baseline]
+    scales = {
+        "group_std": f"({base}) / group std",
+        "batch_std": f"({base}) / batch std",
+        "batch_whiten": f"{base}, whitened over the batch's tokens",
+        "group_mean": f"({base}) / group mean",
+        "none": base,
+    }
+    return scales[config.scale]
+
+
+def weight_cell(config: AdvantageConfig) -> str:
+    if config.weight == "none":
+        return "1"
+    low, high = (f"{bound:g}" for bound in config.weight_bounds)
+    one_sided, both = (f"[1, {high}]", f"[{low}, 1]"), (f"[{low}, {high}]", f"[{low}, {high}]")
+    right, wrong = {
+        "asymmetric": one_sided,
+        "symmetric": both,
+        "negative_only": (both[0], one_sided[1]),
+        "positive_only": (one_sided[0], both[1]),
+        "none": ("", ""),
+    }[config.clamp]
+    cell = "mean H / H" if config.statistic == "nll" else "mean entropy / entropy"
+    cell += f"; correct `{right}`, incorrect `{wrong}`" if right else ""
+    cell += f"; renormalised {config.renorm} the clamp" if config.renorm != "none" else ""
+    return cell + ("; 1 in all-wrong groups" if config.lock_all_wrong else "")
+
+
+def loss_cell(config: PolicyLossConfig) -> str:
+    if config.surrogate == "cispo":
+        return f"cispo, ratio at most {1 + config.clip_high if config.ratio_cap is None else config.ratio_cap:g}"
+    if config.surrogate == "sapo":
+        return f"sapo, tau {config.tau_positive:g} / {config.tau_negative:g}"
+    if config.surrogate == "gmpo":
+        return f"gmpo, log-ratios {-config.clip_low:g} / {config.clip_high:g}"
+    return f"{config.ratio} ratio, clip {config.clip_low:g} / {config.clip_high:g}"
+
+
+def row(recipe: Recipe, source: str) -> list[str]:
+    advantage = recipe.advantage
+    penalty = "0" if advantage.all_wrong == "zero" else f"{-advantage.nsr_scale:g} each"
+    return [
+        f"`{recipe.name}`",
+        source,
+        advantage_cell(advantage),
+        weight_cell(advantage),
+        penalty if advantage.compares else "-",
+        loss_cell(recipe.loss),
+        f"`{recipe.loss.reduction}`",
+    ]
+
+
+def recipe_table() -> str:
+    """Markdown, a row for each preset."""
+    papers = sources()
+    lines = [HEADER, ["---"] * len(HEADER), *(row(it, papers[it.name]) for it in recipes.RECIPES.values())]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    before, after = readme.read_text().split(BEGIN)[0], readme.read_text().split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{recipe_table()}\n{END}{after}")

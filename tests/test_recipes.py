@@ -1,0 +1,214 @@
+"""Recipes: what each row sets, by hand-computed advantages and losses, and by every backend; the README's table."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import egpo_kernels as ek
+from egpo_kernels.recipes import RECIPES
+from tests.support.accuracy import group_terms
+from tests.support.batches import FAST
+from tests.support.device import DEVICE
+from tests.support.recipe_table import BEGIN, END, recipe_table
+from tests.support.runs import advantages, check, whole
+from tests.support.strategies import PUBLISHED, make_case
+
+ROOT = Path(__file__).resolve().parent.parent
+INF = math.inf
+
+# One batch for all: two groups of four, answers of two tokens each. H is the mean of 2 NLLs.
+#   group 0: rewards 1 0 0 0, H = 1 2 3 2, mean H 2
+#   group 1: rewards 0 0 0 0, H = 1 1 1 1: all wrong
+REWARDS = [1.0, 0.0, 0.0, 0.0] + [0.0] * 4
+H = [1.0, 2.0, 3.0, 2.0] + [1.0] * 4
+STD = 0.5  # of 1 0 0 0: mean 1/4, squares 9/16 + 3/16 = 3/4, over 3: 1/4
+# Advantages without a weight: (1 - 1/4) / STD and -1/4 / STD.
+GRPO = [1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0]
+# EGPO: weights 2/1 = 2, 2/2 = 1, 2/3 -> 0.8 (lower bound), 1; the second group is penalised, at weight 1.
+EGPO = [2 * 1.5, -0.5, -0.8 * 0.5, -0.5, -1, -1, -1, -1]
+# Mean of the clamped weights 2 1 0.8 1 is 1.2; of the raw ones 2 1 2/3 1 it is 7/6.
+C5 = [3 / 1.2, -0.5 / 1.2, -0.4 / 1.2, -0.5 / 1.2, -1, -1, -1, -1]
+# Divided by 7/6 first: 12/7, 6/7, 4/7, 6/7, of which the correct one stays and the incorrect are in [0.8, 1].
+C6 = [1.5 * 12 / 7, -0.5 * 6 / 7, -0.4, -0.5 * 6 / 7, -1, -1, -1, -1]
+EDGE = [1.5 * 2, -0.5, -0.5 * 2 / 3, -0.5, 0, 0, 0, 0]
+RLOO = [1.0, -1 / 3, -1 / 3, -1 / 3, 0, 0, 0, 0]  # 1 - 0, and 0 less the mean of 1 0 0
+CENTRED = [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
+# Whitened: every answer has two tokens, so the mean is 0; squares 2 (9/16 + 3/16) = 3/2 over 16 - 1 tokens: 1/10.
+WHITENED = [value * math.sqrt(10) for value in CENTRED]
+# The batch's rewards: mean 1/8, squares 49/64 + 7/64 = 7/8 over 7: std 1 / sqrt(8).
+OF_BATCH = [value * math.sqrt(8) for value in CENTRED]
+MAXRL = [value * 4 for value in CENTRED]  # over the group's mean 1/4; the other group's mean is 0
+
+ADVANTAGES = {
+    "EGPO": EGPO,
+    "EGPO_C1": EGPO,
+    "EGPO_C2": EGPO,
+    "EGPO_C3": EGPO,
+    "EGPO_C4": EGPO,
+    "EGPO_C5": C5,
+    "EGPO_C6": C6,
+    **dict.fromkeys(("GRPO", "DAPO", "GSPO", "CISPO", "SAPO", "GMPO"), GRPO),
+    "DR_GRPO": CENTRED,
+    "EDGE_GRPO": EDGE,
+    "NSR": [0.0] + [-1.0] * 7,
+    "PSR": [1.0] + [0.0] * 7,
+    "W_REINFORCE": [0.1] + [-1.0] * 7,
+    "RLOO": RLOO,
+    "REINFORCE_PP_BASELINE": WHITENED,
+    "LITE_PPO": OF_BATCH,
+    "MAXRL": MAXRL,
+}
+
+# The clamp's corners: in one group of two each, H = 1 and 3 about a mean of 2, weights 2 and 2/3. In the first the
+# sure answer is correct, in the second the unsure one is; base advantages +- 1 / sqrt(2).
+CORNERS = {
+    "EGPO": [2.0, 0.8, 1.0, 1.0],
+    "EGPO_C1": [2.0, 0.8, 2.0, 0.8],
+    "EGPO_C2": [2.0, 0.8, 1.0, 0.8],
+    "EGPO_C3": [2.0, 0.8, 2.0, 1.0],
+}
+
+# The loss of two answers of one token each, ratios e^0.5 and e^-0.5, log-probs -1, advantages 1 and -1.
+UP, DOWN = math.exp(0.5), math.exp(-0.5)
+
+
+def gate(ratio, tau):
+    return 4 / tau / (1 + math.exp(-tau * (ratio - 1)))
+
+
+LOSSES = {
+    **dict.fromkeys(("EGPO", "GRPO"), (-1.2 + 0.8) / 2),
+    "DAPO": (-1.28 + 0.8) / 2,
+    "DR_GRPO": (-1.2 + 0.8) / 2 / 7,
+    "GSPO": (-1.0004 + 0.9997) / 2,
+    "RLOO": (-1.2 + 0.8) / 2,
+    "CISPO": (UP - DOWN) / 2,  # -ratio A l, and no cap is reached
+    "SAPO": (-gate(UP, 1.0) + gate(DOWN, 1.05)) / 2,
+    "GMPO": (-math.exp(0.4) + math.exp(-0.4)) / 2,
+}
+LIKE_EGPO = {name for name in PUBLISHED if name.upper() not in LOSSES}
+
+
+def config_of(name):
+    return PUBLISHED[name.lower()]
+
+
+def rollout(rewards, uncertainty, groups, name, backend, **options):
+    """Answers of two tokens, whose NLLs (and entropies) average to the uncertainty."""
+    spread = torch.tensor([0.5, -0.5], dtype=torch.float64)
+    per_token = (torch.tensor(uncertainty, dtype=torch.float64)[:, None] + spread).to(DEVICE)
+    return ek.group_advantages(
+        groups,
+        torch.tensor(rewards, dtype=torch.float64, device=DEVICE),
+        -per_token,
+        entropy=per_token,
+        config=config_of(name).advantage,
+        backend=backend,
+        **options,
+    )
+
+
+def test_recipes_are_those_of_the_table():
+    assert set(ADVANTAGES) == {recipe.name for recipe in RECIPES.values()}
+    assert set(RECIPES) == {name.lower() for name in ADVANTAGES}
+    for name, recipe in RECIPES.items():
+        assert getattr(ek.recipes, recipe.name) is recipe and ek.recipes.get(name) is recipe
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_recipes_advantages_by_hand(name, backend):
+    found = rollout(REWARDS, H, 4, name, backend)
+    # uncertainty_eps = 1e-5 and std_eps = 1e-6 are left out of the sums above.
+    torch.testing.assert_close(found.advantages.cpu(), torch.tensor(ADVANTAGES[name]).double(), rtol=2e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("name", CORNERS)
+def test_recipes_clamp_corners_by_hand(name, backend):
+    found = rollout([1.0, 0, 0, 1.0], [1.0, 3, 1, 3], 2, name, backend)
+    torch.testing.assert_close(found.weights.cpu(), torch.tensor(CORNERS[name]).double(), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_recipes_c4_locks_the_weights_of_all_wrong_groups(backend):
+    free, locked = (rollout([0.0, 0.0], [1.0, 3.0], 2, name, backend) for name in ("EGPO", "EGPO_C4"))
+    torch.testing.assert_close(free.advantages.cpu(), torch.tensor([-1.0, -0.8]).double(), rtol=2e-5, atol=0)
+    assert locked.advantages.tolist() == [-1.0, -1.0]
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_recipes_losses_by_hand(name, backend):
+    config = config_of(name).loss
+    numbers = ([[-1.0], [-1.0]], [[-1.5], [-0.5]], [1.0, -1.0])
+    log_probs, old, advantages = (torch.tensor(it, dtype=torch.float64, device=DEVICE) for it in numbers)
+    loss, _ = ek.policy_loss(log_probs, old, advantages, config=config, backend=backend)
+    wanted = LOSSES["EGPO" if name in LIKE_EGPO else name.upper()]
+    torch.testing.assert_close(loss.cpu(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-14, atol=1e-14)
+
+
+def test_recipes_caps_and_bounds_by_hand():
+    """Where one token cannot show it: a cap of cispo, and two tokens that gmpo pools."""
+    log_probs = torch.tensor([[-0.1, -0.1]], dtype=torch.float64)
+    old = log_probs - torch.tensor([[2.0, -0.2]], dtype=torch.float64)
+    one = torch.tensor([1.0], dtype=torch.float64)
+
+    def loss(name, **settings):
+        config = RECIPES[name].replace(**settings).loss
+        return ek.policy_loss(log_probs, old, one, config=config, backend="reference").loss.item()
+
+    # e^2 = 7.39 is capped at 5; -ratio A l with l = -0.1, over two tokens.
+    assert loss("cispo") == pytest.approx((5 * 0.1 + math.exp(-0.2) * 0.1) / 2, rel=1e-14)
+    assert loss("cispo", ratio_cap=3) == pytest.approx((3 * 0.1 + math.exp(-0.2) * 0.1) / 2, rel=1e-14)
+    assert loss("cispo", clip_high=2.0) == loss("cispo", ratio_cap=3)
+    # 2 is clipped to 0.4, -0.2 is not: the mean is 0.1, and each token's loss is -e^0.1.
+    assert loss("gmpo") == pytest.approx(-math.exp(0.1), rel=1e-14)
+    # Clipping is one-sided: with a negative advantage 2 stays, and -0.2 is inside.
+    assert -ek.policy_loss(log_probs, old, -one, config=RECIPES["gmpo"].loss).loss.item() == pytest.approx(
+        -math.exp(0.9), rel=1e-14
+    )
+
+
+def test_recipes_dr_grpo_wants_its_length():
+    logits, tokens = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+    for call in (
+        lambda: ek.egpo_loss(logits, tokens, 2, torch.tensor([1.0, 0.0]), recipe="dr_grpo"),
+        lambda: ek.logits_policy_loss(logits, tokens, torch.ones(2), config=ek.recipes.DR_GRPO.loss),
+        lambda: ek.policy_loss(logits[..., 0], None, torch.ones(2), config=ek.recipes.DR_GRPO.loss),
+    ):
+        with pytest.raises(ValueError, match=r"norm_length is None .*replace\(norm_length="):
+            call()
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_recipes_on_every_backend(name, backend, layout):
+    """Loss, gradient and metrics of whole groups, off-policy with far tokens, against the specification."""
+    case = make_case(7, group_sizes=(4, 3, 1), layout=layout, recipe=PUBLISHED[name], old="far", garbage=True)
+    exact = advantages(case.double(), "reference")
+    given = whole(case.double(), "reference")
+    found = group_terms(case.double(), exact)
+    check(case, whole(case, backend), whole(case, "reference"), given, exact.advantages, found)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
+def test_recipes_are_data(recipe):
+    """Written down and read back, a recipe is the same, under any name."""
+    assert ek.Recipe.from_dict(recipe.to_dict()) == recipe
+    assert ek.Recipe.from_dict(recipe.to_dict() | {"name": "mine"}) == recipe.replace(name="mine")
+
+
+def test_recipes_names_decide_nothing():
+    for path in (ROOT / "egpo_kernels").rglob("*.py"):
+        assert path.name == "recipes.py" or not re.search(r"recipe\.name|recipe\s*==", path.read_text()), path
+
+
+def test_recipes_of_the_readme_are_rendered_from_the_presets():
+    readme = (ROOT / "README.md").read_text()
+    shown = readme.split(BEGIN)[1].split(END)[0].strip()
+    assert shown == recipe_table(), "run python -m tests.support.recipe_table"

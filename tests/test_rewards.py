@@ -1,0 +1,40 @@
+"""DAPO's dynamic sampling and length penalty."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import egpo_kernels as ek
+
+
+@pytest.mark.parametrize("groups", [[3, 1, 3, 1, 3, 1], "list", "numpy"])
+def test_informative_groups_by_hand(groups):
+    ids = [3, 1, 3, 1, 3, 1]
+    given = {"list": [str(it) for it in ids], "numpy": np.array(ids, dtype=object)}.get(str(groups), torch.tensor(ids))
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    assert ek.informative_groups(given, rewards).tolist() == [True, False, True, False, True, False]
+
+
+def test_informative_groups_of_odd_rewards():
+    assert ek.informative_groups(1, torch.tensor([1.0, 0.0])).tolist() == [False, False], "nobody to compare with"
+    rewards = torch.tensor([1.0, math.nan, 1.0, 1.0 + 1e-7, 0.3, 0.31])
+    assert ek.informative_groups(2, rewards).tolist() == [False, False, False, False, True, True]
+    assert ek.informative_groups(4, torch.zeros(0)).tolist() == []
+    assert ek.informative_groups(2, torch.tensor([0, 1])).all()
+
+
+def test_informative_groups_are_those_with_a_group_relative_advantage():
+    generator = torch.Generator().manual_seed(0)
+    rewards = (torch.rand(64, generator=generator) < 0.2).float()
+    found = ek.group_advantages(4, rewards, config=ek.recipes.DAPO.advantage)
+    assert torch.equal(ek.informative_groups(4, rewards), found.base != 0)
+
+
+def test_soft_overlong_penalty_by_hand():
+    lengths = torch.tensor([0, 80, 85, 90, 100, 101, 10**6])
+    found = ek.soft_overlong_penalty(lengths, 100, 20)
+    torch.testing.assert_close(found, torch.tensor([0, 0, -0.25, -0.5, -1, -1, -1]), rtol=0, atol=0)
+    assert found.dtype == torch.float32
+    assert ek.soft_overlong_penalty(torch.tensor([0, 50, 100], dtype=torch.int32), 100, 100).tolist() == [0, -0.5, -1]
