@@ -1,6 +1,6 @@
 """The policy loss of a token, as pure torch functions of its log-probability (EGPO, arXiv 2602.22751, Eq. 12).
 
-A surrogate is one function here, one device function in `egpo_kernels.triton.surrogates`, and a row in each table.
+A surrogate is one function here, one device function in `egpo_kernels.triton.surrogates`, and its name in `types`.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from egpo_kernels import types
 from egpo_kernels.reduction import accumulation_dtype, counts_per_sequence, per_row, segment_index, segment_sum
 from egpo_kernels.types import PolicyLossConfig, Rows
 
@@ -92,10 +93,7 @@ def gmpo(log_probs: Tensor, log_ratio: Tensor, advantages: Tensor, config: Polic
 
 
 SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, PolicyLossConfig], SurrogateTerms]] = {
-    "clip": clip,
-    "cispo": cispo,
-    "sapo": sapo,
-    "gmpo": gmpo,
+    name: globals()[name] for name in types.SURROGATES
 }
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from egpo_kernels.fields import Checked, check_keys, check_number, choice, number
 
+SURROGATES = ("clip", "cispo", "sapo", "gmpo")
+"""The policy losses of a token: functions of these names in both `surrogates.py`, in torch and for triton."""
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Float64 for float64 inputs, float32 for all others."""
@@ -123,7 +126,7 @@ class PolicyLossConfig(Checked):
         TypeError: A setting of the wrong type.
     """
 
-    surrogate: str = choice("clip", "cispo", "sapo", "gmpo")
+    surrogate: str = choice(*SURROGATES)
     ratio: str = choice("token", "sequence", "sequence_token")
     clip_low: float = number(0.2, 0.0, 1.0)
     clip_high: float = number(0.2, 0.0)

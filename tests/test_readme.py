@@ -40,6 +40,7 @@ def names():
         "groups": torch.arange(sequences) // 8,
         "rewards": rewards,
         "old_log_probs": now + 0.3 * torch.randn(now.shape, dtype=torch.float64, generator=generator),
+        "sampler_log_probs": now + 0.1 * torch.randn(now.shape, dtype=torch.float64, generator=generator),
         "ref_log_probs": now + 0.3 * torch.randn(now.shape, dtype=torch.float64, generator=generator),
     }
 

@@ -1,6 +1,9 @@
 """A surrogate is written twice, in torch and as a device function: the two tables agree, derivatives included."""
 
 import dataclasses
+import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,26 +66,20 @@ def points(count=256):
     return tuple(tensor.to(DEVICE) for tensor in (log_probs, old, advantages))
 
 
-def test_the_tables_name_the_same_surrogates():
+def test_the_tables_name_the_same_surrogates_and_every_one_is_compared():
     choices = {field.name: field for field in dataclasses.fields(PolicyLossConfig)}["surrogate"].metadata["choices"]
     assert set(torch_side.SURROGATES) == set(triton_side.SURROGATES) == set(choices)
+    assert {config.surrogate for config in CONFIGS} == set(choices)
 
 
-def test_every_surrogate_is_compared():
-    assert {config.surrogate for config in CONFIGS} == set(torch_side.SURROGATES)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.surrogate)
-def test_value_derivative_and_clip_flags_agree(config):
+def assert_agree(torch_function, device_function, config):
     log_probs, old, advantages = points()
     leaf = log_probs.clone().requires_grad_()
     log_ratio = torch_side.clamped(leaf - old, config.max_log_ratio)
-    terms = torch_side.SURROGATES[config.surrogate](leaf, log_ratio, advantages, config)
+    terms = torch_function(leaf, log_ratio, advantages, config)
     (slope,) = torch.autograd.grad(terms.loss.sum(), leaf)
 
     out = torch.empty(4, len(log_probs), dtype=torch.float64, device=DEVICE)
-    device_function = triton_side.SURROGATES[config.surrogate]
     surrogate_kernel[(1,)](log_probs, old, advantages, out, settings_of(config), device_function, len(log_probs))
     # What a rounding may change: everything is a multiple of the advantage, at most the ratio and a gate's 4 times it.
     size = 4 * advantages.abs() * (1 + log_ratio.detach().exp()) * (1 + log_probs.abs())
@@ -91,11 +88,36 @@ def test_value_derivative_and_clip_flags_agree(config):
     assert ((out[1] - slope).abs() <= 4 * eps * size).all()
     assert torch.equal(out[2].bool(), terms.clipped_low)
     assert torch.equal(out[3].bool(), terms.clipped_high)
+    return terms, slope, (log_probs - old).abs() > config.max_log_ratio
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.surrogate)
+def test_value_derivative_and_clip_flags_agree(config):
+    functions = (table[config.surrogate] for table in (torch_side.SURROGATES, triton_side.SURROGATES))
+    terms, slope, beyond = assert_agree(*functions, config)
     if config == CONFIGS[1]:
         assert terms.clipped_low.any() and terms.clipped_high.any() and (slope == 0).sum() < len(slope)
     if config.max_log_ratio == 2.0:
-        beyond = (log_probs - old).abs() > 2.0
         assert beyond.any() and ((slope[beyond] == 0).all() or config.surrogate == "cispo")
+
+
+@pytest.mark.gpu
+def test_the_worked_example_of_contributing_agrees(tmp_path, monkeypatch):
+    """Both functions of the page, in a file, since a kernel is compiled from its source."""
+    page = (Path(__file__).resolve().parent.parent / "CONTRIBUTING.md").read_text()
+    in_torch, on_device = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    imports = {
+        "in_torch": "import torch\nfrom torch import Tensor\nfrom egpo_kernels.types import PolicyLossConfig\n"
+        "from egpo_kernels.surrogates import SurrogateTerms\n",
+        "on_device": "import triton\nimport triton.language as tl\n",
+    }
+    for name, code in (("in_torch", in_torch), ("on_device", on_device)):
+        (tmp_path / f"example_{name}.py").write_text(f"{imports[name]}\n\n{code}")
+    monkeypatch.syspath_prepend(tmp_path)
+    functions = (importlib.import_module(f"example_{name}").unclipped for name in imports)
+    _, slope, beyond = assert_agree(*functions, PolicyLossConfig(max_log_ratio=2.0))
+    assert beyond.any() and (slope[beyond] == 0).all() and (slope[~beyond] != 0).any()
 
 
 @pytest.mark.gpu

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from egpo_kernels import types
+
 
 class Terms(NamedTuple):
     """What tokens contribute: surrogate loss, KL, slopes through the ratio and beside it, clip flags.
@@ -72,7 +74,7 @@ def gmpo(log_prob, log_ratio, inside, advantage, settings):
     return -ratio * advantage, -slope * advantage, inside & False, inside & False
 
 
-SURROGATES = {"clip": clip, "cispo": cispo, "sapo": sapo, "gmpo": gmpo}
+SURROGATES = {name: globals()[name] for name in types.SURROGATES}
 
 
 @triton.jit
