@@ -92,7 +92,8 @@ def top_entropy_mask(
     # Not torch.quantile, which takes no mask and at most 16 million values.
     ordered = torch.where(eligible, values, torch.inf).sort().values
     place = (1 - share) * (eligible.sum() - 1).clamp(min=0).to(values.dtype)
-    low, high = ordered[place.floor().long()], ordered[place.ceil().long()]
+    # Two places in one index: a 0-d one would wait for the device.
+    low, high = ordered[torch.stack([place.floor(), place.ceil()]).long()].unbind()
     threshold = torch.where(low == high, low, torch.lerp(low, high, place - place.floor()))
     return (eligible & (values >= threshold)).view(layout.shape)
 

@@ -10,6 +10,7 @@ from tests.support.batches import (
     LAYOUTS,
     NEEDS_TRITON,
     differentiate,
+    every_helper,
     from_log_probs,
     make_batch,
     one_pass,
@@ -115,6 +116,19 @@ def test_group_advantages(layout, backend):
             for name in ("advantages", "weights", "base", "uncertainty"):
                 torch.testing.assert_close(getattr(found, name), getattr(wanted, name))
             assert found.metrics.keys() == wanted.metrics.keys()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_helpers(layout):
+    """A full graph also means that nothing waits for a value."""
+    counter = CompileCounterWithBackend("aot_eager")
+    step, frames = compiled(every_helper, counter), []
+    for lengths in ((3, 4, 2, 4), (5, 3, 2, 2, 6, 4)):
+        batch = make_batch(layout, lengths=lengths)
+        for found, wanted in zip(step(batch), every_helper(batch), strict=True):
+            assert torch.equal(found, wanted)
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[1]
 
 
 def test_next_token_targets():

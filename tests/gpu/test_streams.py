@@ -11,6 +11,7 @@ from tests.support.batches import (
     Result,
     assert_same,
     differentiate,
+    every_helper,
     from_log_probs,
     make_batch,
     one_pass,
@@ -87,6 +88,14 @@ def test_next_token_targets_wait_for_nothing():
     with no_sync():
         tokens, mask = ek.next_token_targets(batch.tokens, batch.mask)
     assert torch.equal(tokens[:, :-1], batch.tokens[:, 1:]) and not mask[:, -1].any()
+
+
+@EVERY_LAYOUT
+def test_no_helper_waits_for_the_device(layout):
+    batch = make_batch(layout)
+    with no_sync():
+        found = every_helper(batch)
+    assert all(value.device.type == torch.device(DEVICE).type for value in found)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

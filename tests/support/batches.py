@@ -159,6 +159,21 @@ def from_log_probs(batch, backend, **options):
     )
 
 
+def every_helper(batch):
+    """What the helpers of a rollout batch make of it, one tensor after the other."""
+    shared = {"cu_seqlens": batch.cu_seqlens}
+    pair = batch.old_log_probs, batch.ref_log_probs
+    return [
+        ek.rollout_weights(*pair, batch.mask, outside="mask", **shared),
+        ek.rollout_weights(*pair, batch.mask, level="sequence", **shared),
+        ek.off_policy_mask(*pair, batch.advantages, batch.mask, threshold=0.1, **shared),
+        *ek.response_spans(batch.tokens, [3, 4], batch.mask, **shared),
+        ek.top_entropy_mask(-batch.old_log_probs, batch.mask, fraction=0.3, **shared),
+        ek.informative_groups(batch.groups, batch.rewards),
+        ek.soft_overlong_penalty(batch.rewards.long(), 2, 1),
+    ]
+
+
 PATHS = {path.__name__: path for path in (one_pass, two_pass, whole_groups, only_log_probs)}
 
 
