@@ -6,7 +6,10 @@ from pathlib import Path
 
 import torch
 
-FILES = ("summary.md", "uncertainty.png", "training.png", "log.jsonl", "rollouts.jsonl")
+from demo import rollouts
+
+PICTURES = ("uncertainty.png", "diagnostics.png", "training.png", "recipes.png")
+FILES = ("summary.md", "recipes.md", *PICTURES, "log.jsonl", rollouts.FILE)
 
 
 class History:
@@ -21,17 +24,17 @@ class History:
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
         self._log = folder / "log.jsonl"
-        self._rollouts = folder / "rollouts.jsonl"
+        self._rollouts = folder / rollouts.FILE
 
     def add_run(self, settings: dict) -> None:
         """The first line of the log: what was run."""
         _append(self._log, [{"kind": "run", **settings}])
 
-    def add_step(self, record: dict, rollouts: list[dict]) -> None:
+    def add_step(self, record: dict, answers: list[dict]) -> None:
         """The rollouts come first, so that a step in the log always has its answers on disk."""
-        _append(self._rollouts, rollouts)
+        _append(self._rollouts, answers)
         _append(self._log, [record])
-        self.rollouts += rollouts
+        self.rollouts += answers
         self.steps.append(record)
 
     def add_held_out(self, record: dict) -> None:
@@ -41,11 +44,6 @@ class History:
     def total(self, metric: str) -> float:
         """Sum of a step metric over the run."""
         return sum(record["metrics"][metric] for record in self.steps)
-
-    def uncertainties(self, correct: bool) -> torch.Tensor:
-        """H of every correct (or incorrect) answer of the run, float64 [n], nats per token."""
-        values = [rollout["uncertainty"] for rollout in self.rollouts if (rollout["reward"] == 1) == correct]
-        return torch.tensor(values, dtype=torch.float64)
 
     def mixed_groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For each group with both kinds: H of its correct and of its incorrect answers, float64, nats per token."""

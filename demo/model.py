@@ -34,15 +34,19 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Answers:
-    """Right-padded answers: `tokens` int64 [S, T], `mask` bool [S, T], `log_probs` float32 [S, T] in nats, S texts.
+    """Right-padded answers: `tokens` int64 [S, T], `mask` bool [S, T], `log_probs` and `entropies` float32 [S, T] in
+    nats, `ended` bool [S], S texts.
 
-    The mask counts every sampled token up to and including the one that ended the answer. The log-probs are those of
-    the distribution sampled from, so they are tempered by the sampling temperature.
+    The mask counts every sampled token up to and including the one that ended the answer; `ended` is False where an
+    answer was cut off instead. Log-probs and entropies are those of the distribution sampled from, so they are
+    tempered by the sampling temperature.
     """
 
     tokens: torch.Tensor
     mask: torch.Tensor
     log_probs: torch.Tensor
+    entropies: torch.Tensor
+    ended: torch.Tensor
     texts: list[str]
 
 
@@ -93,8 +97,9 @@ class LanguageModel:
             return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
 
         tokens, mask, logits = self._decode(prompts, group_size, draw)
-        scored = egpo_kernels.token_log_probs(logits, tokens, mask=mask, temperature=temperature)
-        return Answers(tokens, mask, scored.log_probs, self._texts(tokens, mask))
+        scored = egpo_kernels.token_log_probs(logits, tokens, mask=mask, temperature=temperature, return_entropy=True)
+        ended = (mask & torch.isin(tokens, self.stop_ids)).any(dim=1)
+        return Answers(tokens, mask, scored.log_probs, scored.entropy, ended, self._texts(tokens, mask))
 
     @torch.no_grad()
     def greedy(self, prompts: Prompts) -> list[str]:

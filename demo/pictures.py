@@ -1,16 +1,17 @@
-"""The two pictures: who was unsure, and what was learnt from what."""
+"""The pictures of a run: who was unsure, what that predicts, and what was learnt from what."""
 
 import math
 from pathlib import Path
 
 import matplotlib
-import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from demo.history import History, auc
+from demo.rollouts import Rollouts
+from egpo_kernels import diagnostics
 
 CORRECT, INCORRECT = "#1b7f5c", "#c8472d"
 EGPO, GRPO = "#2b5fa5", "#8a8a8a"
@@ -19,12 +20,21 @@ SMALLEST_H, LARGEST_H = 1e-3, 10.0
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10.5, "axes.titlesize": 12}
 
 
-def draw_uncertainty(history: History, caption: str, path: Path) -> None:
+def draw_uncertainty(history: History, answers: Rollouts, caption: str, path: Path) -> None:
     """H of correct against incorrect answers: all together, and inside each mixed group."""
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-        _histogram(left, history)
+        diagnostics.plot_gap(answers.uncertainty, answers.correct, left)
         _by_group(right, history)
+        _finish(figure, caption, path)
+
+
+def draw_diagnostics(answers: Rollouts, caption: str, path: Path) -> None:
+    """What uncertainty predicts, over each part of the answers, and how it goes with length."""
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
+        diagnostics.plot_roc(answers.curves(), left)
+        diagnostics.plot_length(answers.uncertainty, answers.lengths, answers.correct, right)
         _finish(figure, caption, path)
 
 
@@ -35,31 +45,6 @@ def draw_training(history: History, caption: str, path: Path) -> None:
         _held_out(left, history)
         _gradient_share(right, history)
         _finish(figure, caption, path)
-
-
-def _histogram(axes, history: History) -> None:
-    kinds = [("correct", history.uncertainties(True), CORRECT), ("incorrect", history.uncertainties(False), INCORRECT)]
-    bins = torch.logspace(math.log10(SMALLEST_H), math.log10(LARGEST_H), 33, dtype=torch.float64).numpy()
-    for name, values, colour in kinds:
-        if len(values) == 0:
-            continue
-        label = f"{name}: n = {len(values)}, mean {values.mean():.2f} (dashed)"
-        weights = [1 / len(values)] * len(values)
-        axes.hist(
-            values.clamp(SMALLEST_H, LARGEST_H).numpy(), bins, weights=weights, color=colour, alpha=0.5, label=label
-        )
-        axes.axvline(values.mean().item(), ymax=0.8, color=colour, linestyle="--")
-    correct, incorrect = kinds[0][1], kinds[1][1]
-    title = "All answers"
-    if len(correct) and len(incorrect):
-        title += f": gap {incorrect.mean() - correct.mean():+.2f} nats/token, AUC {auc([(correct, incorrect)]):.2f}"
-    axes.set_title(title)
-    axes.margins(y=0.25)
-    axes.set_xscale("log")
-    axes.set_xlabel("uncertainty H of an answer (nats per token, log scale)")
-    axes.set_ylabel("share of the answers of its kind")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(frameon=False, loc="upper left")
 
 
 def _by_group(axes, history: History) -> None:

@@ -6,11 +6,11 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from demo import train
+from demo import recipes, rollouts, train
 from demo.console import Console
 from demo.history import History
 from demo.model import MAX_NEW_TOKENS, MODEL_NAME, LanguageModel
-from demo.pictures import draw_training, draw_uncertainty
+from demo.pictures import draw_diagnostics, draw_training, draw_uncertainty
 from demo.summary import summary_rows, write_summary
 from demo.tasks import ProblemSet
 from egpo_kernels.recipes import Recipe
@@ -22,15 +22,20 @@ HELD_OUT_PER_PROMPT = 6
 def run(recipe: Recipe, steps: int, seed: int, folder: Path) -> bool:
     """Trains for `steps` steps and writes everything into `folder`; returns False if Ctrl-C cut it short."""
     start = time.perf_counter()
+    if recipe.loss.reduction == "seq_mean_token_sum_norm" and recipe.loss.norm_length is None:
+        recipe = recipe.replace(norm_length=MAX_NEW_TOKENS)
     console = Console(recipe.name, steps)
     history = History(folder)
     history.add_run(_settings(recipe, steps, seed))
     finished = _train(recipe, steps, seed, history, console)
-    rows = summary_rows(history, time.perf_counter() - start, _peak_memory())
+    answers = rollouts.pack(history.rollouts)
+    rows = summary_rows(history, answers, time.perf_counter() - start, _peak_memory())
     done = f"{len(history.rollouts)} answers, {len(history.steps)} of {steps} steps"
     caption = f"one seed ({seed}), {MODEL_NAME}, {recipe.name}, {done}"
-    draw_uncertainty(history, caption, folder / "uncertainty.png")
+    draw_uncertainty(history, answers, caption, folder / "uncertainty.png")
+    draw_diagnostics(answers, caption, folder / "diagnostics.png")
     draw_training(history, caption, folder / "training.png")
+    recipes.write(history.rollouts, folder)
     write_summary(rows, caption, finished, folder / "summary.md")
     console.finish(rows, folder, finished)
     return finished

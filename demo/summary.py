@@ -4,18 +4,26 @@ import math
 from pathlib import Path
 
 from demo.history import History, auc
+from demo.rollouts import Rollouts
+from egpo_kernels import diagnostics
 
 LIMITS = (
     "One seed, one small model and a few minutes: this shows that the pieces work together on real answers. It does "
     "not show that one method trains better than another."
 )
+SPANS = (
+    "AUC is the probability that an incorrect answer is more uncertain than a correct one. This model writes no "
+    "thinking tag, so there are no thinking and answer spans; but every answer that was not cut off has a token that "
+    "ends it, so uncertainty is taken over the whole answer, over what stands before that token, and at that token."
+)
 
 
-def summary_rows(history: History, seconds: float, peak_gb: float) -> list[tuple[str, str]]:
+def summary_rows(history: History, answers: Rollouts, seconds: float, peak_gb: float) -> list[tuple[str, str]]:
     """Name and value of each row, as text."""
     return [
         *_reward_rows(history),
-        *_uncertainty_rows(history),
+        *_uncertainty_rows(answers),
+        *_prediction_rows(history, answers),
         *_gradient_rows(history),
         ("time, loading included", f"{seconds:.0f} s"),
         ("peak memory", f"{peak_gb:.1f} GB"),
@@ -30,16 +38,29 @@ def _reward_rows(history: History) -> list[tuple[str, str]]:
     return rows
 
 
-def _uncertainty_rows(history: History) -> list[tuple[str, str]]:
-    correct, incorrect = history.uncertainties(True), history.uncertainties(False)
-    mixed = history.mixed_groups()
-    gap = incorrect.mean() - correct.mean()
+def _uncertainty_rows(answers: Rollouts) -> list[tuple[str, str]]:
+    found = diagnostics.uncertainty_gap(answers.uncertainty, answers.correct)
+    kinds = [(name, getattr(found, name)) for name in ("correct", "incorrect")]
     return [
-        (f"uncertainty of {len(correct)} correct answers", f"{_text(correct.mean())} nats/token"),
-        (f"uncertainty of {len(incorrect)} incorrect answers", f"{_text(incorrect.mean())} nats/token"),
-        ("gap (incorrect - correct)", f"{_text(gap)} nats/token"),
-        ("AUC, all answers together", _text(auc([(correct, incorrect)]))),
+        *(
+            (f"uncertainty of {kind.sequences} {name} answers", f"{_text(kind.mean)} nats/token")
+            for name, kind in kinds
+        ),
+        ("gap (incorrect - correct)", f"{_text(found.gap)} nats/token"),
+    ]
+
+
+def _prediction_rows(history: History, answers: Rollouts) -> list[tuple[str, str]]:
+    mixed = history.mixed_groups()
+    length = diagnostics.length_correlation(answers.uncertainty, answers.lengths)
+    return [
+        *(
+            (f"AUC, {name} (n = {curve.correct + curve.incorrect})", _text(curve.auc))
+            for name, curve in answers.curves().items()
+        ),
         (f"AUC, inside {len(mixed)} mixed groups", _text(auc(mixed))),
+        ("uncertainty against length, Pearson", _text(length.pearson)),
+        ("uncertainty against length, Spearman", _text(length.spearman)),
     ]
 
 
@@ -67,11 +88,17 @@ def write_summary(rows: list[tuple[str, str]], caption: str, finished: bool, pat
         "|---|---|",
         *(f"| {name.strip()} | {value} |" for name, value in rows),
         "",
+        SPANS,
+        "",
         LIMITS,
         "",
         "![Uncertainty of correct and incorrect answers](uncertainty.png)",
         "",
+        "![ROC of uncertainty as a predictor of incorrectness, uncertainty against length](diagnostics.png)",
+        "",
         "![Held-out reward and share of answers with a gradient](training.png)",
+        "",
+        "The advantage every recipe gives to the same answers: [recipes.md](recipes.md).",
     ]
     path.write_text("\n".join(lines) + "\n")
 
@@ -81,4 +108,4 @@ def _change(before: dict, after: dict) -> str:
 
 
 def _text(value) -> str:
-    return "not defined (one kind only)" if math.isnan(value) else f"{float(value):.3f}"
+    return "not defined" if math.isnan(value) else f"{float(value):.3f}"

@@ -85,7 +85,12 @@ class Trainer:
     def _advantages(self, recipe: recipes.Recipe, rewards: torch.Tensor, answers: Answers):
         """Advantages and their company over whole groups; rewards float32 [S]."""
         return egpo_kernels.group_advantages(
-            GROUP_SIZE, rewards, answers.log_probs, answers.mask, config=recipe.advantage
+            GROUP_SIZE,
+            rewards,
+            answers.log_probs,
+            answers.mask,
+            entropy=answers.entropies,
+            config=recipe.advantage,
         )
 
     def _backward(self, prompts: Prompts, answers: Answers, advantages: torch.Tensor) -> tuple[float, dict]:
@@ -112,7 +117,7 @@ class Trainer:
 
 
 def _rollouts(number: int, asked: list[Problem], answers: Answers, rewards: torch.Tensor, group) -> list[dict]:
-    """One record an answer, with the tokens and log-probs that count."""
+    """One record an answer, with its tokens that count, their log-probs and entropies."""
     return [
         {
             "step": number,
@@ -128,7 +133,9 @@ def _rollouts(number: int, asked: list[Problem], answers: Answers, rewards: torc
             "base_advantage": group.base[index].item(),
             "advantage": group.advantages[index].item(),
             "tokens": answers.tokens[index][answers.mask[index]].tolist(),
+            "ended": answers.ended[index].item(),
             "log_probs": answers.log_probs[index][answers.mask[index]].tolist(),
+            "entropies": answers.entropies[index][answers.mask[index]].tolist(),
         }
         for index, problem in enumerate(asked)
     ]

@@ -13,6 +13,8 @@ from egpo_kernels.validation import check_instance
 
 CORRECT, INCORRECT, PLAIN = "#1b7f5c", "#c8472d", "#2b5fa5"
 BINS = 32
+ASIDE = 0.012
+"""How far, as a share of all lengths, dots are moved aside so that one kind does not hide the other."""
 DECADES = 4
 """The logarithmic axis of H reaches this far below the largest H; what lies below is drawn at its edge."""
 
@@ -56,7 +58,8 @@ def plot_gap(uncertainty: Tensor, correct: Tensor, ax: Any = None) -> Any:
     ax.set(xscale="log", xlim=(low, high))
     ax.margins(y=0.25)
     ax.set_ylim(bottom=0)
-    ax.yaxis.set_major_formatter(wanted("matplotlib.ticker").PercentFormatter(1.0, decimals=0))
+    ax.yaxis.set_major_formatter(wanted("matplotlib.ticker").PercentFormatter(1.0))
+    _plain_numbers(ax.xaxis)
     ax.legend(frameon=False, loc="upper left")
     return ax
 
@@ -97,6 +100,8 @@ def plot_roc(curves: Mapping[str, Roc], ax: Any = None) -> Any:
 def plot_length(uncertainty: Tensor, lengths: Tensor, correct: Tensor | None = None, ax: Any = None) -> Any:
     """Draw uncertainty against length, one dot a sequence, with both correlations.
 
+    Correct and incorrect sequences of one length stand a little to the left and right of it.
+
     Args:
         uncertainty: ``[S]`` nats per token.
         lengths: ``[S]`` tokens.
@@ -120,15 +125,17 @@ def plot_length(uncertainty: Tensor, lengths: Tensor, correct: Tensor | None = N
         kinds = [("correct", right[0], CORRECT), ("incorrect", ~right[0], INCORRECT)]
     ax = _axes(ax)
     low, high = _log_range(values)
-    for name, chosen, colour in kinds:
+    aside = ASIDE * (counts.max() - counts.min()).item() if right and len(counts) else 0.0
+    for (name, chosen, colour), shift in zip(kinds, (-aside, aside), strict=False):
         label = f"{name}: n = {int(chosen.sum())}"
-        drawn = counts[chosen].numpy(), values[chosen].clamp(low, high).numpy()
+        drawn = (counts[chosen] + shift).numpy(), values[chosen].clamp(low, high).numpy()
         ax.scatter(*drawn, color=colour, alpha=0.4, s=18, linewidths=0, label=label)
     pearson, spearman = _number(found.pearson), _number(found.spearman)
-    ax.set_title(f"Pearson {pearson} (of H, not log H), Spearman {spearman}")
+    ax.set_title(f"Uncertainty against length\nPearson {pearson} (of H, not log H), Spearman {spearman}")
     ax.set_xlabel(f"length of a sequence (tokens){_notes(found.left_out, values, low)}")
     ax.set_ylabel("uncertainty H of a sequence (nats per token, log scale)")
     ax.set(yscale="log", ylim=(low / 1.3, high * 1.3))
+    _plain_numbers(ax.yaxis)
     ax.legend(frameon=False)
     return ax
 
@@ -147,6 +154,14 @@ def _log_range(values: Tensor) -> tuple[float, float]:
         return 1e-3, 1.0
     high = positive.max().item() * 1.1
     return max(positive.min().item() / 1.1, high / 10**DECADES), high
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Label a logarithmic axis 0.1, 0.3, 1, 3."""
+    ticker = wanted("matplotlib.ticker")
+    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 3.0)))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _notes(left_out: int, values: Tensor, low: float) -> str:
