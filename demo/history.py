@@ -1,10 +1,8 @@
-"""What a run has recorded so far: JSON-lines files, written as it goes, and the numbers read off them."""
+"""What a run has recorded so far, in memory and in JSON-lines files that are written as it goes."""
 
 import json
 import math
 from pathlib import Path
-
-import torch
 
 from demo import rollouts
 
@@ -44,31 +42,6 @@ class History:
     def total(self, metric: str) -> float:
         """Sum of a step metric over the run."""
         return sum(record["metrics"][metric] for record in self.steps)
-
-    def mixed_groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """For each group with both kinds: H of its correct and of its incorrect answers, float64, nats per token."""
-        groups: dict[tuple[int, int], tuple[list, list]] = {}
-        for rollout in self.rollouts:
-            kinds = groups.setdefault((rollout["step"], rollout["group"]), ([], []))
-            kinds[0 if rollout["reward"] == 1 else 1].append(rollout["uncertainty"])
-        mixed = [kinds for kinds in groups.values() if all(kinds)]
-        return [tuple(torch.tensor(kind, dtype=torch.float64) for kind in kinds) for kinds in mixed]
-
-
-def pairs_won(low: torch.Tensor, high: torch.Tensor) -> float:
-    """Number of pairs in which an entry of `high` exceeds one of `low`, ties counting half; both [n], any lengths."""
-    ordered = low.sort().values
-    below = torch.searchsorted(ordered, high) + torch.searchsorted(ordered, high, right=True)
-    return below.sum().item() / 2
-
-
-def auc(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Share of correct-incorrect pairs in which the incorrect answer is the more uncertain; NaN without a pair.
-
-    Each entry holds H of correct and of incorrect answers; pairs are formed inside an entry only.
-    """
-    count = sum(len(correct) * len(incorrect) for correct, incorrect in pairs)
-    return sum(pairs_won(*pair) for pair in pairs) / count if count else math.nan
 
 
 def _append(path: Path, records: list[dict]) -> None:

@@ -9,8 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from demo.history import History, auc
-from demo.rollouts import Rollouts
+from demo.history import History
+from demo.rollouts import Rollouts, auc_inside
 from egpo_kernels import diagnostics
 
 CORRECT, INCORRECT = "#1b7f5c", "#c8472d"
@@ -20,12 +20,12 @@ SMALLEST_H, LARGEST_H = 1e-3, 10.0
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10.5, "axes.titlesize": 12}
 
 
-def draw_uncertainty(history: History, answers: Rollouts, caption: str, path: Path) -> None:
+def draw_uncertainty(answers: Rollouts, caption: str, path: Path) -> None:
     """H of correct against incorrect answers: all together, and inside each mixed group."""
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
         diagnostics.plot_gap(answers.uncertainty, answers.correct, left)
-        _by_group(right, history)
+        _by_group(right, answers)
         _finish(figure, caption, path)
 
 
@@ -47,15 +47,15 @@ def draw_training(history: History, caption: str, path: Path) -> None:
         _finish(figure, caption, path)
 
 
-def _by_group(axes, history: History) -> None:
-    mixed = history.mixed_groups()
+def _by_group(axes, answers: Rollouts) -> None:
+    mixed = answers.mixed_groups()
     title = f"Same prompt: {len(mixed)} mixed groups"
     if mixed:
         means = [tuple(kind.mean().clamp(SMALLEST_H, LARGEST_H).item() for kind in kinds) for kinds in mixed]
         axes.plot([SMALLEST_H, LARGEST_H], [SMALLEST_H, LARGEST_H], color="black", label="equally uncertain")
         axes.scatter(*zip(*means, strict=True), color=INCORRECT, alpha=0.6, label="one group of 8 answers")
         above = sum(incorrect > correct for correct, incorrect in means)
-        title += f", {above} above the line, AUC {auc(mixed):.2f}"
+        title += f", {above} above the line, AUC {auc_inside(mixed):.2f}"
         axes.legend(frameon=False, loc="lower right")
     axes.set(xscale="log", yscale="log", xlim=(SMALLEST_H, LARGEST_H), ylim=(SMALLEST_H, LARGEST_H), aspect="equal")
     axes.set_title(title)

@@ -38,7 +38,7 @@ def main() -> int:
 def write(records: list[dict], folder: Path, step: int | None = None) -> None:
     """Text and picture of one step's answers; records as in the run's file."""
     step = telling_step(records) if step is None else step
-    records = sorted((record for record in records if record["step"] == step), key=_order)
+    records = in_order([record for record in records if record["step"] == step])
     answers = pack(records)
     table = advantages(answers)
     (folder / "recipes.md").write_text(text(records, answers, table))
@@ -52,6 +52,13 @@ def telling_step(records: list[dict]) -> int:
     for record in records:
         kinds.setdefault(record["step"], {}).setdefault(record["group"], set()).add(record["reward"] == 1)
     return max(kinds, key=lambda step: (len({tuple(sorted(kind)) for kind in kinds[step].values()}), -step))
+
+
+def in_order(records: list[dict]) -> list[dict]:
+    """Records of a step group by group, correct answers first, the surest first."""
+    doubt = pack(records).uncertainty.tolist()
+    order = sorted(range(len(records)), key=lambda i: (records[i]["group"], records[i]["reward"] != 1, doubt[i]))
+    return [records[i] for i in order]
 
 
 def advantages(answers: Rollouts) -> Table:
@@ -131,11 +138,6 @@ def _settings(name: str) -> str:
 
 def _signed(value: float) -> str:
     return "0" if value == 0 else f"{value:+.2f}"
-
-
-def _order(record: dict) -> tuple:
-    """By group, correct answers first, the surest first."""
-    return record["group"], record["reward"] != 1, record["uncertainty"] or 0.0
 
 
 if __name__ == "__main__":

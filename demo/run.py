@@ -32,7 +32,7 @@ def run(recipe: Recipe, steps: int, seed: int, folder: Path) -> bool:
     rows = summary_rows(history, answers, time.perf_counter() - start, _peak_memory())
     done = f"{len(history.rollouts)} answers, {len(history.steps)} of {steps} steps"
     caption = f"one seed ({seed}), {MODEL_NAME}, {recipe.name}, {done}"
-    draw_uncertainty(history, answers, caption, folder / "uncertainty.png")
+    draw_uncertainty(answers, caption, folder / "uncertainty.png")
     draw_diagnostics(answers, caption, folder / "diagnostics.png")
     draw_training(history, caption, folder / "training.png")
     recipes.write(history.rollouts, folder)

@@ -3,8 +3,8 @@
 import math
 from pathlib import Path
 
-from demo.history import History, auc
-from demo.rollouts import Rollouts
+from demo.history import History
+from demo.rollouts import Rollouts, auc_inside
 from egpo_kernels import diagnostics
 
 LIMITS = (
@@ -23,7 +23,7 @@ def summary_rows(history: History, answers: Rollouts, seconds: float, peak_gb: f
     return [
         *_reward_rows(history),
         *_uncertainty_rows(answers),
-        *_prediction_rows(history, answers),
+        *_prediction_rows(answers),
         *_gradient_rows(history),
         ("time, loading included", f"{seconds:.0f} s"),
         ("peak memory", f"{peak_gb:.1f} GB"),
@@ -50,15 +50,15 @@ def _uncertainty_rows(answers: Rollouts) -> list[tuple[str, str]]:
     ]
 
 
-def _prediction_rows(history: History, answers: Rollouts) -> list[tuple[str, str]]:
-    mixed = history.mixed_groups()
+def _prediction_rows(answers: Rollouts) -> list[tuple[str, str]]:
+    mixed = answers.mixed_groups()
     length = diagnostics.length_correlation(answers.uncertainty, answers.lengths)
     return [
         *(
             (f"AUC, {name} (n = {curve.correct + curve.incorrect})", _text(curve.auc))
             for name, curve in answers.curves().items()
         ),
-        (f"AUC, inside {len(mixed)} mixed groups", _text(auc(mixed))),
+        (f"AUC, inside {len(mixed)} mixed groups", _text(auc_inside(mixed))),
         ("uncertainty against length, Pearson", _text(length.pearson)),
         ("uncertainty against length, Spearman", _text(length.spearman)),
     ]
@@ -66,13 +66,13 @@ def _prediction_rows(history: History, answers: Rollouts) -> list[tuple[str, str
 
 def _gradient_rows(history: History) -> list[tuple[str, str]]:
     kinds = {name: history.total(f"egpo/groups/{name}/sum") for name in ("mixed", "all_wrong", "all_correct")}
-    counts = f"{kinds['mixed']:.0f} mixed, {kinds['all_wrong']:.0f} all wrong, {kinds['all_correct']:.0f} all correct"
+    counts = ", ".join(f"{kind:.0f}" for kind in kinds.values())
     shares = {
         name: sum(record["share_with_gradient"][name] for record in history.steps) / len(history.steps)
         for name in history.steps[0]["share_with_gradient"]
     }
     return [
-        ("groups", counts),
+        ("groups: mixed, all wrong, all correct", counts),
         *((f"answers with a gradient under {name}", f"{share:.0%}") for name, share in shares.items()),
     ]
 

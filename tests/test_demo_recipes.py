@@ -1,6 +1,7 @@
 """The demo's table of recipes, from a file of saved answers to text and picture."""
 
 import json
+import math
 import re
 import sys
 
@@ -28,7 +29,7 @@ def make_records():
                 log_probs = torch.randn(length, generator=generator).abs().neg()
                 record = {"step": step, "group": group, "expected": "7", "text": " a|b", "reward": float(kind)}
                 record |= {"ended": bool(length % 2), "log_probs": log_probs.tolist()}
-                record |= {"entropies": (-0.5 * log_probs).tolist(), "uncertainty": -log_probs.mean().item()}
+                record["entropies"] = (-0.5 * log_probs).tolist()
                 records.append(record)
     return records
 
@@ -78,9 +79,21 @@ def test_numbers_are_those_of_group_advantages(folder, monkeypatch):
 
 
 def test_order_inside_a_group():
-    records = sorted(make_records(), key=demo_recipes._order)
-    kinds = [record["reward"] for record in records if (record["step"], record["group"]) == (2, 1)]
-    assert kinds == [1, 1, 0, 0]
+    records = demo_recipes.in_order([record for record in make_records() if record["step"] == 2])
+    assert [record["group"] for record in records] == sorted(record["group"] for record in records)
+    mixed = [record for record in records if record["group"] == 1]
+    assert [record["reward"] for record in mixed] == [1, 1, 0, 0]
+    doubt = rollouts.pack(mixed).uncertainty.tolist()
+    assert doubt[0] <= doubt[1] and doubt[2] <= doubt[3]
+
+
+def test_auc_inside_groups():
+    # 3 against 1 and 3: won and tied; 0 against 1 and 3: lost twice. 5 against 4: won.
+    groups = [(torch.tensor([1.0, 3.0]), torch.tensor([3.0, 0.0])), (torch.tensor([4.0]), torch.tensor([5.0]))]
+    assert rollouts.auc_inside(groups) == 2.5 / 5
+    assert math.isnan(rollouts.auc_inside([]))
+    found = rollouts.pack(make_records()).mixed_groups()
+    assert [(len(right), len(wrong)) for right, wrong in found] == [(1, 3), (2, 2), (3, 1)]
 
 
 def test_spans_of_answers():
