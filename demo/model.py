@@ -51,7 +51,7 @@ class Answers:
 
 
 class LanguageModel:
-    """The model with its tokenizer and the ids of the tokens that end an answer."""
+    """The model with its tokenizer, the ids of the tokens that end an answer, and those of a closing think tag."""
 
     def __init__(self, model, tokenizer):
         self.model = model
@@ -59,6 +59,7 @@ class LanguageModel:
         # Many tokens of a byte-level vocabulary hold a newline, written Ċ there: each of them ends an answer.
         newlines = [i for token, i in tokenizer.get_vocab().items() if "Ċ" in token]
         # The tokenizer read from GGUF takes <|im_start|> for its end marker; the model's config has the right one.
+        self.thinking_tag = tokenizer.encode("</think>", add_special_tokens=False)
         self.stop_ids = torch.tensor([*newlines, model.config.eos_token_id])
 
     @classmethod

@@ -23,6 +23,7 @@ def summary_rows(history: History, answers: Rollouts, seconds: float, peak_gb: f
     return [
         *_reward_rows(history),
         *_uncertainty_rows(answers),
+        ("answers without a closing think tag", _untagged(history)),
         *_prediction_rows(answers),
         *_gradient_rows(history),
         ("time, loading included", f"{seconds:.0f} s"),
@@ -75,6 +76,10 @@ def _gradient_rows(history: History) -> list[tuple[str, str]]:
         ("groups: mixed, all wrong, all correct", counts),
         *((f"answers with a gradient under {name}", f"{share:.0%}") for name, share in shares.items()),
     ]
+
+
+def _untagged(history: History) -> str:
+    return f"{sum(record['untagged'] for record in history.steps)} of {len(history.rollouts)}"
 
 
 def write_summary(rows: list[tuple[str, str]], caption: str, finished: bool, path: Path) -> None:

@@ -62,6 +62,9 @@ class Trainer:
                 recipe.name: (self._advantages(recipe, rewards, answers).advantages != 0).float().mean().item()
                 for recipe in COMPARED
             },
+            "untagged": egpo_kernels.response_spans(
+                answers.tokens, self.policy.thinking_tag, answers.mask
+            ).untagged.item(),
             "metrics": {key: value.item() for key, value in {**group.metrics, **policy_metrics}.items()},
             "seconds": time.perf_counter() - start,
         }

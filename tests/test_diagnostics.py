@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from egpo_kernels import diagnostics
+from egpo_kernels import diagnostics, response_spans
 from tests.support.device import DEVICE
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
@@ -96,6 +96,17 @@ def test_diagnostics_roc_of_spans():
     assert list(found) == ["thinking", "answer"]
     assert (found["thinking"].auc, found["thinking"].correct, found["thinking"].left_out) == (0.5, 2, 0)
     assert (found["answer"].auc, found["answer"].correct, found["answer"].left_out) == (1.0, 1, 1)
+
+
+@pytest.mark.gpu
+def test_diagnostics_of_thinking_and_answer():
+    # Tag 9. H of thinking: 1 and 2, of the answer: 4 and 1; the third has no tag and counts as a whole (3) in both.
+    tokens = torch.tensor([[5, 9, 6], [5, 9, 6], [5, 6, 6]], device=DEVICE)
+    log_probs = -torch.tensor([[1.0, 1.0, 4.0], [2.0, 2.0, 1.0], [3.0, 3.0, 3.0]], device=DEVICE)
+    correct = torch.tensor([True, False, False], device=DEVICE)
+    spans = response_spans(tokens, 9)
+    found = diagnostics.roc_of_spans(log_probs, {"thinking": spans.thinking, "answer": spans.answer}, correct)
+    assert (found["thinking"].auc, found["answer"].auc, spans.untagged.item()) == (1.0, 0.0, 1)
 
 
 # Properties.
