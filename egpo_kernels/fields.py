@@ -4,7 +4,10 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from reprlib import repr as shown
 from typing import Any, TypeVar
+
+import torch
 
 Config = TypeVar("Config", bound="Checked")
 
@@ -22,6 +25,13 @@ def number(
     return dataclasses.field(default=default, metadata=bounds)
 
 
+def fits_float32(value: float) -> bool:
+    """Whether float32 holds the number: it neither overflows nor becomes 0, or too small to divide by."""
+    limits = torch.finfo(torch.float32)
+    # Not math.isfinite: a traced call has symbolic numbers. An int may be larger than any float.
+    return value == 0 or limits.tiny <= abs(value) <= limits.max
+
+
 def check_number(
     name: str, value: Any, *, low: float, high: float, open_low: bool = False, optional: bool = False
 ) -> float | None:
@@ -29,12 +39,11 @@ def check_number(
     if value is None and optional:
         return None
     wanted = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
-    wanted += " or None" if optional else ""
+    wanted += " that float32 holds" + (" or None" if optional else "")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r}; it must be {wanted}")
-    # Not math.isfinite: a traced call has symbolic numbers.
-    if not (low <= value <= high and abs(value) < math.inf) or (open_low and value == low):
-        raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+        raise TypeError(f"{name} is {shown(value)}; it must be {wanted}")
+    if not (low <= value <= high and fits_float32(value)) or (open_low and value == low):
+        raise ValueError(f"{name} is {shown(value)}; it must be {wanted}")
     return float(value)
 
 
@@ -48,12 +57,12 @@ class Checked:
             name, value = f"{type(self).__name__}.{field.name}", getattr(self, field.name)
             if "choices" in field.metadata:
                 choices = field.metadata["choices"]
-                if value not in choices:
-                    raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+                if not isinstance(value, str) or value not in choices:
+                    raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(map(repr, choices))}")
             elif "low" in field.metadata:
                 object.__setattr__(self, field.name, check_number(name, value, **field.metadata))
             elif isinstance(field.default, bool) and not isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}; it must be True or False")
+                raise TypeError(f"{name} is {shown(value)}; it must be True or False")
         self._check_together()
         # Opaque operators take strings, not objects: the settings travel as JSON, made once.
         object.__setattr__(self, "json", json.dumps(self.to_dict()))
@@ -80,4 +89,4 @@ def check_keys(name: str, values: Mapping[str, Any], allowed: list[str]) -> None
         raise TypeError(f"{name} is made from {type(values).__name__}; it must be a mapping of its fields")
     unknown = [key for key in values if key not in allowed]
     if unknown:
-        raise ValueError(f"{name} has no setting {unknown[0]!r}; it must be one of {', '.join(allowed)}")
+        raise ValueError(f"{name} has no setting {shown(unknown[0])}; it must be one of {', '.join(allowed)}")

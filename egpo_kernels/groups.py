@@ -53,14 +53,17 @@ def group_advantages(
         TypeError: A wrong type or dtype.
     """
     check_instance("config", config, AdvantageConfig)
-    sequences, device = check_rewards(rewards).shape[0], rewards.device
+    rewards = check_rewards(rewards)
+    sequences, device = rewards.shape[0], rewards.device
     layout = counts = None
     per_token = {"old_log_probs": old_log_probs, "entropy": entropy, "mask": mask}
     for name in [name for name, given in per_token.items() if given is not None][:1]:
         shaped = check_tensor(name, per_token[name], "real" if name == "mask" else "floating", {}, device)
         layout = make_layout(name, tuple(shaped.shape), cu_seqlens, device)
         if layout.num_sequences != sequences:
-            raise ValueError(f"rewards has {sequences} entries; {name} holds {layout.num_sequences} sequences")
+            raise ValueError(
+                f"rewards has {sequences} entries; {name} holds {layout.num_sequences} sequences; they must be as many"
+            )
         counts = counted(mask, None, layout)
     for name, given in (("entropy_mask", entropy_mask), ("cu_seqlens", cu_seqlens)):
         if given is not None:

@@ -1,6 +1,7 @@
 """From what callers hold (padded or packed, per sequence or per token) to flat rows `[N]`."""
 
 import uuid
+from reprlib import repr as shown
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from egpo_kernels.fields import check_number
 from egpo_kernels.reduction import per_row, segment_index
-from egpo_kernels.validation import check_complete, check_group_size, check_tensor
+from egpo_kernels.validation import check_complete, check_dense, check_group_size, check_tensor
 
 IGNORED = -100
 """The token id that marks a position as not counted when no mask is given."""
@@ -40,7 +41,7 @@ class Layout(NamedTuple):
     def per_token_or_sequence(self, name: str, value: Any, kind: str, columns: bool = False) -> Tensor:
         """Check a tensor given per sequence (where shapes agree) or per token, and return it per row ``[N]``."""
         shapes = {"[S]": (self.num_sequences,)} | ({"[S, 1]": (self.num_sequences, 1)} if columns else {})
-        check_tensor(name, value, kind, {**shapes, **self._token_shapes()}, self.sequence.device)
+        value = check_tensor(name, value, kind, {**shapes, **self._token_shapes()}, self.sequence.device)
         if any(value.shape == shape for shape in shapes.values()):
             return per_row(value.reshape(-1), self.sequence)
         return value.reshape(-1)
@@ -63,10 +64,10 @@ def make_layout(name: str, shape: tuple[int, ...], cu_seqlens: Any, device: torc
         return Layout(shape, sequences, offsets, torch.ones((), dtype=torch.float32, device=device), index)
     if len(shape) != 1:
         raise ValueError(f"cu_seqlens is given with {name} padded; it must be None, or {name} packed")
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        what = list(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-        raise ValueError(f"cu_seqlens is {what}; it must be an integer tensor [S + 1]")
-    check_tensor("cu_seqlens", cu_seqlens, "integer", {"[S + 1]": tuple(cu_seqlens.shape)}, device)
+    check_dense("cu_seqlens", cu_seqlens, "integer")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; it must be [S + 1], an integer tensor")
+    cu_seqlens = check_tensor("cu_seqlens", cu_seqlens, "integer", {"[S + 1]": tuple(cu_seqlens.shape)}, device)
     offsets, poison = torch.ops.egpo_kernels.sequence_offsets(cu_seqlens, shape[0])
     return Layout(shape, cu_seqlens.shape[0] - 1, offsets, poison, segment_index(offsets, shape[0]))
 
@@ -103,10 +104,10 @@ def group_ids(groups: Any, num_sequences: int, device: torch.device, group_size:
     """
     check_group_size(group_size)
     if isinstance(groups, bool) or groups is None:
-        raise TypeError(f"groups is {groups!r}; it must be ids per sequence (tensor, list, numpy array) or an int")
+        raise TypeError(f"groups is {shown(groups)}; it must be ids per sequence (tensor, list, numpy array) or an int")
     if isinstance(groups, int):
-        if groups < 1 or num_sequences % groups:
-            raise ValueError(f"groups is {groups}; it must be >= 1 and divide the {num_sequences} sequences")
+        if not 1 <= groups < 2**31 or num_sequences % groups:
+            raise ValueError(f"groups is {shown(groups)}; it must be >= 1 and divide the {num_sequences} sequences")
         if group_size is not None and group_size != groups:
             raise ValueError(f"group_size is {group_size} with groups = {groups}; they must be equal")
         return torch.arange(num_sequences, device=device) // groups
@@ -127,11 +128,13 @@ def _numbered(groups: Any, num_sequences: int) -> Tensor:
         raise TypeError(
             f"groups is {type(groups).__name__}; it must be an integer tensor, a list, a numpy array, or an int G"
         )
+    if isinstance(groups, np.ndarray) and groups.ndim != 1:
+        raise ValueError(f"groups has shape {list(groups.shape)}; it must be [S], one name per sequence")
     names = list(groups)
     if len(names) != num_sequences:
         raise ValueError(f"groups has {len(names)} entries; it must have one name per sequence, {num_sequences}")
     odd = [name for name in names if not isinstance(name, (str, bytes, int, np.integer, uuid.UUID))]
     if odd:
-        raise TypeError(f"groups holds {odd[0]!r}; a group's name must be a string or an integer")
+        raise TypeError(f"groups holds {shown(odd[0])}; a group's name must be a string or an integer")
     numbers: dict[Any, int] = {}
     return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], dtype=torch.long)

@@ -16,6 +16,7 @@ from egpo_kernels.validation import (
     check_bool,
     check_choice,
     check_count,
+    check_dense,
     check_logits,
     check_not_overlapping,
     check_temperatures,
@@ -90,9 +91,7 @@ def read_log_probs(
     log_probs: Any, entropy: Any, mask: Any, cu_seqlens: Any, config: PolicyLossConfig, backend: str
 ) -> tuple[Call, TokenLogProbs]:
     """Check and flatten log-probs and entropy in place of logits."""
-    if not isinstance(log_probs, Tensor) or not log_probs.dtype.is_floating_point:
-        what = log_probs.dtype if isinstance(log_probs, Tensor) else type(log_probs).__name__
-        raise TypeError(f"log_probs is {what}; it must be a floating tensor [S, T], or [N] with cu_seqlens")
+    check_dense("log_probs", log_probs, "floating")
     if entropy is None and config.entropy_coef != 0:
         raise ValueError(f"entropy is None with entropy_coef = {config.entropy_coef}; it must be given per token")
     layout = layouts.make_layout("log_probs", tuple(log_probs.shape), cu_seqlens, log_probs.device)

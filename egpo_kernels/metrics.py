@@ -6,14 +6,17 @@ maximum of the negated values, so that any two raw vectors merge slot by slot.
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from reprlib import repr as shown
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from egpo_kernels.reduction import accumulation_dtype
 from egpo_kernels.surrogates import TokenTerms
 from egpo_kernels.types import Metrics, PolicyLossConfig, Rows
+from egpo_kernels.validation import check_dense, check_tensor
 
 NOTHING = float("-inf")
 
@@ -204,15 +207,11 @@ def combine_metrics(metrics: Iterable[Metrics]) -> Metrics:
         TypeError: ``metrics`` is not an iterable of dicts of tensors.
         ValueError: A key that is none of the library's, or one whose count was taken out.
     """
-    if isinstance(metrics, dict) or not isinstance(metrics, Iterable):
-        raise TypeError(f"metrics is {type(metrics).__name__}; it must be a list of the dicts to merge")
-    parts = list(metrics)
-    if not all(isinstance(part, dict) and all(isinstance(v, Tensor) for v in part.values()) for part in parts):
-        raise TypeError("metrics holds something else than dicts of tensors; pass them as egpo_kernels returned them")
+    parts = _parts(metrics)
     keys = list(dict.fromkeys(key for part in parts for key in part))
     unknown = [key for key in keys if key not in _KNOWN]
     if unknown:
-        raise ValueError(f"metrics has the key {unknown[0]!r}; it must hold only keys that egpo_kernels returned")
+        raise ValueError(f"metrics has the key {shown(unknown[0])}; it must hold only keys that egpo_kernels returned")
     lost = [key for part in parts for key in part if key in _COUNT_KEYS and _COUNT_KEYS[key] not in part]
     if lost:
         raise ValueError(f"metrics has {lost[0]!r} without its count {_COUNT_KEYS[lost[0]]!r}; it must have both")
@@ -224,6 +223,22 @@ def combine_metrics(metrics: Iterable[Metrics]) -> Metrics:
                 raise ValueError(f"metrics has {key!r} without the means it is the gap of; it must have both")
             merged[key] = merged[upper] - merged[lower]
     return {key: merged[key] for key in keys}
+
+
+def _parts(metrics: Any) -> list[Metrics]:
+    """Return the dicts to merge when they hold nothing but 0-d tensors on one device."""
+    wanted = "it must be a list of the dicts that egpo_kernels returned"
+    if isinstance(metrics, (dict, Tensor, np.ndarray)) or not isinstance(metrics, Iterable):
+        raise TypeError(f"metrics is {type(metrics).__name__}; {wanted}")
+    parts = list(metrics)
+    if not all(isinstance(part, dict) for part in parts):
+        raise TypeError(f"metrics is {shown(metrics)}; {wanted}")
+    device = None
+    for key, value in (entry for part in parts for entry in part.items()):
+        name = f"metrics[{shown(key)}]"
+        device = device or check_dense(name, value, "floating").device
+        check_tensor(name, value, "floating", {"a 0-d tensor": ()}, device)
+    return parts
 
 
 def _merge(key: str, parts: list[Metrics]) -> Tensor:

@@ -1,5 +1,7 @@
 """Published methods as presets: data, every setting that differs from the row's parent visible."""
 
+from reprlib import repr as shown
+
 from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Recipe
 
 EGPO = Recipe(
@@ -106,5 +108,5 @@ def get(recipe: str | Recipe) -> Recipe:
     if not isinstance(recipe, str):
         raise TypeError(f"recipe is {type(recipe).__name__}; it must be a Recipe or one of {', '.join(RECIPES)}")
     if recipe.lower() not in RECIPES:
-        raise ValueError(f"recipe is {recipe!r}; it must be a Recipe or one of {', '.join(RECIPES)}")
+        raise ValueError(f"recipe is {shown(recipe)}; it must be a Recipe or one of {', '.join(RECIPES)}")
     return RECIPES[recipe.lower()]

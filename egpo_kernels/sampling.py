@@ -1,11 +1,12 @@
 """What to do about a sampler that is not quite the policy: weights on its tokens, and sequences left out."""
 
+from reprlib import repr as shown
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from egpo_kernels.fields import check_number
+from egpo_kernels.fields import check_number, fits_float32
 from egpo_kernels.layout import Layout, counted, make_layout
 from egpo_kernels.reduction import counts_per_sequence, segment_sum
 from egpo_kernels.types import compute_dtype
@@ -115,9 +116,10 @@ def _log_ratio(log_probs: Any, sampler_log_probs: Any, mask: Any, cu_seqlens: An
 def _check_bounds(bounds: Any) -> tuple[float, float]:
     wanted = "it must be a pair (low, high) with 0 <= low <= high"
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-        raise TypeError(f"bounds is {bounds!r}; {wanted}")
+        raise TypeError(f"bounds is {shown(bounds)}; {wanted}")
     if any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in bounds):
-        raise TypeError(f"bounds is {bounds!r}; {wanted}")
-    if not 0 <= bounds[0] <= bounds[1]:
-        raise ValueError(f"bounds is {bounds!r}; {wanted}")
+        raise TypeError(f"bounds is {shown(bounds)}; {wanted}")
+    held = all(bound == float("inf") or fits_float32(bound) for bound in bounds)
+    if not (held and 0 <= bounds[0] <= bounds[1]):
+        raise ValueError(f"bounds is {shown(bounds)}; {wanted}")
     return float(bounds[0]), float(bounds[1])

@@ -1,6 +1,7 @@
 """Parts of responses: thinking and answer by the closing think tag, and the tokens of highest entropy."""
 
 from collections.abc import Sequence
+from reprlib import repr as shown
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def _check_tag(close_tag: Any) -> list[int]:
     tag = [close_tag] if isinstance(close_tag, int) else close_tag
     wanted = "it must be a token id (an int >= 0) or a list of them"
     if not isinstance(tag, (list, tuple)) or any(isinstance(it, bool) or not isinstance(it, int) for it in tag):
-        raise TypeError(f"close_tag is {close_tag!r}; {wanted}")
+        raise TypeError(f"close_tag is {shown(close_tag)}; {wanted}")
     if not tag or min(tag) < 0 or max(tag) >= 2**63:
-        raise ValueError(f"close_tag is {close_tag!r}; {wanted}")
+        raise ValueError(f"close_tag is {shown(close_tag)}; {wanted}")
     return list(tag)

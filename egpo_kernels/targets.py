@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from egpo_kernels.validation import check_tensor
+from egpo_kernels.validation import check_dense, check_tensor
 
 
 def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -22,11 +22,9 @@ def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> tuple[T
         ValueError: Shapes or devices that differ.
         TypeError: A wrong type or dtype.
     """
-    if not isinstance(input_ids, Tensor) or input_ids.dim() < 1:
-        what = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise TypeError(f"input_ids is {what}; it must be an integer tensor [S, T]")
+    if check_dense("input_ids", input_ids, "integer").dim() < 1:
+        raise ValueError("input_ids has shape []; it must be [S, T] or [T]")
     shape = {"the shape of input_ids": tuple(input_ids.shape)}
-    check_tensor("input_ids", input_ids, "integer", shape, input_ids.device)
     counts = torch.ones_like(input_ids, dtype=torch.bool)
     if mask is not None:
         counts = check_tensor("mask", mask, "real", shape, input_ids.device) != 0

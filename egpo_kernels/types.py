@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from reprlib import repr as shown
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ class AdvantageConfig(Checked):
             )
         name, bounds = "AdvantageConfig.weight_bounds", self.weight_bounds
         if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-            raise TypeError(f"{name} is {bounds!r}; it must be a pair (lambda_min, lambda_max)")
+            raise TypeError(f"{name} is {shown(bounds)}; it must be a pair (lambda_min, lambda_max)")
         low = check_number(f"{name}[0]", bounds[0], low=0.0, high=1.0)
         high = check_number(f"{name}[1]", bounds[1], low=1.0, high=math.inf)
         object.__setattr__(self, "weight_bounds", (low, high))

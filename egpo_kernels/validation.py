@@ -2,63 +2,83 @@
 
 import os
 from collections.abc import Sequence
+from reprlib import repr as shown
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from egpo_kernels.fields import fits_float32
+
 Shapes = dict[str, tuple[int, ...]]
 
+# Torch has more dtypes, of which some can neither be converted nor compared.
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGER = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 _KINDS = {
-    "floating": lambda dtype: dtype.is_floating_point,
-    "integer": lambda dtype: not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool),
-    "bool": lambda dtype: dtype == torch.bool,
-    "real": lambda dtype: not dtype.is_complex,
+    "floating": _FLOATING,
+    "integer": _INTEGER,
+    "bool": (torch.bool,),
+    "real": (*_FLOATING, *_INTEGER, torch.bool),
 }
-LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_dense(name: str, value: Any, kind: str) -> Tensor:
+    """Return ``value`` when it is a tensor of that kind whose elements lie in strided memory."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; it must be a {kind} torch.Tensor")
+    if value.dtype not in _KINDS[kind]:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _KINDS[kind])
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be a {kind} tensor ({names})")
+    if value.layout != torch.strided or value.is_nested:
+        what = "is nested" if value.is_nested else f"has layout {value.layout}"
+        raise ValueError(f"{name} {what}; it must be dense (torch.strided)")
+    return value
+
+
+def _plain(value: Tensor) -> Tensor:
+    """Return ``value``, or a copy of a view that is still to be negated, which operators refuse beside a None."""
+    return value if torch.compiler.is_compiling() else value.resolve_neg()
+
+
+def _savable(value: Tensor) -> Tensor:
+    """Return ``value``, or a copy of one made under inference_mode, which autograd does not save."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return value
+    return value.clone() if value.is_inference() else value
 
 
 def check_tensor(name: str, value: Any, kind: str, shapes: Shapes, device: torch.device) -> Tensor:
     """Return ``value`` when it is a tensor of that kind, of one of the shapes (of any if none), on that device."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}; it must be a {kind} torch.Tensor")
-    if not _KINDS[kind](value.dtype):
-        raise TypeError(f"{name} has dtype {value.dtype}; it must be a {kind} tensor")
-    if value.layout != torch.strided:
-        raise ValueError(f"{name} has layout {value.layout}; it must be dense (torch.strided)")
+    check_dense(name, value, kind)
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}; it must be on {device} like the other tensors: move it there")
     if shapes and all(value.shape != shape for shape in shapes.values()):
         wanted = " or ".join(f"{text} = {list(shape)}" for text, shape in shapes.items())
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be {wanted}")
-    return value
+    return _savable(_plain(value))
 
 
 def check_rewards(rewards: Any) -> Tensor:
     """Return ``rewards`` when they are one real number per sequence."""
-    if not isinstance(rewards, Tensor):
-        raise TypeError(f"rewards is {type(rewards).__name__}; it must be a tensor [S], one number per sequence")
-    if rewards.dim() != 1:
+    if check_dense("rewards", rewards, "real").dim() != 1:
         raise ValueError(f"rewards has shape {list(rewards.shape)}; it must be [S], one number per sequence")
     return check_tensor("rewards", rewards, "real", {}, rewards.device)
 
 
 def check_logits(name: str, logits: Any, packed: bool) -> Tensor:
     """Return ``logits`` when they are ``[S, T, V]`` (``[N, V]`` packed), of a known dtype, readable where they lie."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} is {type(logits).__name__}; it must be a floating torch.Tensor")
-    if logits.dtype not in LOGITS_DTYPES:
-        raise TypeError(f"{name} has dtype {logits.dtype}; it must be float16, bfloat16, float32 or float64")
-    wanted = "[N, V] with cu_seqlens" if packed else "[S, T, V] (or [N, V] with cu_seqlens)"
-    if logits.dim() != (2 if packed else 3) or logits.layout != torch.strided:
-        raise ValueError(f"{name} has shape {list(logits.shape)}; it must be dense {wanted}")
+    check_dense(name, logits, "floating")
+    if logits.dim() != (2 if packed else 3):
+        wanted = "[N, V] with cu_seqlens" if packed else "[S, T, V] (or [N, V] with cu_seqlens)"
+        raise ValueError(f"{name} has shape {list(logits.shape)}; it must be {wanted}")
     if logits.shape[-1] < 1:
         raise ValueError(f"{name} has shape {list(logits.shape)}; its vocabulary (last dimension) must not be empty")
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} along the vocabulary; it must be 1: pass logits.contiguous()"
         )
-    return logits
+    return _plain(logits)
 
 
 def check_not_overlapping(logits: Tensor) -> None:
@@ -76,16 +96,16 @@ def check_not_overlapping(logits: Tensor) -> None:
 def check_bool(name: str, value: Any) -> bool:
     """Return ``value`` when it is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}; it must be True or False")
+        raise TypeError(f"{name} is {shown(value)}; it must be True or False")
     return value
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """Return ``value`` when it is one of ``choices``."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+        raise TypeError(f"{name} is {shown(value)}; it must be one of {', '.join(map(repr, choices))}")
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(map(repr, choices))}")
     return value
 
 
@@ -100,12 +120,15 @@ def check_count(name: str, value: Any, device: torch.device) -> Tensor | float |
     """Return a global count: None, a number >= 0, or a 0-d tensor on ``device``."""
     if value is None:
         return None
+    number, wanted = value, "it must be a number >= 0 that float32 holds, a 0-d tensor or None"
     if isinstance(value, Tensor):
-        return check_tensor(name, value, "real", {"a 0-d tensor": ()}, device)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r}; it must be a number >= 0, a 0-d tensor or None")
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name} is {value!r}; it must be a number >= 0, a 0-d tensor or None")
+        value = check_tensor(name, value, "real", {"a 0-d tensor": ()}, device)
+        seen = not torch.compiler.is_compiling() and checks_values(device)
+        number = value.item() if seen else 0
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {shown(value)}; {wanted}")
+    if not (number >= 0 and fits_float32(number)):
+        raise ValueError(f"{name} is {shown(value)}; {wanted}")
     return value
 
 
@@ -157,9 +180,9 @@ def check_group_size(value: Any) -> None:
         return
     wanted = "it must be an int in [1, 2**31) or None"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"group_size is {value!r}; {wanted}")
+        raise TypeError(f"group_size is {shown(value)}; {wanted}")
     if not 1 <= value < 2**31:
-        raise ValueError(f"group_size is {value!r}; {wanted}")
+        raise ValueError(f"group_size is {shown(value)}; {wanted}")
 
 
 def check_complete(ids: Tensor, group_size: int | None) -> None:

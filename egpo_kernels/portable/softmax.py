@@ -58,7 +58,8 @@ def chunks(logits: Tensor, rows: Rows, live: Tensor, temperature: float, out: Te
     size = max(1, (CPU_CHUNK_BYTES if on_cpu else DEVICE_CHUNK_BYTES) // (vocab * dtype.itemsize))
     column, own = _own_logits(logits, rows)
     heat = None if rows.temperature is None else torch.where(rows.temperature > 0, rows.temperature, torch.nan)
-    out = logits[..., :0] if out is None else out
+    # Not a view: writing to it, empty as it is, would mark the logits as changed.
+    out = logits.new_empty((batch, length, 0)) if out is None else out
     if _merges(logits) and _merges(out):
         batch, length = 1, batch * length
         logits, out = (tensor.as_strided((1, length, tensor.shape[-1]), _steps(tensor)) for tensor in (logits, out))

@@ -7,46 +7,18 @@ import pytest
 import torch
 
 import egpo_kernels as ek
-from tests.support.batches import BACKENDS, make_batch
-from tests.support.device import DEVICE
+from tests.support.batches import BACKENDS, LAYOUTS, make_batch
+from tests.support.calls import FUNCTIONS, LOSS, call, valid
+from tests.support.garbage import quiet
 
-LOSS, ADVANTAGE = ek.PolicyLossConfig(kl_coef=0.1), ek.AdvantageConfig()
-
-
-def valid(name, layout="padded"):
-    """Arguments that a public function accepts, all tensors among them."""
-    batch = make_batch(layout)
-    level = {"mask": batch.mask, "old_log_probs": batch.old_log_probs, "cu_seqlens": batch.cu_seqlens}
-    token = {"ref_log_probs": batch.ref_log_probs, "rollout_weights": torch.ones(4, device=DEVICE)}
-    token |= {"num_tokens": 12, "num_sequences": torch.tensor(4, device=DEVICE)}
-    logits = {"logits": batch.logits, "tokens": batch.tokens, "temperature": torch.ones(4, device=DEVICE)}
-    logits |= {"grad_scale": 1.0, "inplace_grad": False, "metrics": "all"}
-    group = {"groups": batch.groups, "rewards": batch.rewards, "entropy_mask": batch.mask}
-    group |= {"correct": batch.rewards > 0, "group_size": 2}
-    if name == "egpo_loss":
-        return {**logits, **group, **level, **token, "recipe": ek.Recipe(loss=LOSS)}
-    if name == "logits_policy_loss":
-        return {**logits, **level, **token, "advantages": batch.advantages, "config": LOSS}
-    if name == "policy_loss":
-        entropy = {"entropy": -batch.old_log_probs, "log_probs": batch.old_log_probs, "config": LOSS}
-        return {**entropy, **level, **token, "advantages": batch.advantages}
-    if name == "group_advantages":
-        return {**group, **level, "entropy": -batch.old_log_probs, "config": ADVANTAGE}
-    if name == "token_log_probs":
-        given = {key: logits[key] for key in ("logits", "tokens", "inplace_grad")}
-        return {**given, "mask": batch.counts, "temperature": 0.7, "return_entropy": True}
-    return {"input_ids": batch.tokens, "mask": batch.mask}
-
-
-FUNCTIONS = ["egpo_loss", "group_advantages", "policy_loss", "logits_policy_loss", "token_log_probs"]
-PADDED_TENSORS = [(name, key) for name in FUNCTIONS for key, value in valid(name).items() if torch.is_tensor(value)]
-
-
+TENSORS = [
+    (name, key, layout)
+    for layout in LAYOUTS
+    for name in FUNCTIONS
+    for key, value in valid(name, layout).items()
+    if torch.is_tensor(value)
+]
 REAL = ("mask", "entropy_mask", "advantages", "rewards", "rollout_weights", "temperature", "num_sequences")
-
-
-def call(name, arguments, backend="portable"):
-    return getattr(ek, name)(**arguments, **({} if name == "next_token_targets" else {"backend": backend}))
 
 
 def refused(name, key, value, layout="padded", backend="portable"):
@@ -58,7 +30,7 @@ def refused(name, key, value, layout="padded", backend="portable"):
     return message
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", [*FUNCTIONS, "next_token_targets"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_valid_arguments_are_accepted(name, layout, backend):
@@ -71,46 +43,65 @@ def test_valid_arguments_are_accepted(name, layout, backend):
 # Tensors.
 
 
-@pytest.mark.parametrize("name, key", PADDED_TENSORS)
-def test_tensor_of_a_wrong_kind(name, key):
-    given = valid(name)[key]
+def every_backend(test):
+    # What is refused is refused before a device is asked.
+    return pytest.mark.cpu(pytest.mark.parametrize("backend", BACKENDS)(test))
+
+
+@pytest.mark.parametrize("name, key, layout", TENSORS)
+@every_backend
+def test_tensor_of_a_wrong_kind(name, key, layout, backend):
+    given = valid(name, layout)[key]
     wrong = [given.to(torch.complex64), {}, object()]
-    if key not in ("groups",):
+    wrong += [torch.empty(given.shape, dtype=dtype) for dtype in (torch.int4, torch.bits8, torch.float8_e5m2)]
+    if key != "groups":
         wrong.append([0.0] * 4)
-    if key in ("tokens", "groups"):
+    if key in ("tokens", "groups", "cu_seqlens"):
         wrong += [given.float(), given.bool()]
     elif key not in REAL:
         wrong.append(given.long())
     for value in wrong:
-        message = refused(name, key, value)
+        message = refused(name, key, value, layout, backend)
         assert re.search(r"\bmust be\b", message), message
 
 
-@pytest.mark.parametrize("name, key", PADDED_TENSORS)
-def test_tensor_of_a_wrong_shape(name, key):
-    given = valid(name)[key]
+# Logits, log-probs and offsets say what shape the others must have.
+LEADS = {"group_advantages": "old_log_probs", "policy_loss": "log_probs"}
+SHAPED = [case for case in TENSORS if case[1] not in (LEADS.get(case[0], "logits"), "cu_seqlens")]
+
+
+@pytest.mark.parametrize("name, key, layout", SHAPED)
+@every_backend
+def test_tensor_of_a_wrong_shape(name, key, layout, backend):
+    given = valid(name, layout)[key]
     for value in (given[None], given[..., None, None], given.flatten()[:1].expand(3), given.flatten()[:0]):
-        if key != "log_probs" and not (key == "logits" and value.dim() == 3):
-            message = refused(name, key, value)
-            assert str(list(value.shape)) in message or f"{len(value)} entries" in message, message
+        message = refused(name, key, value, layout, backend)
+        assert str(list(value.shape)) in message or f"{len(value)} entries" in message, message
 
 
-@pytest.mark.parametrize("name, key", PADDED_TENSORS)
-def test_tensor_on_another_device(name, key):
-    value = valid(name)[key].to("meta")
+@pytest.mark.parametrize("name, key, layout", TENSORS)
+@every_backend
+def test_tensor_on_another_device(name, key, layout, backend):
+    value = valid(name, layout)[key].to("meta")
     if key in ("logits", "log_probs") or (name, key) == ("group_advantages", "rewards"):
         # It says where the others must be.
-        with pytest.raises(ValueError, match=r"is on cpu; it must be on meta"):
-            call(name, valid(name) | {key: value})
+        with pytest.raises(ValueError, match=r"is on cpu; it must be on meta|backend is 'triton'"):
+            call(name, valid(name, layout) | {key: value}, backend)
     else:
-        assert "is on meta; it must be on cpu" in refused(name, key, value)
+        assert "is on meta; it must be on cpu" in refused(name, key, value, layout, backend)
 
 
 # num_sequences is 0-d, and 0-d tensors are always dense.
-@pytest.mark.parametrize("name, key", [pair for pair in PADDED_TENSORS if pair[1] != "num_sequences"])
-def test_tensor_that_is_not_dense(name, key):
-    message = refused(name, key, valid(name)[key].to_sparse())
-    assert "dense" in message
+@pytest.mark.parametrize("name, key, layout", [case for case in TENSORS if case[1] != "num_sequences"])
+@every_backend
+def test_tensor_that_is_not_dense(name, key, layout, backend):
+    given = valid(name, layout)[key]
+    assert "dense" in refused(name, key, given.to_sparse(), layout, backend)
+    if given.dim() > 1:
+        with quiet():
+            nested = [torch.nested.nested_tensor(list(given), layout=kind) for kind in (torch.strided, torch.jagged)]
+        for value in nested:
+            assert "dense" in refused(name, key, value, layout, backend)
 
 
 # Logits.
@@ -132,11 +123,17 @@ def test_logits(name):
 # Numbers, flags and choices.
 
 NUMBERS = {
-    "grad_scale": ([0, 0.0, -1.0, torch.nan, torch.inf], [None, "1", True, torch.tensor(1.0)]),
-    "num_tokens": ([-1, -0.5, torch.nan, torch.inf, torch.ones(1)], ["12", True, [12], torch.tensor(1j)]),
+    "grad_scale": ([0, 0.0, -1.0, torch.nan, torch.inf, 1e39, 1e-320, 10**400], [None, "1", True, torch.tensor(1.0)]),
+    "num_tokens": (
+        [-1, -0.5, torch.nan, torch.inf, 10**400, torch.ones(1), torch.tensor(-1), torch.tensor(torch.nan)],
+        ["12", True, [12], torch.tensor(1j)],
+    ),
     "num_sequences": ([-1, torch.ones(4)], ["12", False, {}]),
-    "temperature": ([0, 0.0, -0.7, torch.nan, torch.inf, torch.ones(3)], [None, "1", True, [1.0]]),
-    "group_size": ([0, -2], ["2", 2.0, True, torch.tensor(2)]),
+    "temperature": (
+        [0, 0.0, -0.7, torch.nan, torch.inf, 1e308, 1e-320, 10**400, torch.ones(3)],
+        [None, "1", True, [1.0]],
+    ),
+    "group_size": ([0, -2, 10**30], ["2", 2.0, True, torch.tensor(2)]),
     "inplace_grad": ([], [None, 1, "no", torch.tensor(True)]),
     "return_entropy": ([], [None, 1, "no", torch.tensor(True)]),
     "metrics": (["some", ""], [None, True, ["all"]]),
@@ -147,10 +144,12 @@ CASES = [(name, key) for name in FUNCTIONS for key in NUMBERS if key in valid(na
 
 
 @pytest.mark.parametrize("name, key", CASES)
-def test_numbers_flags_and_choices(name, key):
+@pytest.mark.parametrize("layout", LAYOUTS)
+@every_backend
+def test_numbers_flags_and_choices(name, key, layout, backend):
     values, types = NUMBERS[key]
     for value in values + types:
-        assert "must be" in refused(name, key, value)
+        assert "must be" in refused(name, key, value, layout, backend)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -162,8 +161,8 @@ def test_backend(name):
 
 @pytest.mark.parametrize("name", ["egpo_loss", "group_advantages"])
 def test_groups(name):
-    names = [[1, 2, 3], [1.5] * 4, [None] * 4, [[1]] * 4, np.ones((4, 2)), np.ones(4)]
-    for value in (0, -1, 3, True, None, 2.0, "aabb", {1, 2}, *names):
+    names = [[1, 2, 3], [1.5] * 4, [None] * 4, [[1]] * 4, np.ones((4, 2)), np.ones(4), np.array(4)]
+    for value in (0, -1, 3, 10**400, True, None, 2.0, "aabb", {1, 2}, *names):
         assert "must" in refused(name, "groups", value)
     assert "group_size = 2" in refused(name, "groups", [1, 1, 1, 2])
 
@@ -172,8 +171,10 @@ def test_groups(name):
 
 
 @pytest.mark.parametrize("name", ["egpo_loss", "logits_policy_loss", "policy_loss"])
-def test_kl_needs_a_reference(name):
-    assert "kl_coef = 0.1" in refused(name, "ref_log_probs", None)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@every_backend
+def test_kl_needs_a_reference(name, layout, backend):
+    assert "kl_coef = 0.1" in refused(name, "ref_log_probs", None, layout, backend)
 
 
 def test_entropy_bonus_needs_the_entropy():
@@ -198,8 +199,10 @@ def test_weights_per_sequence_must_be_as_many():
     rewards = torch.ones(3)
     with pytest.raises(ValueError, match="rewards has 3 entries; old_log_probs holds 4 sequences"):
         call("group_advantages", valid("group_advantages") | {"rewards": rewards, "correct": None, "groups": [1, 1, 1]})
-    for value in (torch.ones(4, 1), torch.tensor(1.0), [1.0, 0, 1, 0], None):
-        assert "[S]" in refused("group_advantages", "rewards", value)
+    for value in (torch.ones(4, 1), torch.tensor(1.0)):
+        assert "must be [S]" in refused("group_advantages", "rewards", value)
+    for value in ([1.0, 0, 1, 0], None):
+        assert "must be a real torch.Tensor" in refused("group_advantages", "rewards", value)
 
 
 def test_next_token_targets():

@@ -8,6 +8,7 @@ import torch
 
 import egpo_kernels as ek
 from egpo_kernels import validation
+from tests.support.accuracy import assert_rounding
 from tests.support.batches import BACKENDS, LAYOUTS, make_batch, whole_groups
 from tests.support.device import DEVICE
 
@@ -170,3 +171,78 @@ def test_weight_needs_its_source():
     with pytest.raises(ValueError, match="old_log_probs is None"):
         ek.group_advantages(2, batch.rewards, entropy=-batch.old_log_probs)
     ek.group_advantages(2, batch.rewards, config=ek.AdvantageConfig(weight="none"))
+
+
+# Every recipe's advantages.
+
+EVERY_RECIPE = pytest.mark.parametrize("recipe", ek.recipes.RECIPES.values(), ids=list(ek.recipes.RECIPES))
+
+
+def of_recipe(batch, recipe, backend, **changes):
+    """Advantages of a recipe, whatever its uncertainty comes from."""
+    entropy = changes.pop("entropy", batch.old_log_probs.abs() + 0.5)
+    return advantages(batch, backend, config=recipe.advantage, entropy=entropy, **changes)
+
+
+@EVERY_RECIPE
+@EVERY_LAYOUT
+@EVERY_BACKEND
+def test_masked_positions_say_nothing(recipe, layout, backend):
+    batch = make_batch(layout)
+    # Two tokens count for the loss and not for the uncertainty.
+    certain = batch.mask.clone()
+    for sequence in (0, 3):
+        certain[batch.at(sequence, 0)] = False
+    entropy = batch.old_log_probs.abs() + 0.5
+    wanted = of_recipe(batch, recipe, backend, entropy_mask=certain, entropy=entropy)
+    assert wanted.advantages.isfinite().all() and wanted.uncertainty.isfinite().all()
+    unused = ~(batch.counts & certain)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        spoiled = {"old_log_probs": batch.old_log_probs, "entropy": entropy}
+        spoiled = {name: given.masked_fill(unused, value) for name, given in spoiled.items()}
+        found = of_recipe(batch, recipe, backend, entropy_mask=certain, **spoiled)
+        for name in ("advantages", "weights", "base", "uncertainty"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+        assert all(torch.equal(found.metrics[key], seen) for key, seen in wanted.metrics.items() if not seen.isnan())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@EVERY_RECIPE
+@EVERY_LAYOUT
+@EVERY_BACKEND
+def test_non_finite_reward_gets_no_advantage_and_spoils_no_other(bad, recipe, layout, backend):
+    batch = make_batch(layout)
+    found = of_recipe(batch, recipe, backend, rewards=torch.tensor([1.0, bad, 0.0, 1.0], device=DEVICE))
+    assert found.advantages[1] == 0 and found.advantages.isfinite().all()
+    assert found.metrics["egpo/invalid_rewards/sum"] == 1
+
+
+@pytest.mark.parametrize("sequences, tokens", [(0, 4), (4, 0), (0, 0)], ids=["no_sequences", "no_tokens", "nothing"])
+@EVERY_RECIPE
+@EVERY_BACKEND
+def test_nothing_in_the_batch(sequences, tokens, recipe, backend):
+    empty = torch.zeros(sequences, tokens, device=DEVICE)
+    rewards = torch.ones(sequences, device=DEVICE)
+    found = ek.group_advantages(2, rewards, empty, entropy=empty, config=recipe.advantage, backend=backend)
+    assert all(result.shape == (sequences,) and result.isfinite().all() for result in found[:3])
+    assert found.uncertainty.isnan().all() and found.metrics["egpo/sequences/sum"] == sequences
+
+
+@EVERY_RECIPE
+@EVERY_LAYOUT
+@EVERY_BACKEND
+def test_nothing_counts(recipe, layout, backend):
+    batch = make_batch(layout)
+    found = of_recipe(batch, recipe, backend, mask=torch.zeros_like(batch.mask))
+    assert found.advantages.isfinite().all() and (found.weights == 1).all()
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e6, 2.0**22])
+@EVERY_BACKEND
+def test_far_rewards_lose_nothing_to_their_mean(offset, backend):
+    # As E[x^2] - E[x]^2 the variance would be 0, or less.
+    config = ek.AdvantageConfig(weight="none", all_wrong="zero")
+    rewards = torch.tensor([0.0, 4.0, 8.0, 4.0], device=DEVICE)
+    near = ek.group_advantages(4, rewards, config=config, backend=backend)
+    far = ek.group_advantages(4, rewards + offset, config=config, backend=backend)
+    assert_rounding(far.advantages, near.advantages)
