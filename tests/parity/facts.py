@@ -30,7 +30,9 @@ class Difference(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is known about one trainer. The test that shows a difference has its key for a name, after ``test_``."""
+    """What is known about one trainer. The test that shows a difference has its key for a name, after ``test_``;
+    ``absent`` are losses and advantages that we do not offer at all.
+    """
 
     trainer: str
     options: tuple[Option, ...]
@@ -39,6 +41,7 @@ class Facts(NamedTuple):
     advantages: tuple[Same, ...]
     helpers: tuple[Same, ...]
     differences: dict[str, Difference]
+    absent: tuple[str, ...] = ()
 
 
 def arguments(text: str, names: dict[str, Any]) -> dict[str, Any]:

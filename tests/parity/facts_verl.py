@@ -98,6 +98,11 @@ VERL = Facts(
             "0.5 * soft_overlong_penalty(lengths, max_length=100, buffer=20)",
         ),
     ),
+    absent=(
+        *("bypass_mode", "clip_cov", "dppo_kl", "dppo_tv", "dro", "gpg", "kl_cov"),
+        *("gae", "gdpo", "grpo_passk", "opo", "optimal_token_baseline", "reinforce_plus_plus", "remax"),
+        "tir_optimal_token_baseline",
+    ),
     differences={
         "verl_cispo_has_a_lower_bound": Difference(
             '`loss_mode="cispo"`: the ratio is clamped below at `1 - clip_ratio_low`',

@@ -41,7 +41,8 @@ def parity(facts: Facts) -> str:
     rows += [(code(row.theirs), code(row.ours), with_losses(row)) for row in facts.modifiers]
     rows += [(code(row.theirs), code(row.ours), "yes") for row in (*facts.advantages, *facts.helpers)]
     rows += [(one.theirs, one.ours, f"**no**: {one.why}") for one in facts.differences.values()]
-    return table((facts.trainer, "here", "same numbers?"), rows)
+    absent = f"\nNot offered here: {', '.join(map(code, facts.absent))}.\n" if facts.absent else ""
+    return table((facts.trainer, "here", "same numbers?"), rows) + absent
 
 
 def drawn(text: str) -> str:

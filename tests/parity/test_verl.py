@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 pytest.importorskip("verl", reason="verl is not installed (make parity installs it)")
 
 from verl.trainer.config import AlgoConfig, RolloutCorrectionConfig
-from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY, get_policy_loss_fn
 from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.reward_manager.dapo import DAPORewardManager
 
@@ -26,6 +27,7 @@ NAMES = BATCH._asdict()
 VANILLA = {"dual_clip": 3.0}
 BY_SEQUENCE = {"reduction": "seq_mean_token_mean"}
 GEO_MEAN = BY_SEQUENCE | {"surrogate": "gmpo"}
+NAMED = r'(?:loss_mode|adv_estimator)="(\w+)"'
 GROUPS, SINGLE = [0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 2, 3, 3]
 REWARDS = torch.tensor([1.0, 0.0, 0.5, 0.25, 2.0, -1.0, 2.0, 0.1])
 
@@ -61,6 +63,13 @@ def test_options_exist():
     arguments_of = inspect.signature(DAPORewardManager), inspect.signature(get_policy_loss_fn("vanilla"))
     fields |= {name for signature in arguments_of for name in signature.parameters}
     assert named(VERL) - {"uid", "non_tensor_batch"} <= fields
+
+
+def test_everything_of_verl_is_in_the_table_or_said_to_be_absent():
+    compared = {value for row in (*VERL.losses, *VERL.advantages) for value in re.findall(NAMED, row.theirs)}
+    assert compared | {*VERL.absent} == {*POLICY_LOSS_REGISTRY, *ADV_ESTIMATOR_REGISTRY} and not compared & {
+        *VERL.absent
+    }
 
 
 def test_a_group_of_one_is_zero_in_one_estimator():
