@@ -76,7 +76,7 @@ def off_policy_mask(
 
     The off-policy sequence mask of DeepSeek-V3.2 (arXiv 2512.02556): an incorrect answer teaches nothing once the mean
     of ``sampler_log_probs - log_probs`` over its counted tokens is above the threshold. Multiply it into
-    ``rollout_weights``.
+    ``rollout_weights``, whose NaN must become 1 first: NaN times 0 would be 1 again.
 
     Args:
         log_probs: Log-probs in nats under the policy that learns, ``[S, T]`` or packed ``[N]``.

@@ -65,10 +65,11 @@ def top_entropy_mask(
     cu_seqlens: Tensor | None = None,
     fraction: float = 0.2,
 ) -> Tensor:
-    """Which counted tokens of the batch have the highest entropy: multiply it into ``rollout_weights``.
+    """Which counted tokens of the batch have the highest entropy: a mask to multiply ``rollout_weights`` by.
 
     Policy gradients from the forking tokens only ("Beyond the 80/20 rule", arXiv 2506.01939). As weights, and not as
-    the mask, they leave the other tokens in the reduction's denominator and in the KL, which is what TRL does.
+    the mask, they leave the other tokens in the reduction's denominator and in the KL, which is what TRL does. A NaN
+    among the weights must become 1 first: NaN times 0 would be 1 again.
 
     Args:
         entropy: Shannon entropy of each position in nats, ``[S, T]`` or packed ``[N]``; a NaN is never chosen.

@@ -132,7 +132,7 @@ def token_terms(
 ) -> TokenTerms:
     """Return what each row contributes to the loss; differentiable in ``log_probs`` and ``entropy``.
 
-    Only a sequence ratio needs ``offsets``.
+    Only a ratio that sequences share needs ``offsets``.
 
     Rows outside the mask, and counted tokens whose own logit is -inf (``dead``), are replaced before any arithmetic:
     nothing they hold can reach a value or a gradient.
