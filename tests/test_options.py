@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import egpo_kernels as ek
+from tests.support.accuracy import assert_alike, assert_rounding
 from tests.support.batches import FAST
 from tests.support.runs import alone, check, nothing
 from tests.support.strategies import Case, make_case
@@ -69,6 +70,18 @@ def test_options_on_every_backend(name, backend, layout):
     case = case_of(CHANGES[name], layout)
     exact, reference = alone(case.double(), "reference"), alone(case, "reference")
     check(case, alone(case, backend), reference, exact, case.double().advantages, nothing(case.double()))
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("name", [name for name in CHANGES if PLAIN.replace(**CHANGES[name]).loss.pools])
+def test_options_that_pool_look_at_tokens_without_an_advantage_too(name, backend):
+    """Their log-ratios are in the ratio that the others share."""
+    case = case_of({"kl_coef": 0.0, **CHANGES[name]}, "padded")
+    case = case.replace(advantages=case.advantages * (torch.arange(case.advantages.shape[1]) % 2).to(case.advantages))
+    fewer, every = (alone(case, backend, metrics=metrics) for metrics in ("active", "all"))
+    assert_alike(fewer["gradient"], every["gradient"], name)
+    assert_rounding(fewer["loss"], every["loss"])
+    assert every["gradient"].any()
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -141,6 +141,30 @@ def test_recipes_c4_locks_the_weights_of_all_wrong_groups(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_recipes_maxrl_says_nothing_where_the_mean_is_not_positive(backend):
+    """Divided by a mean below 0, the better answer would be punished."""
+    found = rollout([-1.0, 0.5, -1.0, 1.0, 3.0, 1.0], [1.0] * 6, 2, "MAXRL", backend)
+    wanted = torch.tensor([0, 0, 0, 0, 0.5, -0.5], dtype=torch.float64)
+    torch.testing.assert_close(found.advantages.cpu(), wanted, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_recipes_whiten_what_is_compared(backend):
+    """A lone answer and one without a reward stay 0 and out of the statistics, as do tokens that do not count."""
+    rewards = torch.tensor([1.0, 0.0, 5.0, torch.nan, 1.0, 2.0, 2.0], dtype=torch.float64, device=DEVICE)
+    groups = torch.tensor([0, 0, 1, 2, 2, 3, 3], device=DEVICE)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0], [0, 0, 0]], device=DEVICE)
+    config = ek.recipes.REINFORCE_PP_BASELINE.advantage
+    found = ek.group_advantages(groups, rewards, mask=mask, config=config, backend=backend).advantages.cpu()
+    # Counted: 1/2 three times, -1/2 once, 0 twice (a group that agrees): mean 1/6, squares 1 - 6/36 over 5.
+    mean, std = 1 / 6, math.sqrt((1 - 1 / 6) / 5)
+    wanted = [(0.5 - mean) / std, (-0.5 - mean) / std, 0, 0, 0, -mean / std, -mean / std]
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="mask is None with scale 'batch_whiten', .*; it must be given"):
+        ek.group_advantages(groups, rewards, config=config, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_recipes_losses_by_hand(name, backend):
     config = config_of(name).loss
