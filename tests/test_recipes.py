@@ -160,7 +160,7 @@ def test_recipes_whiten_what_is_compared(backend):
     mean, std = 1 / 6, math.sqrt((1 - 1 / 6) / 5)
     wanted = [(0.5 - mean) / std, (-0.5 - mean) / std, 0, 0, 0, -mean / std, -mean / std]
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=0)
-    with pytest.raises(ValueError, match="mask is None with scale 'batch_whiten', .*; it must be given"):
+    with pytest.raises(ValueError, match=r"mask is None with scale 'batch_whiten', .*; it must be given"):
         ek.group_advantages(groups, rewards, config=config, backend=backend)
 
 
