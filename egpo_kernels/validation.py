@@ -25,11 +25,12 @@ _KINDS = {
 
 def check_dense(name: str, value: Any, kind: str) -> Tensor:
     """Return ``value`` when it is a tensor of that kind whose elements lie in strided memory."""
+    wanted = f"an {kind}" if kind == "integer" else f"a {kind}"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}; it must be a {kind} torch.Tensor")
+        raise TypeError(f"{name} is {type(value).__name__}; it must be {wanted} torch.Tensor")
     if value.dtype not in _KINDS[kind]:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _KINDS[kind])
-        raise TypeError(f"{name} has dtype {value.dtype}; it must be a {kind} tensor ({names})")
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be {wanted} tensor ({names})")
     if value.layout != torch.strided or value.is_nested:
         what = "is nested" if value.is_nested else f"has layout {value.layout}"
         raise ValueError(f"{name} {what}; it must be dense (torch.strided)")

@@ -279,7 +279,7 @@ def test_diagnostics_refuse_bad_spans():
     refused(ValueError, "log_probs", diagnostics.span_uncertainty, log_probs[0])
     refused(ValueError, "span", diagnostics.span_uncertainty, log_probs, span[:1])
     refused(TypeError, "span", diagnostics.span_uncertainty, log_probs, [1])
-    refused(ValueError, "cu_seqlens", diagnostics.span_uncertainty, log_probs[0], cu_seqlens=[0, 3])
+    refused(TypeError, "cu_seqlens", diagnostics.span_uncertainty, log_probs[0], cu_seqlens=[0, 3])
     refused(TypeError, "spans", diagnostics.roc_of_spans, log_probs, span, correct)
     refused(TypeError, "spans['answer']", diagnostics.roc_of_spans, log_probs, {"answer": None}, correct)
     refused(ValueError, "spans['answer']", diagnostics.roc_of_spans, log_probs, {"answer": span[0]}, correct)
