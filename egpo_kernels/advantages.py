@@ -105,7 +105,7 @@ def base_advantages(
         compared = usable & ~unusable & (~single | (config.singleton == "raw"))
         base = torch.where(single, safe, torch.where(collapsed, 0.0, _relative(safe, usable, count, groups, config)))
     elif config.baseline == "correctness":
-        base = torch.where(correct, torch.full_like(safe, config.positive_scale), -config.negative_scale)
+        base = torch.where(correct, torch.full_like(safe, config.positive_scale), 0.0 - config.negative_scale)
     else:
         base = safe
     if config.of_batch:

@@ -8,7 +8,7 @@ from torch import Tensor
 from egpo_kernels.advantages import is_collapsed, make_groups
 from egpo_kernels.fields import check_number
 from egpo_kernels.layout import group_ids
-from egpo_kernels.validation import check_rewards, check_tensor
+from egpo_kernels.validation import check_dense, check_rewards
 
 
 def informative_groups(groups: Any, rewards: Tensor) -> Tensor:
@@ -31,8 +31,7 @@ def informative_groups(groups: Any, rewards: Tensor) -> Tensor:
     check_rewards(rewards)
     members = make_groups(group_ids(groups, rewards.shape[0], rewards.device, None))
     values = rewards.detach().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
-    usable = members.sum(values.isfinite().to(values.dtype))
-    return (usable > 1) & ~is_collapsed(values, members)
+    return ~is_collapsed(values, members)
 
 
 def soft_overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
@@ -52,7 +51,8 @@ def soft_overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tens
         ValueError: A wrong shape or value.
         TypeError: A wrong type or dtype.
     """
-    check_tensor("lengths", lengths, "integer", {}, getattr(lengths, "device", torch.device("cpu")))
+    if check_dense("lengths", lengths, "integer").dim() != 1:
+        raise ValueError(f"lengths has shape {list(lengths.shape)}; it must be [S], tokens of each response")
     longest = check_number("max_length", max_length, low=1.0, high=2.0**53) or 1.0
     width = check_number("buffer", buffer, low=0.0, high=longest, open_low=True) or 1.0
     return ((longest - width - lengths.double()) / width).clamp(-1.0, 0.0).float()

@@ -10,10 +10,12 @@ from egpo_kernels.fields import check_number, fits_float32
 from egpo_kernels.layout import Layout, counted, make_layout
 from egpo_kernels.reduction import counts_per_sequence, segment_sum
 from egpo_kernels.types import compute_dtype
-from egpo_kernels.validation import check_choice, check_tensor
+from egpo_kernels.validation import check_choice, check_dense
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios to the sampler are clamped to +- this, in nats."""
+FAR = 1e4
+"""What an infinite log-ratio adds to its sequence's."""
 
 
 def rollout_weights(
@@ -38,7 +40,7 @@ def rollout_weights(
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
         level: ``token``, or ``sequence``: the product of a sequence's ratios.
         outside: What becomes of ratios outside ``bounds``: ``clamp`` to the nearer one, or ``mask``, which is weight 0.
-        bounds: ``(low, high)`` with ``0 <= low <= high``.
+        bounds: ``(low, high)`` with ``0 <= low <= high``; high may be inf.
 
     Returns:
         Float32 (float64) weights without gradient: shaped like log_probs, or ``[S]`` for ``sequence``. NaN where
@@ -54,7 +56,9 @@ def rollout_weights(
     layout, counts, log_ratio = _log_ratio(log_probs, sampler_log_probs, mask, cu_seqlens)
     scored = counts & ~log_ratio.isnan()
     if level == "sequence":
-        log_ratio = segment_sum(torch.where(scored, log_ratio, 0.0), layout.offsets)
+        # Finite, so that a token the policy excludes and one the sampler excludes do not make a NaN of the sum.
+        finite = log_ratio.nan_to_num(posinf=FAR, neginf=-FAR)
+        log_ratio = segment_sum(torch.where(scored, finite, 0.0), layout.offsets)
         counts, scored = (counts_per_sequence(rows, layout.offsets) > 0 for rows in (counts, scored))
     weights = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     within = (weights >= low) & (weights <= high)
@@ -80,7 +84,7 @@ def off_policy_mask(
 
     Args:
         log_probs: Log-probs in nats under the policy that learns, ``[S, T]`` or packed ``[N]``.
-        sampler_log_probs: Those at sampling time, shaped like them; NaN is no evidence and counts as no drift.
+        sampler_log_probs: Those at sampling time, shaped like them. A NaN in either is no evidence: no drift.
         advantages: ``[S]`` or shaped like log_probs.
         mask: Shaped like log_probs, nonzero counts; None counts every position.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
@@ -105,7 +109,7 @@ def off_policy_mask(
 
 def _log_ratio(log_probs: Any, sampler_log_probs: Any, mask: Any, cu_seqlens: Any) -> tuple[Layout, Tensor, Tensor]:
     """Layout, counted rows ``[N]``, and log-ratios ``[N]``, NaN where the sampler scored nothing."""
-    check_tensor("log_probs", log_probs, "floating", {}, getattr(log_probs, "device", torch.device("cpu")))
+    check_dense("log_probs", log_probs, "floating")
     layout = make_layout("log_probs", tuple(log_probs.shape), cu_seqlens, log_probs.device)
     sampled = layout.per_token("sampler_log_probs", sampler_log_probs, "floating")
     dtype = compute_dtype(torch.promote_types(log_probs.dtype, sampled.dtype))
@@ -114,12 +118,12 @@ def _log_ratio(log_probs: Any, sampler_log_probs: Any, mask: Any, cu_seqlens: An
 
 
 def _check_bounds(bounds: Any) -> tuple[float, float]:
-    wanted = "it must be a pair (low, high) with 0 <= low <= high"
+    wanted = "it must be a pair (low, high) with 0 <= low <= high that float32 holds; high may be inf"
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise TypeError(f"bounds is {shown(bounds)}; {wanted}")
     if any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in bounds):
         raise TypeError(f"bounds is {shown(bounds)}; {wanted}")
-    held = all(bound == float("inf") or fits_float32(bound) for bound in bounds)
+    held = fits_float32(bounds[0]) and (bounds[1] == float("inf") or fits_float32(bounds[1]))
     if not (held and 0 <= bounds[0] <= bounds[1]):
         raise ValueError(f"bounds is {shown(bounds)}; {wanted}")
     return float(bounds[0]), float(bounds[1])

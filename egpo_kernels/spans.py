@@ -11,7 +11,7 @@ from egpo_kernels.fields import check_number
 from egpo_kernels.layout import counted, make_layout
 from egpo_kernels.reduction import per_row
 from egpo_kernels.types import ResponseSpans, compute_dtype
-from egpo_kernels.validation import check_tensor
+from egpo_kernels.validation import check_dense
 
 
 def response_spans(
@@ -40,7 +40,7 @@ def response_spans(
         TypeError: A wrong type or dtype.
     """
     tag = _check_tag(close_tag)
-    check_tensor("tokens", tokens, "integer", {}, getattr(tokens, "device", torch.device("cpu")))
+    check_dense("tokens", tokens, "integer")
     layout = make_layout("tokens", tuple(tokens.shape), cu_seqlens, tokens.device)
     ids = tokens.reshape(-1).long()
     counts, rows = counted(mask, ids, layout), torch.arange(layout.num_rows, device=ids.device)
@@ -72,7 +72,7 @@ def top_entropy_mask(
     among the weights must become 1 first: NaN times 0 would be 1 again.
 
     Args:
-        entropy: Shannon entropy of each position in nats, ``[S, T]`` or packed ``[N]``; a NaN is never chosen.
+        entropy: Shannon entropy of each position in nats, ``[S, T]`` or packed ``[N]``; a non-finite one is not chosen.
         mask: Shaped like entropy, nonzero counts; None counts every position.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
         fraction: Share of the counted tokens to choose, in (0, 1]; ties with the last of them are chosen too.
@@ -85,10 +85,10 @@ def top_entropy_mask(
         TypeError: A wrong type or dtype.
     """
     share = check_number("fraction", fraction, low=0.0, high=1.0, open_low=True) or 1.0
-    check_tensor("entropy", entropy, "floating", {}, getattr(entropy, "device", torch.device("cpu")))
+    check_dense("entropy", entropy, "floating")
     layout = make_layout("entropy", tuple(entropy.shape), cu_seqlens, entropy.device)
     values = entropy.detach().reshape(-1).to(compute_dtype(entropy.dtype))
-    eligible = counted(mask, None, layout) & ~values.isnan()
+    eligible = counted(mask, None, layout) & values.isfinite()
     if layout.num_rows == 0:
         return eligible.view(layout.shape)
     # Not torch.quantile, which takes no mask and at most 16 million values.
@@ -96,7 +96,7 @@ def top_entropy_mask(
     place = (1 - share) * (eligible.sum() - 1).clamp(min=0).to(values.dtype)
     # Two places in one index: a 0-d one would wait for the device.
     low, high = ordered[torch.stack([place.floor(), place.ceil()]).long()].unbind()
-    threshold = torch.where(low == high, low, torch.lerp(low, high, place - place.floor()))
+    threshold = torch.lerp(low, high, place - place.floor())
     return (eligible & (values >= threshold)).view(layout.shape)
 
 

@@ -166,7 +166,7 @@ def _log_ratio(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The log-ratio a token's loss is made of, and where its own was clipped before it was pooled."""
     low = high = torch.zeros_like(rows.mask)
-    if config.surrogate == "gmpo":
+    if config.trims:
         own, low, high = trimmed(own, advantages, config)
     if not config.pools or offsets is None:
         return own, low, high

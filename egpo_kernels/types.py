@@ -15,6 +15,12 @@ SURROGATES = ("clip", "cispo", "sapo", "gmpo")
 """The policy losses of a token: functions of these names in both `surrogates.py`, in torch and for triton."""
 
 
+MAX_LOG_RATIO = 60.0
+"""exp(60) is 1e26: float32 still holds it times an advantage of 1e12."""
+MAX_LOG_RATIO_TWICE = 40.0
+"""exp(80) is 6e34: the KL k3 times the ratio."""
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -135,8 +141,7 @@ class PolicyLossConfig(Checked):
     dual_clip: float | None = number(None, 1.0, optional=True, open_low=True)
     tau_positive: float = number(1.0, 1e-3, 1e3)
     tau_negative: float = number(1.05, 1e-3, 1e3)
-    # exp(60) is 1e26: float32 still holds it times an advantage of 1e12.
-    max_log_ratio: float = number(20.0, 0.0, 60.0, open_low=True)
+    max_log_ratio: float = number(20.0, 0.0, MAX_LOG_RATIO, open_low=True)
     kl: str = dataclasses.field(default="k3", metadata={"choices": ("k1", "k2", "k3")})
     kl_coef: float = number(0.0, 0.0)
     kl_max: float | None = number(None, 0.0, optional=True, open_low=True)
@@ -149,14 +154,24 @@ class PolicyLossConfig(Checked):
     json: str = dataclasses.field(init=False, repr=False, compare=False)
 
     @property
+    def trims(self) -> bool:
+        """Whether log-ratios are clipped one by one before their sequence pools them."""
+        return self.surrogate == "gmpo"
+
+    @property
     def pools(self) -> bool:
         """Whether a token's loss depends on the log-ratios of its whole sequence."""
-        return self.ratio != "token" or self.surrogate == "gmpo"
+        return self.ratio != "token" or self.trims
 
     def _check_together(self) -> None:
         self._check_only("norm_length", "reduction", "seq_mean_token_sum_norm")
         self._check_only("ratio_cap", "surrogate", "cispo")
         self._check_only("dual_clip", "surrogate", "clip")
+        if self.kl_times_ratio and self.max_log_ratio > MAX_LOG_RATIO_TWICE:
+            raise ValueError(
+                f"PolicyLossConfig.max_log_ratio is {self.max_log_ratio!r} with kl_times_ratio=True, a product of two "
+                f"ratios; it must be at most {MAX_LOG_RATIO_TWICE:g} there, or float32 overflows"
+            )
         if self.ratio != "token" and self.surrogate != "clip":
             raise ValueError(
                 f"PolicyLossConfig.ratio is {self.ratio!r} with surrogate {self.surrogate!r}; it must be 'token' there"

@@ -25,7 +25,7 @@ def valid_helper(name, layout):
         "top_entropy_mask": {"entropy": -batch.old_log_probs, "fraction": 0.5, **where},
         "response_spans": {"tokens": batch.tokens, "close_tag": [1, 2], **where},
         "informative_groups": {"groups": batch.groups, "rewards": batch.rewards},
-        "soft_overlong_penalty": {"lengths": batch.tokens, "max_length": 30, "buffer": 10},
+        "soft_overlong_penalty": {"lengths": batch.mask.sum(-1).reshape(-1), "max_length": 30, "buffer": 10},
         "next_token_targets": {"input_ids": batch.tokens, "mask": batch.mask},
     }[name]
 
@@ -67,9 +67,11 @@ def test_garbage_for_helpers(name, data):
     attempt(name, arguments)
 
 
-@pytest.mark.parametrize(
-    "bounds", [(10**400, 10**401), (0.5, 10**400), (torch.nan, 1.0), (1.0, 0.5), (-1, 1), (True, 2)]
-)
+NO_BOUNDS = [(10**400, 10**401), (0.5, 10**400), (torch.inf, torch.inf), (1e-300, 2)]
+NO_BOUNDS += [(torch.nan, 1.0), (1.0, 0.5), (-1, 1), (True, 2)]
+
+
+@pytest.mark.parametrize("bounds", NO_BOUNDS)
 def test_bounds_that_are_none(bounds):
     with pytest.raises((ValueError, TypeError), match=r"bounds is .* must be a pair"):
         ek.rollout_weights(**valid_helper("rollout_weights", "padded") | {"bounds": bounds})

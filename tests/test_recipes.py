@@ -71,7 +71,7 @@ CORNERS = {
     "EGPO_C3": [2.0, 0.8, 2.0, 1.0],
 }
 
-# The loss of two answers of one token each, ratios e^0.5 and e^-0.5, log-probs -1, advantages 1 and -1.
+# The loss of two answers, of one token and of two, ratios e^0.5 and e^-0.5, log-probs -1, advantages 1 and -1.
 UP, DOWN = math.exp(0.5), math.exp(-0.5)
 
 
@@ -79,17 +79,28 @@ def gate(ratio, tau):
     return 4 / tau / (1 + math.exp(-tau * (ratio - 1)))
 
 
-LOSSES = {
-    **dict.fromkeys(("EGPO", "GRPO"), (-1.2 + 0.8) / 2),
-    "DAPO": (-1.28 + 0.8) / 2,
-    "DR_GRPO": (-1.2 + 0.8) / 2 / 7,
-    "GSPO": (-1.0004 + 0.9997) / 2,
-    "RLOO": (-1.2 + 0.8) / 2,
-    "CISPO": (UP - DOWN) / 2,  # -ratio A l, and no cap is reached
-    "SAPO": (-gate(UP, 1.0) + gate(DOWN, 1.05)) / 2,
-    "GMPO": (-math.exp(0.4) + math.exp(-0.4)) / 2,
+# Each token's loss: of the correct answer, of the incorrect one.
+CLIPPED = (-1.2, 0.8)
+TOKENS = {
+    "DAPO": (-1.28, 0.8),
+    "GSPO": (-1.0004, 0.9997),
+    "CISPO": (-UP * -1.0, DOWN * -1.0),  # -ratio A l; no cap is reached
+    "SAPO": (-gate(UP, 1.0), gate(DOWN, 1.05)),
+    "GMPO": (-math.exp(0.4), math.exp(-0.4)),
 }
-LIKE_EGPO = {name for name in PUBLISHED if name.upper() not in LOSSES}
+REDUCE = {
+    "token_mean": lambda first, second: (first + 2 * second) / 3,
+    "seq_mean_token_mean": lambda first, second: (first + second) / 2,
+    "seq_mean_token_sum": lambda first, second: (first + 2 * second) / 2,
+    "seq_mean_token_sum_norm": lambda first, second: (first + 2 * second) / 2 / 7,  # PUBLISHED gives it length 7
+}
+BY_TOKEN = "EGPO EGPO_C1 EGPO_C2 EGPO_C3 EGPO_C4 EGPO_C5 EGPO_C6 DAPO EDGE_GRPO NSR PSR W_REINFORCE"
+REDUCTIONS = {
+    **dict.fromkeys([*BY_TOKEN.split(), "REINFORCE_PP_BASELINE", "LITE_PPO", "MAXRL", "CISPO"], "token_mean"),
+    **dict.fromkeys(["GRPO", "GSPO", "SAPO", "GMPO"], "seq_mean_token_mean"),
+    "RLOO": "seq_mean_token_sum",
+    "DR_GRPO": "seq_mean_token_sum_norm",
+}
 
 
 def config_of(name):
@@ -113,7 +124,7 @@ def rollout(rewards, uncertainty, groups, name, backend, **options):
 
 def test_recipes_are_those_of_the_table():
     assert set(ADVANTAGES) == {recipe.name for recipe in RECIPES.values()}
-    assert set(RECIPES) == {name.lower() for name in ADVANTAGES}
+    assert set(RECIPES) == {name.lower() for name in ADVANTAGES} == {name.lower() for name in REDUCTIONS}
     for name, recipe in RECIPES.items():
         assert getattr(ek.recipes, recipe.name) is recipe and ek.recipes.get(name) is recipe
 
@@ -141,6 +152,36 @@ def test_recipes_c4_locks_the_weights_of_all_wrong_groups(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_recipes_of_a_lone_answer(name, backend):
+    """Advantage 0 without a comparison; what needs none is given all the same."""
+    found = rollout([1.0], [2.0], 1, name, backend).advantages.tolist()
+    assert found == [{"NSR": 0.0, "PSR": 1.0, "W_REINFORCE": pytest.approx(0.1)}.get(name, 0.0)]
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_recipes_whiten_a_small_spread(backend):
+    """Rewards 2e-4 apart in two answers of two tokens: squares 4e-8 over 3, and 1e-8 beside them."""
+    found = rollout([2e-4, 0.0], [1.0, 1.0], 2, "REINFORCE_PP_BASELINE", backend).advantages.cpu()
+    wanted = 1e-4 / math.sqrt(4e-8 / 3 + 1e-8)
+    torch.testing.assert_close(found, torch.tensor([wanted, -wanted], dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_recipes_of_gspo_and_gspo_token_by_hand(backend):
+    """Two tokens whose log-ratios cancel (ratio 1), advantages 1 and -2: each its own gradient, or the mean of both."""
+    old = torch.tensor([[-1.1, -0.9]], dtype=torch.float64, device=DEVICE)
+    advantages = torch.tensor([[1.0, -2.0]], dtype=torch.float64, device=DEVICE)
+    for ratio, wanted in (("sequence_token", [[-1.0, 2.0]]), ("sequence", [[0.5, 0.5]])):
+        log_probs = torch.full_like(old, -1.0, requires_grad=True)
+        config = ek.PolicyLossConfig(ratio=ratio, reduction="sum")
+        loss, _ = ek.policy_loss(log_probs, old, advantages, config=config, backend=backend)
+        loss.backward()
+        torch.testing.assert_close(loss.item(), 1.0, rtol=1e-14, atol=0)
+        torch.testing.assert_close(log_probs.grad.cpu(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_recipes_maxrl_says_nothing_where_the_mean_is_not_positive(backend):
     """Divided by a mean below 0, the better answer would be punished."""
     found = rollout([-1.0, 0.5, -1.0, 1.0, 3.0, 1.0], [1.0] * 6, 2, "MAXRL", backend)
@@ -165,13 +206,13 @@ def test_recipes_whiten_what_is_compared(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
+@pytest.mark.parametrize("name", REDUCTIONS)
 def test_recipes_losses_by_hand(name, backend):
-    config = config_of(name).loss
-    numbers = ([[-1.0], [-1.0]], [[-1.5], [-0.5]], [1.0, -1.0])
+    numbers = ([[-1.0, 0.0], [-1.0, -1.0]], [[-1.5, 0.0], [-0.5, -0.5]], [1.0, -1.0])
     log_probs, old, advantages = (torch.tensor(it, dtype=torch.float64, device=DEVICE) for it in numbers)
-    loss, _ = ek.policy_loss(log_probs, old, advantages, config=config, backend=backend)
-    wanted = LOSSES["EGPO" if name in LIKE_EGPO else name.upper()]
+    mask = torch.tensor([[1, 0], [1, 1]], device=DEVICE)
+    loss, _ = ek.policy_loss(log_probs, old, advantages, mask, config=config_of(name).loss, backend=backend)
+    wanted = REDUCE[REDUCTIONS[name]](*TOKENS.get(name, CLIPPED))
     torch.testing.assert_close(loss.cpu(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-14, atol=1e-14)
 
 

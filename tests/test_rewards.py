@@ -25,6 +25,12 @@ def test_informative_groups_of_odd_rewards():
     assert ek.informative_groups(2, torch.tensor([0, 1])).all()
 
 
+def test_informative_groups_tell_a_number_from_its_name():
+    rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    assert not ek.informative_groups([1, "1", 2, "2"], rewards).any(), "four groups of one"
+    assert ek.informative_groups([1, 1, "1", "1"], rewards).all()
+
+
 def test_informative_groups_are_those_with_a_group_relative_advantage():
     generator = torch.Generator().manual_seed(0)
     rewards = (torch.rand(64, generator=generator) < 0.2).float()
@@ -37,4 +43,7 @@ def test_soft_overlong_penalty_by_hand():
     found = ek.soft_overlong_penalty(lengths, 100, 20)
     torch.testing.assert_close(found, torch.tensor([0, 0, -0.25, -0.5, -1, -1, -1]), rtol=0, atol=0)
     assert found.dtype == torch.float32
+    for wrong in (torch.tensor(5), torch.tensor([[5, 6]])):
+        with pytest.raises(ValueError, match=r"lengths has shape .* must be \[S\]"):
+            ek.soft_overlong_penalty(wrong, 100, 20)
     assert ek.soft_overlong_penalty(torch.tensor([0, 50, 100], dtype=torch.int32), 100, 100).tolist() == [0, -0.5, -1]

@@ -63,6 +63,10 @@ def test_rollout_weights_stay_finite():
     wanted = torch.tensor([[math.exp(-20), math.exp(20), NAN, math.exp(-20)]])
     torch.testing.assert_close(weights, wanted, equal_nan=True)
     assert ek.rollout_weights(now, sampler, bounds=(0.0, 2.0)).nan_to_num(1.0).max() == 2
+    # In one sequence, a token that only the policy excludes and one that only the sampler excludes cancel.
+    for outside in ("clamp", "mask"):
+        weights = ek.rollout_weights(now, sampler, torch.tensor([[1, 1, 0, 0]]), level="sequence", outside=outside)
+        assert weights.tolist() == [1.0]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -138,6 +138,9 @@ def test_settings_that_need_one_another():
                 ek.PolicyLossConfig(surrogate=surrogate, ratio=ratio)
         with pytest.raises(ValueError, match=r"dual_clip is 3\.0 with surrogate .* belongs to surrogate 'clip'"):
             ek.PolicyLossConfig(surrogate=surrogate, dual_clip=3.0)
+    assert ek.PolicyLossConfig(kl_times_ratio=True, max_log_ratio=40).max_log_ratio == 40
+    with pytest.raises(ValueError, match=r"max_log_ratio is 41\.0 with kl_times_ratio=True, .* at most 40 there"):
+        ek.PolicyLossConfig(kl_times_ratio=True, max_log_ratio=41)
     for baseline in ("correctness", "none"):
         with pytest.raises(ValueError, match=rf"scale is 'group_mean' with baseline '{baseline}', .* must be 'none'"):
             ek.AdvantageConfig(baseline=baseline, scale="group_mean")

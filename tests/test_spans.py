@@ -91,8 +91,8 @@ def test_top_entropy_mask_without_anything_to_choose():
     assert not ek.top_entropy_mask(nothing, torch.zeros(2, 3)).any()
     assert ek.top_entropy_mask(torch.zeros(0, 3)).shape == (0, 3)
     assert ek.top_entropy_mask(nothing).all(), "ties are chosen together"
-    odd = torch.tensor([[math.nan, math.inf, 1.0, 2.0]])
-    assert ek.top_entropy_mask(odd, fraction=0.5).tolist() == [[False, True, False, True]]
+    odd = torch.tensor([[math.nan, math.inf, -math.inf, 1.0, 2.0]])
+    assert ek.top_entropy_mask(odd, fraction=0.5).tolist() == [[False, False, False, False, True]]
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5, 0.77])

@@ -11,7 +11,7 @@ from egpo_kernels.advantages import sequence_uncertainty
 from egpo_kernels.diagnostics.extra import wanted
 from egpo_kernels.layout import counted, make_layout
 from egpo_kernels.types import compute_dtype
-from egpo_kernels.validation import check_instance, check_tensor
+from egpo_kernels.validation import check_dense, check_instance, check_tensor
 
 CONSTANT = 1e-11
 """Values that span at most this times the largest of them count as constant: a correlation would be rounding."""
@@ -83,9 +83,8 @@ def span_uncertainty(log_probs: Tensor, span: Tensor | None = None, *, cu_seqlen
         ValueError: A wrong shape or device.
         TypeError: A wrong type or dtype.
     """
-    home = log_probs.device if isinstance(log_probs, Tensor) else torch.device("cpu")
-    check_tensor("log_probs", log_probs, "floating", {}, home)
-    layout = make_layout("log_probs", tuple(log_probs.shape), cu_seqlens, home)
+    check_dense("log_probs", log_probs, "floating")
+    layout = make_layout("log_probs", tuple(log_probs.shape), cu_seqlens, log_probs.device)
     inside = counted(None, None, layout)
     if span is not None:
         inside = inside & (layout.per_token("span", span, "real") != 0)
@@ -160,7 +159,7 @@ def roc_of_spans(
         ImportError: scikit-learn is missing.
     """
     check_instance("spans", spans, Mapping)
-    check_instance("log_probs", log_probs, Tensor)
+    check_dense("log_probs", log_probs, "floating")
     shape = {"the shape of log_probs": tuple(log_probs.shape)}
     for name, span in spans.items():
         check_tensor(f"spans[{name!r}]", span, "real", shape, log_probs.device)
@@ -202,8 +201,10 @@ def finite_sequences(**given: tuple[Any, str]) -> tuple[list[Tensor], int]:
     """
     kept: list[Tensor] = []
     for name, (value, kind) in given.items():
-        home = value.device if isinstance(value, Tensor) else torch.device("cpu")
-        check_tensor(name, value, kind, {"[S]": tuple(kept[0].shape)} if kept else {}, home)
+        check_dense(name, value, kind)
+        if value.is_meta:
+            raise ValueError(f"{name} is on meta; it must have values to look at")
+        check_tensor(name, value, kind, {"[S]": tuple(kept[0].shape)} if kept else {}, value.device)
         if value.dim() != 1:
             raise ValueError(f"{name} has shape {list(value.shape)}; it must be [S], one entry per sequence")
         value = value.detach().cpu()

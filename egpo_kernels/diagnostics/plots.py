@@ -143,6 +143,8 @@ def plot_length(uncertainty: Tensor, lengths: Tensor, correct: Tensor | None = N
 def _axes(ax: Any) -> Any:
     """Return the given Axes, or those of a new figure."""
     if ax is not None:
+        if not isinstance(ax, wanted("matplotlib.axes").Axes):
+            raise TypeError(f"ax is {type(ax).__name__}; it must be a matplotlib Axes or None")
         return ax
     return wanted("matplotlib.pyplot").subplots(figsize=(6.4, 5.0), layout="constrained")[1]
 

@@ -116,7 +116,7 @@ def relative_rewards(mine, group, squares, settings, choices):
 def unscaled_base(mine, group, rules, squares, settings, choices):
     """Base advantages before what the whole batch has to say: by correctness, raw, or what the group's rule says."""
     if choices.baseline == "correctness":
-        return tl.where(mine.correct, settings.positive_scale, -settings.negative_scale)
+        return tl.where(mine.correct, settings.positive_scale, 0.0 - settings.negative_scale)
     elif choices.baseline == "none":
         return mine.reward
     else:

@@ -11,7 +11,9 @@ from egpo_kernels.types import PolicyLossConfig, Rows
 
 
 class Settings(NamedTuple):
-    """The numbers of a policy loss, in the order they lie in the settings tensor; gmpo bounds the ratio's logarithm."""
+    """The numbers of a policy loss, in the order they lie in the settings tensor; where the
+    log-ratio is trimmed, ``ratio_low`` and ``ratio_high`` are bounds of that.
+    """
 
     ratio_low: Any
     ratio_high: Any
@@ -36,7 +38,7 @@ class Choices(NamedTuple):
 
 def choices_of(config: PolicyLossConfig) -> Choices:
     """Choices as a kernel argument."""
-    values = (config.kl, config.kl_times_ratio, config.surrogate == "gmpo")
+    values = (config.kl, config.kl_times_ratio, config.trims)
     return Choices(*(tl.constexpr(value) for value in values))
 
 
@@ -64,7 +66,7 @@ def settings_tensor(
     config: PolicyLossConfig, temperature: float, grad_scale: float, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Put the numbers of ``config`` on ``device``, once for each set of values."""
-    inf, one = float("inf"), 0 if config.surrogate == "gmpo" else 1
+    inf, one = float("inf"), 0 if config.trims else 1
     values = Settings(
         ratio_low=one - config.clip_low,
         ratio_high=one + config.clip_high if config.ratio_cap is None else config.ratio_cap,

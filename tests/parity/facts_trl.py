@@ -128,7 +128,8 @@ TRL = Facts(
         "trl_does_not_clamp_log_ratios": Difference(
             "log-ratios go to exp as they are",
             "clamped to 20 nats, no gradient beyond",
-            "one token would make the batch inf; `max_log_ratio` goes up to 60, the same numbers as far as that",
+            "one token would make the batch inf; `max_log_ratio` goes up to 60 (40 with the KL times the ratio), the "
+            "same numbers as far as that",
         ),
         "trl_clamps_nothing_in_the_kl": Difference(
             "k3 is exp(x) - x - 1 for any x",
