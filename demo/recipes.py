@@ -137,7 +137,8 @@ def _settings(name: str) -> str:
 
 
 def _signed(value: float) -> str:
-    return "0" if value == 0 else f"{value:+.2f}"
+    # What float32 leaves of a sum that cancels is nothing.
+    return "0" if abs(value) < 1e-6 else f"{value:+.2f}"
 
 
 if __name__ == "__main__":
