@@ -91,6 +91,7 @@ VERL = Facts(
         Same('adv_estimator="rloo"', 'baseline="leave_one_out", scale="none", singleton="raw"'),
         Same('adv_estimator="rloo_vectorized"', 'baseline="leave_one_out", scale="none"'),
         Same('adv_estimator="reinforce_plus_plus_baseline"', 'scale="batch_whiten", singleton="raw"'),
+        Same('adv_estimator="reinforce_plus_plus", gamma=1.0', 'baseline="none", scale="batch_whiten"'),
     ),
     helpers=(
         Same(
@@ -100,7 +101,7 @@ VERL = Facts(
     ),
     absent=(
         *("bypass_mode", "clip_cov", "dppo_kl", "dppo_tv", "dro", "gpg", "kl_cov"),
-        *("gae", "gdpo", "grpo_passk", "opo", "optimal_token_baseline", "reinforce_plus_plus", "remax"),
+        *("gae", "gdpo", "grpo_passk", "opo", "optimal_token_baseline", "remax"),
         "tir_optimal_token_baseline",
     ),
     differences={

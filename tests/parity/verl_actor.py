@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
 from verl.workers.config import ActorConfig
@@ -57,12 +58,14 @@ def rollout_is_weights(batch: Batch, rollout_is: str, rollout_is_threshold: floa
     return compute_rollout_correction_weights(ratio, batch.mask, rollout_is, rollout_is_threshold)[0]
 
 
-def advantages(groups: list[int], rewards: Tensor, mask: Tensor, adv_estimator: str, **options: Any) -> Tensor:
-    """Advantages ``[S, T]`` of rewards that stand at each response's first position."""
-    token_rewards = torch.zeros(mask.shape)
-    token_rewards[:, 0] = rewards
-    function = core_algos.get_adv_estimator_fn(adv_estimator)
-    return function(token_rewards, mask, index=np.array(groups, dtype=object), **options)[0]
+def advantages(
+    groups: list[int], rewards: Tensor, mask: Tensor, adv_estimator: str, gamma: float = 1.0, **options: Any
+) -> Tensor:
+    """Advantages ``[S, T]`` of rewards that stand at each response's last counted position."""
+    last = mask.long().cumsum(-1).argmax(-1, keepdim=True)
+    token_rewards = torch.zeros(mask.shape).scatter(-1, last, rewards[:, None])
+    function, config = core_algos.get_adv_estimator_fn(adv_estimator), AlgoConfig(gamma=gamma)
+    return function(token_rewards, mask.long(), index=np.array(groups, dtype=object), config=config, **options)[0]
 
 
 class Responses(list):
