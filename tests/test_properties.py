@@ -12,20 +12,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import egpo_kernels as ek
-from tests.support.accuracy import (
-    assert_accurate,
-    assert_alike,
-    assert_metrics,
-    assert_rounding,
-    gradient_terms,
-    group_metric_terms,
-    group_terms,
-    token_terms,
-)
+from tests.support.accuracy import assert_accurate, assert_alike, assert_metrics, assert_rounding
 from tests.support.batches import FAST
+from tests.support.case import Case
 from tests.support.device import DEVICE, ON_GPU
 from tests.support.runs import advantages, alone, check, leaf, nothing, whole
-from tests.support.strategies import Case, cases, make_case
+from tests.support.strategies import cases, make_case
+from tests.support.terms import gradient_terms, group_metric_terms, group_terms, token_terms
 
 # Interpreted kernels take some milliseconds per block; on a GPU nearly every example compiles kernels of its own.
 EXAMPLES = {"portable": 1.0, "triton": 0.06 if ON_GPU else 0.25}

@@ -9,12 +9,12 @@ import torch
 
 import egpo_kernels as ek
 from egpo_kernels.recipes import RECIPES
-from tests.support.accuracy import group_terms
 from tests.support.batches import FAST
 from tests.support.device import DEVICE
 from tests.support.recipe_table import BEGIN, END, recipe_table
 from tests.support.runs import advantages, check, whole
 from tests.support.strategies import PUBLISHED, make_case
+from tests.support.terms import group_terms
 
 ROOT = Path(__file__).resolve().parent.parent
 INF = math.inf

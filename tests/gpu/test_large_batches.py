@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import egpo_kernels as ek
+from tests.support.case import strided
 from tests.support.device import DEVICE, size
-from tests.support.strategies import strided
 
 # One worker has them all: each takes some tens of gigabytes.
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("memory")]

@@ -3,10 +3,10 @@
 import pytest
 
 import egpo_kernels as ek
-from tests.support.accuracy import group_terms
 from tests.support.device import size
 from tests.support.runs import advantages, check, whole
 from tests.support.strategies import DTYPES, make_case
+from tests.support.terms import group_terms
 
 pytestmark = pytest.mark.gpu
 

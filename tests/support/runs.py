@@ -3,14 +3,9 @@
 import torch
 
 import egpo_kernels as ek
-from tests.support.accuracy import (
-    GroupTerms,
-    assert_accurate,
-    assert_metrics,
-    group_metric_terms,
-    token_terms,
-)
-from tests.support.strategies import Case
+from tests.support.accuracy import assert_accurate, assert_metrics
+from tests.support.case import Case
+from tests.support.terms import GroupTerms, group_metric_terms, token_terms
 
 
 def leaf(case: Case) -> torch.Tensor:
