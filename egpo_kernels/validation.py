@@ -155,11 +155,13 @@ def check_temperatures(temperature: Tensor | None, mask: Tensor) -> None:
     """Raise when a counted row's temperature is not a positive finite number."""
     if temperature is None or not checks_values(temperature.device):
         return
-    wrong = mask & ~((temperature > 0) & temperature.isfinite())
+    # Below float32's smallest normal number, 1 / temperature overflows.
+    wrong = mask & ~((temperature >= torch.finfo(torch.float32).tiny) & temperature.isfinite())
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"temperature holds {float(temperature[row])} at flattened position {row}; it must be positive and finite"
+            f"temperature holds {float(temperature[row])} at flattened position {row}; it must be positive, finite "
+            "and a number that float32 can divide by"
         )
 
 

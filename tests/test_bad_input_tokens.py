@@ -119,7 +119,7 @@ def test_debug_looks_at_values_on_a_device(monkeypatch, debug, looks):
 @EVERY_BACKEND
 def test_temperature_tensor_that_is_not_positive_raises(path, layout, backend, values_are_checked):
     batch = make_batch(layout)
-    for value in (0.0, -1.0, torch.nan, torch.inf):
+    for value in (0.0, -1.0, 1e-40, torch.nan, torch.inf):
         heat = torch.ones(batch.mask.shape, device=DEVICE)
         heat[batch.at(2, 0)] = value
         with pytest.raises(ValueError, match="temperature holds"):
