@@ -57,7 +57,8 @@ def group_advantages(
     sequences, device = rewards.shape[0], rewards.device
     layout = counts = None
     per_token = {"old_log_probs": old_log_probs, "entropy": entropy, "mask": mask}
-    for name in [name for name, given in per_token.items() if given is not None][:1]:
+    name = next((name for name, given in per_token.items() if given is not None), None)
+    if name is not None:
         shaped = check_tensor(name, per_token[name], "real" if name == "mask" else "floating", {}, device)
         layout = make_layout(name, tuple(shaped.shape), cu_seqlens, device)
         if layout.num_sequences != sequences:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from egpo_kernels.fields import check_number, fits_float32
 from egpo_kernels.layout import Layout, counted, make_layout
-from egpo_kernels.reduction import counts_per_sequence, segment_sum
+from egpo_kernels.reduction import counts_per_sequence, per_row, segment_sum
 from egpo_kernels.types import compute_dtype
 from egpo_kernels.validation import check_choice, check_dense
 
@@ -104,7 +104,7 @@ def off_policy_mask(
     rows = layout.per_token_or_sequence("advantages", advantages, "real")
     if advantages.shape == (layout.num_sequences,):
         return (advantages >= 0) | near
-    return ((rows >= 0) | layout.per_token_or_sequence("near", near, "bool")).view(layout.shape)
+    return ((rows >= 0) | per_row(near, layout.sequence)).view(layout.shape)
 
 
 def _log_ratio(log_probs: Any, sampler_log_probs: Any, mask: Any, cu_seqlens: Any) -> tuple[Layout, Tensor, Tensor]:

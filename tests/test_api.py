@@ -10,16 +10,15 @@ import torch
 import egpo_kernels as ek
 from egpo_kernels import dispatch
 from tests.support.batches import (
-    BACKENDS,
     BOTH_TERMS,
+    EVERY_BACKEND,
+    EVERY_LAYOUT,
+    EVERY_WAY,
     FAST,
-    LAYOUTS,
     NEEDS_TRITON,
-    PATHS,
     assert_agree,
     assert_same,
     differentiate,
-    from_log_probs,
     make_batch,
     one_pass,
     two_pass,
@@ -27,9 +26,6 @@ from tests.support.batches import (
 )
 from tests.support.device import DEVICE
 
-EVERY_PATH = pytest.mark.parametrize("path", [*PATHS.values(), from_log_probs], ids=[*PATHS, "from_log_probs"])
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 CPU = torch.device("cpu")
 
 # Which backend answers.
@@ -68,7 +64,7 @@ def test_environment_reaches_the_functions(monkeypatch):
         one_pass(batch, "auto", inplace_grad=True)
 
 
-@EVERY_PATH
+@EVERY_WAY
 def test_explicit_choice_never_falls_back(path, monkeypatch):
     monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
     with pytest.raises(RuntimeError, match="triton is not installed"):
@@ -95,7 +91,7 @@ except ValueError as error:
 # Layouts, shapes, counts.
 
 
-@EVERY_PATH
+@EVERY_WAY
 @EVERY_BACKEND
 def test_packed_equals_padded(path, backend):
     padded, packed = make_batch("padded"), make_batch("packed")
@@ -223,7 +219,7 @@ def test_metrics_change_no_result(path, mode, backend):
 # Without a gradient.
 
 
-@EVERY_PATH
+@EVERY_WAY
 @EVERY_BACKEND
 def test_value_only(path, backend):
     batch = make_batch()

@@ -6,10 +6,10 @@ import torch
 import egpo_kernels as ek
 from tests.support.accuracy import assert_rounding
 from tests.support.batches import (
-    BACKENDS,
-    FAST,
-    LAYOUTS,
-    PATHS,
+    EVERY_BACKEND,
+    EVERY_LAYOUT,
+    EVERY_PATH,
+    FAST_BACKEND,
     TRITON,
     differentiate,
     from_log_probs,
@@ -20,10 +20,6 @@ from tests.support.batches import (
 )
 from tests.support.device import DEVICE
 
-EVERY_PATH = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
-FAST_BACKEND = pytest.mark.parametrize("backend", FAST)
 LOSSES = pytest.mark.parametrize("path", [one_pass, two_pass, whole_groups])
 
 

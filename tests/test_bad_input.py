@@ -6,8 +6,9 @@ import torch
 import egpo_kernels as ek
 from tests.support.accuracy import assert_rounding
 from tests.support.batches import (
-    BACKENDS,
-    LAYOUTS,
+    EVERY_BACKEND,
+    EVERY_LAYOUT,
+    EVERY_PATH,
     PATHS,
     assert_same,
     differentiate,
@@ -20,9 +21,6 @@ from tests.support.batches import (
 )
 
 NAN, INF = torch.nan, torch.inf
-EVERY_PATH = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def everywhere(*marks):

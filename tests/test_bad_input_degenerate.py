@@ -7,13 +7,13 @@ import egpo_kernels as ek
 from tests.support.accuracy import assert_rounding
 from tests.support.batches import (
     BACKENDS,
+    EVERY_BACKEND,
+    EVERY_LAYOUT,
+    EVERY_WAY,
     FAST,
-    LAYOUTS,
-    PATHS,
     Result,
     assert_agree,
     differentiate,
-    from_log_probs,
     make_batch,
     one_pass,
     only_log_probs,
@@ -22,9 +22,6 @@ from tests.support.batches import (
 )
 from tests.support.device import DEVICE, size
 
-EVERY_PATH = pytest.mark.parametrize("path", [*PATHS.values(), from_log_probs], ids=[*PATHS, "from_log_probs"])
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 REDUCTIONS = ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "sum"]
 
 
@@ -55,7 +52,7 @@ def cut(batch, sequences, tokens):
 
 
 @pytest.mark.parametrize("sequences, tokens", [(0, 4), (4, 0), (0, 0)], ids=["no_sequences", "no_tokens", "nothing"])
-@EVERY_PATH
+@EVERY_WAY
 @EVERY_LAYOUT
 @EVERY_BACKEND
 def test_nothing_in_the_batch(path, layout, backend, sequences, tokens):
@@ -65,7 +62,7 @@ def test_nothing_in_the_batch(path, layout, backend, sequences, tokens):
     assert_nothing(differentiate(path, batch, backend))
 
 
-@EVERY_PATH
+@EVERY_WAY
 @EVERY_LAYOUT
 @EVERY_BACKEND
 def test_nothing_counts(path, layout, backend):
@@ -85,7 +82,7 @@ def test_nothing_counts_in_any_reduction(reduction, backend):
     assert_nothing(differentiate(one_pass, batch, backend, config=config, num_tokens=0, num_sequences=0))
 
 
-@EVERY_PATH
+@EVERY_WAY
 @EVERY_LAYOUT
 @EVERY_BACKEND
 def test_empty_sequences(path, layout, backend):

@@ -9,11 +9,9 @@ import torch
 import egpo_kernels as ek
 from egpo_kernels import validation
 from tests.support.accuracy import assert_rounding
-from tests.support.batches import BACKENDS, LAYOUTS, make_batch, whole_groups
+from tests.support.batches import EVERY_BACKEND, EVERY_LAYOUT, make_batch, whole_groups
 from tests.support.device import DEVICE
 
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 NAMES = [uuid.UUID(int=7), uuid.UUID(int=3)]
 IDS = {
     "int": 2,

@@ -5,12 +5,18 @@ import torch
 
 import egpo_kernels as ek
 from tests.support.accuracy import assert_rounding
-from tests.support.batches import BACKENDS, LAYOUTS, LENGTHS, assert_same, differentiate, make_batch, one_pass
+from tests.support.batches import (
+    EVERY_BACKEND,
+    EVERY_LAYOUT,
+    LENGTHS,
+    assert_same,
+    differentiate,
+    make_batch,
+    one_pass,
+)
 from tests.support.device import DEVICE
 
 NAN = torch.nan
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 REDUCTIONS = ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "sum"]
 
 

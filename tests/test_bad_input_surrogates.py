@@ -5,7 +5,14 @@ import torch
 
 import egpo_kernels as ek
 from tests.support.accuracy import assert_rounding
-from tests.support.batches import BACKENDS, LAYOUTS, assert_same, differentiate, make_batch, one_pass
+from tests.support.batches import (
+    EVERY_BACKEND,
+    EVERY_LAYOUT,
+    assert_same,
+    differentiate,
+    make_batch,
+    one_pass,
+)
 from tests.support.device import DEVICE, size
 
 NAN, INF = torch.nan, torch.inf
@@ -23,8 +30,6 @@ VARIANTS = {
     "sapo": {"surrogate": "sapo"},
     "gmpo": {"surrogate": "gmpo"},
 }
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 WALKED = size(list(VARIANTS), ["clip", "sequence", "cispo", "gmpo"])  # each is another kernel to be compiled
 EVERY_VARIANT = pytest.mark.parametrize("options", [VARIANTS[name] for name in WALKED], ids=WALKED)
 

@@ -8,9 +8,9 @@ import torch
 import egpo_kernels as ek
 from egpo_kernels import validation
 from tests.support.batches import (
-    BACKENDS,
-    LAYOUTS,
-    PATHS,
+    EVERY_BACKEND,
+    EVERY_LAYOUT,
+    EVERY_PATH,
     differentiate,
     make_batch,
     one_pass,
@@ -21,9 +21,6 @@ from tests.support.batches import (
 from tests.support.device import DEVICE, ON_GPU
 
 VOCAB = 37
-EVERY_PATH = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 WITH_METRICS = pytest.mark.parametrize("path", [one_pass, two_pass, whole_groups])
 
 

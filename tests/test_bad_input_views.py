@@ -5,14 +5,19 @@ import torch
 
 import egpo_kernels as ek
 from tests.support.accuracy import assert_alike, assert_rounding
-from tests.support.batches import BACKENDS, FAST, LAYOUTS, differentiate, make_batch, one_pass
+from tests.support.batches import (
+    EVERY_BACKEND,
+    EVERY_LAYOUT,
+    FAST,
+    differentiate,
+    make_batch,
+    one_pass,
+)
 from tests.support.calls import FUNCTIONS, call, valid
 from tests.support.device import DEVICE
 from tests.support.fuzz import untouched
 from tests.support.garbage import MILD, twisted
 
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 VIEWS = ["spread", "transposed", "negated", "parameter", "subclass", "inference", "grad", "not a leaf"]
 assert set(VIEWS) <= set(MILD)
 

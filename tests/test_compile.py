@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import egpo_kernels as ek
 from tests.support.batches import (
     FAST,
+    FAST_BACKEND,
     LAYOUTS,
     NEEDS_TRITON,
     differentiate,
@@ -28,7 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
 ]
 PER_TOKEN = ek.PolicyLossConfig(reduction="none")
-FAST_BACKEND = pytest.mark.parametrize("backend", FAST)
 
 
 def int_groups(batch, backend):

@@ -6,9 +6,9 @@ import torch
 import egpo_kernels as ek
 from tests.support.accuracy import assert_rounding
 from tests.support.batches import (
-    BACKENDS,
     BOTH_TERMS,
-    LAYOUTS,
+    EVERY_BACKEND,
+    EVERY_LAYOUT,
     from_log_probs,
     make_batch,
     one_pass,
@@ -17,8 +17,6 @@ from tests.support.batches import (
 )
 from tests.support.device import DEVICE
 
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 LOSSES = pytest.mark.parametrize("path", [one_pass, two_pass, whole_groups, from_log_probs])
 
 COUNTS = {"policy/": "policy/tokens/sum", "egpo/weight/at_": "egpo/sequences/sum"}

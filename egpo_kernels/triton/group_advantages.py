@@ -235,6 +235,12 @@ def _settings_tensor(config: AdvantageConfig, dtype: torch.dtype, device: torch.
     return on_device(values, dtype, device)
 
 
+@functools.lru_cache(maxsize=256)
+def _choices_of(config: AdvantageConfig) -> Choices:
+    """Choices as a kernel argument, made once for each config."""
+    return Choices(*(tl.constexpr(getattr(config, name)) for name in Choices._fields))
+
+
 def _with_batch_scale(
     pointers: Pointers, lengths: Tensor | None, settings: Tensor, choices: Choices, config: AdvantageConfig
 ) -> Pointers:
@@ -263,7 +269,7 @@ def group_advantages(
         inputs = (ids.contiguous(), rewards.contiguous(), as_bytes(correct), uncertainty, counts)
         pointers = Pointers(*inputs, None, advantages, weights, base)
         settings = _settings_tensor(config, rewards.dtype, rewards.device)
-        choices = Choices(*(tl.constexpr(getattr(config, name)) for name in Choices._fields))
+        choices = _choices_of(config)
         if config.of_batch:
             pointers = _with_batch_scale(pointers, lengths, settings, choices, config)
         group_advantages_kernel[(partials.shape[0],)](

@@ -36,8 +36,9 @@ class Choices(NamedTuple):
     trims: Any
 
 
+@functools.lru_cache(maxsize=256)
 def choices_of(config: PolicyLossConfig) -> Choices:
-    """Choices as a kernel argument."""
+    """Choices as a kernel argument, made once for each config."""
     values = (config.kl, config.kl_times_ratio, config.trims)
     return Choices(*(tl.constexpr(value) for value in values))
 

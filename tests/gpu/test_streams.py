@@ -5,8 +5,8 @@ import torch
 
 import egpo_kernels as ek
 from tests.support.batches import (
-    FAST,
-    LAYOUTS,
+    EVERY_LAYOUT,
+    FAST_BACKEND,
     PATHS,
     Result,
     assert_same,
@@ -20,8 +20,6 @@ from tests.support.batches import (
 from tests.support.device import DEVICE, captured, no_sync
 
 pytestmark = pytest.mark.gpu
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-FAST_BACKEND = pytest.mark.parametrize("backend", FAST)
 
 
 def per_token(batch, backend):

@@ -175,6 +175,13 @@ def every_helper(batch):
 
 
 PATHS = {path.__name__: path for path in (one_pass, two_pass, whole_groups, only_log_probs)}
+WAYS = PATHS | {from_log_probs.__name__: from_log_probs}
+
+EVERY_PATH = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+EVERY_WAY = pytest.mark.parametrize("path", WAYS.values(), ids=WAYS)
+EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
+EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+FAST_BACKEND = pytest.mark.parametrize("backend", FAST)
 
 
 class Result(NamedTuple):

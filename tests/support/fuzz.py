@@ -41,6 +41,17 @@ def untouched(arguments: Mapping[str, Any], written: Iterable[str] = ()) -> Call
     return check
 
 
+def attempt(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """The result of one call, None where it refused as it should; nothing was changed."""
+    check, result = untouched(arguments), None
+    try:
+        result = function(**arguments)
+    except (ValueError, TypeError) as error:
+        refusal(error, arguments)
+    check(succeeded=result is not None)
+    return result
+
+
 def refusal(error: Exception, names: Iterable[str]) -> None:
     """Each message names an argument (or a setting) that could be given, and says what it must be."""
     known = "|".join(map(re.escape, names))
