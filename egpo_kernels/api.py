@@ -5,15 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from egpo_kernels import losses, recipes
-from egpo_kernels.groups import advantages_of_groups
-from egpo_kernels.layout import group_ids
-from egpo_kernels.types import (
-    LossOutput,
-    PolicyLossConfig,
-    Recipe,
-    TokenLogProbs,
-)
-from egpo_kernels.validation import check_bool, check_instance, check_logits, check_tensor
+from egpo_kernels.logits import read_logits
+from egpo_kernels.types import LossOutput, PolicyLossConfig, Recipe, TokenLogProbs
+from egpo_kernels.validation import check_bool, check_instance, check_logits
 
 
 def egpo_loss(
@@ -77,27 +71,11 @@ def egpo_loss(
         TypeError: A wrong type or dtype.
     """
     recipe = recipes.get(recipe)
-    call = losses.read_logits(logits, tokens, mask, cu_seqlens, temperature, backend)
-    rewards = check_tensor("rewards", rewards, "real", {"[S]": (call.layout.num_sequences,)}, logits.device)
-    config = recipe.advantage
-    own = config.weight != "none" and (old_log_probs is None or config.statistic == "shannon")
-    found = None
-    if own:
-        found = losses.log_probs_and_entropy(
-            call, inplace_grad, config.statistic == "shannon" or losses.wants_entropy(recipe.loss, metrics)
-        )
-    old, entropy = old_log_probs, None
-    if found is not None:
-        old = found.log_probs.detach().view(call.layout.shape) if old_log_probs is None else old_log_probs
-        entropy = None if found.entropy is None else found.entropy.detach().view(call.layout.shape)
-    ids = group_ids(groups, call.layout.num_sequences, logits.device, group_size)
-    grouped = advantages_of_groups(
-        ids, rewards, old, entropy, call.rows.mask, entropy_mask, correct, call.layout, config, group_size, call.backend
-    )
-    options = losses.Options(num_tokens, num_sequences, grad_scale, inplace_grad, metrics)
-    given = losses.Constants(grouped.advantages, old_log_probs, ref_log_probs, rollout_weights)
-    loss, seen = losses.loss_from_logits(call, given, recipe.loss, options, found)
-    return LossOutput(loss, {} if metrics == "none" else {**grouped.metrics, **seen})
+    call = read_logits(logits, tokens, mask, cu_seqlens, temperature, inplace_grad, backend)
+    grouping = losses.Grouping(groups, rewards, entropy_mask, correct, group_size)
+    given = losses.Constants(None, old_log_probs, ref_log_probs, rollout_weights)
+    options = losses.Options(num_tokens, num_sequences, grad_scale, metrics)
+    return losses.loss_of_groups(call, given, grouping, recipe, options)
 
 
 def policy_loss(
@@ -199,10 +177,10 @@ def logits_policy_loss(
         TypeError: A wrong type or dtype.
     """
     check_instance("config", config, PolicyLossConfig)
-    call = losses.read_logits(logits, tokens, mask, cu_seqlens, temperature, backend)
-    options = losses.Options(num_tokens, num_sequences, grad_scale, inplace_grad, metrics)
+    call = read_logits(logits, tokens, mask, cu_seqlens, temperature, inplace_grad, backend)
+    options = losses.Options(num_tokens, num_sequences, grad_scale, metrics)
     given = losses.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
-    return losses.loss_from_logits(call, given, config, options)
+    return losses.loss_of_tokens(call, given, config, options)
 
 
 def token_log_probs(
@@ -239,8 +217,5 @@ def token_log_probs(
     """
     packed = isinstance(logits, Tensor) and logits.dim() == 2
     check_logits("logits", logits, packed)
-    call = losses.read_logits(logits, tokens, mask, None, temperature, backend, one_sequence=packed)
-    found = losses.log_probs_and_entropy(call, inplace_grad, check_bool("return_entropy", return_entropy))
-    shape = call.layout.shape
-    entropy = None if found.entropy is None else found.entropy.view(shape)
-    return TokenLogProbs(found.log_probs.view(shape), entropy)
+    call = read_logits(logits, tokens, mask, None, temperature, inplace_grad, backend, one_sequence=packed)
+    return losses.shaped_log_probs(call, check_bool("return_entropy", return_entropy))

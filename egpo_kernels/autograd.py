@@ -32,7 +32,7 @@ class _RefuseBackward(torch.autograd.Function):
         raise RuntimeError(NO_DOUBLE.format(ctx.backend))
 
 
-def _guarded(backend: str, gradient: Tensor, *parents: Tensor | None) -> Tensor:
+def guarded(backend: str, gradient: Tensor, *parents: Tensor | None) -> Tensor:
     """Under create_graph, return the gradient behind a node that refuses a second derivative.
 
     The node stands between the gradient and its ``parents``, so that every way to what they depend on leads through it.
@@ -55,7 +55,7 @@ class _Anchor(torch.autograd.Function):
 
 
 def anchor(logits: Tensor) -> Tensor | None:
-    """What `LogitsPolicyLoss` keeps of the logits: where they came from, for `_guarded`."""
+    """What is kept of logits whose gradient is already made: where they came from, for `guarded`."""
     return None if torch.compiler.is_compiling() else _Anchor.apply(logits)
 
 
@@ -99,7 +99,7 @@ class TokenLogProbs(torch.autograd.Function):
                 gradient = torch.ops.egpo_kernels.logits_gradient(
                     logits.detach(), rows, statistics, upstream, temperature, backend
                 )
-        return _guarded(backend, gradient, logits, *given), *[None] * (4 + len(rows))
+        return guarded(backend, gradient, logits, *given), *[None] * (4 + len(rows))
 
 
 class PolicyLoss(torch.autograd.Function):
@@ -151,8 +151,8 @@ class PolicyLoss(torch.autograd.Function):
                 backend,
             )
         parents = (log_probs, entropy, upstream)
-        grad_entropy = None if entropy is None else _guarded(backend, bonus, *parents)
-        return _guarded(backend, slope, *parents), grad_entropy, *[None] * (6 + len(rows))
+        grad_entropy = None if entropy is None else guarded(backend, bonus, *parents)
+        return guarded(backend, slope, *parents), grad_entropy, *[None] * (6 + len(rows))
 
 
 class LogitsPolicyLoss(torch.autograd.Function):
@@ -186,7 +186,7 @@ class LogitsPolicyLoss(torch.autograd.Function):
             ctx.save_for_backward(gradient)
         else:
             ctx.save_for_backward(origin)
-            ctx.gradient = gradient
+            ctx.gradients = [gradient]
         ctx.mark_non_differentiable(vector)
         return vector[LOSS_SLOT].clone(), vector
 
@@ -198,20 +198,20 @@ class LogitsPolicyLoss(torch.autograd.Function):
             (gradient,), origin = ctx.saved_tensors, None
             gradient = (gradient * (upstream / grad_scale)).to(gradient.dtype)
         else:
-            gradient, (origin,) = _take_gradient(ctx, inplace), ctx.saved_tensors
+            (gradient,), (origin,) = take_gradients(ctx, inplace), ctx.saved_tensors
             torch.ops.egpo_kernels.rescale_(gradient, upstream.detach(), grad_scale, backend)
-        return _guarded(backend, gradient, origin, upstream), *[None] * (9 + num_rows)
+        return guarded(backend, gradient, origin, upstream), *[None] * (9 + num_rows)
 
 
-def _take_gradient(ctx: Any, inplace: bool) -> Tensor:
-    """Hand the gradient out: the tensor itself the last time, a copy where the graph is kept for another backward."""
-    gradient = ctx.gradient
-    if gradient is None:
+def take_gradients(ctx: Any, inplace: bool = False) -> list[Tensor]:
+    """Hand ``ctx.gradients`` out: themselves the last time, copies where the graph is kept for another backward."""
+    gradients = ctx.gradients
+    if gradients is None:
         raise RuntimeError(CONSUMED)
     if _graph_is_kept() and not inplace:
-        return gradient.clone()
-    ctx.gradient = None
-    return gradient
+        return [gradient.clone() for gradient in gradients]
+    ctx.gradients = None
+    return gradients
 
 
 def _graph_is_kept() -> bool:

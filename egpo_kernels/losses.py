@@ -1,6 +1,6 @@
 """Token level behind the public functions: from checked inputs to a loss, along the cheapest path that is right."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -9,25 +9,46 @@ from egpo_kernels import autograd, metrics, reference
 from egpo_kernels import layout as layouts
 from egpo_kernels.dispatch import choose_backend
 from egpo_kernels.fields import check_number
-from egpo_kernels.layout import Layout
+from egpo_kernels.groups import advantages_of_groups
+from egpo_kernels.layout import Layout, group_ids
 from egpo_kernels.reduction import counts_per_sequence, per_row, reduction_factor
-from egpo_kernels.types import LossOutput, PolicyLossConfig, Rows, TokenLogProbs, compute_dtype
+from egpo_kernels.types import LossOutput, PolicyLossConfig, Recipe, Rows, TokenLogProbs, compute_dtype
 from egpo_kernels.validation import (
-    check_bool,
     check_choice,
     check_count,
     check_dense,
-    check_logits,
-    check_not_overlapping,
     check_temperatures,
+    check_tensor,
     check_tokens,
 )
 
 
-class Call(NamedTuple):
-    """Checked inputs: ``logits [B, T, V]`` (None where log-probs were given), mask, tokens and temperatures ``[N]``."""
+class Source(Protocol):
+    """What log-probs are computed from: logits, or hidden states and an output layer."""
 
-    logits: Tensor | None
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+
+    @property
+    def vocab(self) -> int:
+        """Vocabulary size."""
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether anything in it is differentiated."""
+
+    def log_probs(self, call: "Call", want_entropy: bool, entropy_gradient: bool) -> TokenLogProbs:
+        """Log-probs ``[N]`` and entropy of the counted rows; ``entropy_gradient``: it will be differentiated too."""
+
+    def loss(self, call: "Call", config: PolicyLossConfig, scale: float, want_entropy: bool) -> tuple[Tensor, Tensor]:
+        """Loss and metrics vector; the gradient is made on the way, expecting ``scale`` from upstream."""
+
+
+class Call(NamedTuple):
+    """Checked inputs: what is per token ``[N]``; ``source`` is None where log-probs were given."""
+
+    source: Source | None
     rows: Rows
     layout: Layout
     temperature: float
@@ -37,13 +58,23 @@ class Call(NamedTuple):
     @property
     def vocab(self) -> int:
         """Vocabulary size, 0 where there are no logits."""
-        return 0 if self.logits is None else self.logits.shape[-1]
+        return 0 if self.source is None else self.source.vocab
+
+
+class Grouping(NamedTuple):
+    """What `egpo_loss` needs of whole groups, as the caller gave it."""
+
+    groups: Any
+    rewards: Any
+    entropy_mask: Any = None
+    correct: Any = None
+    group_size: Any = None
 
 
 class Constants(NamedTuple):
     """What the loss needs beside the model's output, as the caller gave it; no gradient flows into any of it."""
 
-    advantages: Any
+    advantages: Any = None
     old_log_probs: Any = None
     ref_log_probs: Any = None
     rollout_weights: Any = None
@@ -55,36 +86,20 @@ class Options(NamedTuple):
     num_tokens: Any = None
     num_sequences: Any = None
     grad_scale: Any = 1.0
-    inplace_grad: Any = False
     metrics: Any = "all"
 
 
-def read_logits(
-    logits: Any,
-    tokens: Any,
-    mask: Any,
-    cu_seqlens: Any,
-    temperature: Any,
-    backend: str,
-    one_sequence: bool = False,
-) -> Call:
-    """Check logits, tokens, mask and temperature; flatten what is per token."""
-    packed = cu_seqlens is not None or one_sequence
-    logits = check_logits("logits", logits, packed)
-    shape = tuple(logits.shape[:-1])
-    if one_sequence:
-        layout = layouts.one_sequence(shape, logits.device)
-    else:
-        layout = layouts.make_layout("logits", shape, cu_seqlens, logits.device)
+def read_tokens(source: Source, layout: Layout, tokens: Any, mask: Any, temperature: Any, backend: str) -> Call:
+    """Check tokens, mask and temperature and flatten them; what the source holds was checked when it was made."""
     ids = layout.per_token("tokens", tokens, "integer").long()
-    dtype = compute_dtype(logits.dtype)
+    dtype = compute_dtype(source.dtype)
     heat, heats = layouts.temperature_rows(temperature, layout, dtype)
     rows = Rows(layouts.counted(mask, ids, layout), ids, heats)
-    backend = choose_backend(backend, logits.device)
+    backend = choose_backend(backend, ids.device)
     if backend == "reference":
-        check_tokens(rows.tokens, rows.mask, logits.shape[-1])
+        check_tokens(rows.tokens, rows.mask, source.vocab)
         check_temperatures(rows.temperature, rows.mask)
-    return Call(logits.unsqueeze(0) if packed else logits, rows, layout, heat, dtype, backend)
+    return Call(source, rows, layout, heat, dtype, backend)
 
 
 def read_log_probs(
@@ -101,27 +116,6 @@ def read_log_probs(
     rows = Rows(layouts.counted(mask, None, layout))
     call = Call(None, rows, layout, 1.0, dtype, choose_backend(backend, log_probs.device))
     return call, TokenLogProbs(flat, flat_entropy)
-
-
-def log_probs_and_entropy(call: Call, inplace_grad: Any, want_entropy: bool) -> TokenLogProbs:
-    """Log-probs ``[N]`` and, when wanted, entropy of the counted rows, differentiable in the logits."""
-    assert call.logits is not None
-    _check_inplace(call, inplace_grad)
-    if call.backend == "reference":
-        log_probs, entropy = reference.token_log_probs(call.logits, call.rows, call.temperature)
-    else:
-        log_probs, entropy = autograd.TokenLogProbs.apply(
-            call.logits, call.temperature, want_entropy, inplace_grad, call.backend, *call.rows
-        )
-    return TokenLogProbs(log_probs, entropy if want_entropy else None)
-
-
-def _check_inplace(call: Call, inplace_grad: Any) -> None:
-    if check_bool("inplace_grad", inplace_grad):
-        if call.backend == "reference":
-            raise ValueError("inplace_grad is True with backend 'reference'; it must be False there")
-        assert call.logits is not None
-        check_not_overlapping(call.logits)
 
 
 def wants_entropy(config: PolicyLossConfig, mode: str) -> bool:
@@ -175,39 +169,65 @@ def _active(rows: Rows, layout: Layout, config: PolicyLossConfig) -> Tensor:
     return active
 
 
-def loss_from_logits(
+def shaped_log_probs(call: Call, return_entropy: bool) -> TokenLogProbs:
+    """Log-probs and entropy in the caller's shape."""
+    assert call.source is not None
+    log_probs, entropy = call.source.log_probs(call, return_entropy, False)
+    shape = call.layout.shape
+    return TokenLogProbs(log_probs.view(shape), None if entropy is None else entropy.view(shape))
+
+
+def loss_of_groups(call: Call, given: Constants, grouping: Grouping, recipe: Recipe, options: Options) -> LossOutput:
+    """Advantages of whole groups, then the loss; both from the same log-probs where the advantages need them."""
+    assert call.source is not None
+    layout, config, device = call.layout, recipe.advantage, call.layout.sequence.device
+    rewards = check_tensor("rewards", grouping.rewards, "real", {"[S]": (layout.num_sequences,)}, device)
+    old, entropy, found = given.old_log_probs, None, None
+    if config.weight != "none" and (old is None or config.statistic == "shannon"):
+        want_entropy = config.statistic == "shannon" or wants_entropy(recipe.loss, options.metrics)
+        found = call.source.log_probs(call, want_entropy, recipe.loss.entropy_coef != 0)
+        old = found.log_probs.detach().view(layout.shape) if old is None else old
+        entropy = None if found.entropy is None else found.entropy.detach().view(layout.shape)
+    ids = group_ids(grouping.groups, layout.num_sequences, device, grouping.group_size)
+    grouped = advantages_of_groups(
+        ids,
+        rewards,
+        old,
+        entropy,
+        call.rows.mask,
+        grouping.entropy_mask,
+        grouping.correct,
+        layout,
+        config,
+        grouping.group_size,
+        call.backend,
+    )
+    given = given._replace(advantages=grouped.advantages)
+    loss, seen = loss_of_tokens(call, given, recipe.loss, options, found)
+    return LossOutput(loss, {} if options.metrics == "none" else {**grouped.metrics, **seen})
+
+
+def loss_of_tokens(
     call: Call, given: Constants, config: PolicyLossConfig, options: Options, found: TokenLogProbs | None = None
 ) -> LossOutput:
-    """Loss of logits: in one pass where the gradient's coefficient is known, else by way of log-probs.
+    """Loss in one pass where the gradient's coefficient is known, else by way of log-probs.
 
-    ``found`` are log-probs of these logits that were already needed for something else.
+    ``found`` are log-probs of the same source that were already needed for something else.
     """
+    assert call.source is not None
     rows = loss_rows(call, given, config, options)
-    _check_inplace(call, options.inplace_grad)
     scale = check_number("grad_scale", options.grad_scale, low=0.0, high=float("inf"), open_low=True)
-    assert call.logits is not None
-    differentiated = torch.is_grad_enabled() and call.logits.requires_grad
+    assert scale is not None
+    differentiated = torch.is_grad_enabled() and call.source.requires_grad
     # fp16 cannot hold an unscaled gradient: without a scale it waits for the upstream one.
-    unscaled = call.logits.dtype == torch.float16 and scale == 1.0
+    unscaled = call.source.dtype == torch.float16 and scale == 1.0
     late = config.pools or config.reduction == "none" or unscaled or call.backend == "reference"
     entropy = wants_entropy(config, options.metrics)
     if found is not None or late or not differentiated:
         if found is None:
-            found = log_probs_and_entropy(call._replace(rows=rows), options.inplace_grad, entropy)
+            found = call.source.log_probs(call._replace(rows=rows), entropy, config.entropy_coef != 0)
         return loss_from_log_probs(call, rows, config, options, found)
-    loss, vector = autograd.LogitsPolicyLoss.apply(
-        call.logits,
-        autograd.anchor(call.logits),
-        call.layout.offsets,
-        call.layout.sequence,
-        config.json,
-        call.temperature,
-        scale,
-        entropy,
-        options.inplace_grad,
-        call.backend,
-        *rows,
-    )
+    loss, vector = call.source.loss(call._replace(rows=rows), config, scale, entropy)
     return LossOutput(loss, _named(vector, rows, config, options, entropy))
 
 

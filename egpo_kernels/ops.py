@@ -53,14 +53,14 @@ def operator(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], CustomO
     return register
 
 
-def _rows(fields: OptionalTensors) -> Rows:
+def read_rows(fields: OptionalTensors) -> Rows:
     mask, *rest = fields
     assert mask is not None
     return Rows(mask, *rest)
 
 
-def _checked(fields: OptionalTensors, vocab: int) -> Rows:
-    rows = _rows(fields)
+def checked_rows(fields: OptionalTensors, vocab: int) -> Rows:
+    rows = read_rows(fields)
     check_tokens(rows.tokens, rows.mask, vocab)
     check_temperatures(rows.temperature, rows.mask)
     return rows
@@ -112,7 +112,7 @@ def row_statistics(
     logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
 ) -> Tensors4:
     """Of each row of ``logits [B, T, V]``: log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials."""
-    checked = _checked(rows, logits.shape[-1])
+    checked = checked_rows(rows, logits.shape[-1])
     return implementation(backend).row_statistics(logits, checked, temperature, want_entropy)
 
 
@@ -135,7 +135,7 @@ def logits_gradient(
 ) -> Tensor:
     """Gradient ``[B, T, V]`` from statistics (maximum, sum of exponentials, entropy) and upstream (dL/dl, dL/dEnt)."""
     gradient = _new_gradient(logits)
-    implementation(backend).logits_gradient(logits, _rows(rows), statistics, upstream, temperature, gradient)
+    implementation(backend).logits_gradient(logits, read_rows(rows), statistics, upstream, temperature, gradient)
     return gradient
 
 
@@ -152,7 +152,7 @@ def logits_gradient_(
     backend: str,
 ) -> None:
     """As `logits_gradient`, written over ``logits``."""
-    implementation(backend).logits_gradient(logits, _rows(rows), statistics, upstream, temperature, logits)
+    implementation(backend).logits_gradient(logits, read_rows(rows), statistics, upstream, temperature, logits)
 
 
 logits_gradient_.register_fake(lambda *_: None)
@@ -170,7 +170,7 @@ def policy_loss(
 ) -> Tensors2:
     """Reduced loss of each token ``[N]`` and the metrics vector; ``segments`` are offsets, sequence of each row."""
     losses, raw = implementation(backend).policy_loss(
-        log_probs, entropy, _rows(rows), segments, policy_config(config), vocab
+        log_probs, entropy, read_rows(rows), segments, policy_config(config), vocab
     )
     return losses, metrics.finish(raw, metrics.TOKEN)
 
@@ -186,7 +186,7 @@ def policy_loss_gradient(
 ) -> Tensors2:
     """Gradient of the summed token losses with respect to ``log_probs`` and entropy, ``[N]`` each."""
     return implementation(backend).policy_loss_gradient(
-        log_probs, entropy, _rows(rows), segments, policy_config(config)
+        log_probs, entropy, read_rows(rows), segments, policy_config(config)
     )
 
 
@@ -205,7 +205,7 @@ def _loss_and_gradient(
     backend: str,
     gradient: Tensor,
 ) -> Tensor:
-    package, settings, checked = implementation(backend), policy_config(config), _checked(rows, logits.shape[-1])
+    package, settings, checked = implementation(backend), policy_config(config), checked_rows(rows, logits.shape[-1])
     log_probs, entropy = package.logits_loss_gradient(logits, checked, settings, *scalars, want_entropy, gradient)
     _, raw = package.policy_loss(log_probs, entropy, checked, segments, settings, logits.shape[-1])
     return metrics.finish(raw, metrics.TOKEN)
