@@ -1,0 +1,88 @@
+"""Logits as what a loss is computed from."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from egpo_kernels import autograd, losses, reference
+from egpo_kernels import layout as layouts
+from egpo_kernels.types import PolicyLossConfig, TokenLogProbs
+from egpo_kernels.validation import check_bool, check_logits, check_not_overlapping
+
+
+class Logits(NamedTuple):
+    """Logits ``[B, T, V]``, undivided by the temperature, and whether their gradient goes where they lie."""
+
+    tensor: Tensor
+    inplace: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+        return self.tensor.dtype
+
+    @property
+    def vocab(self) -> int:
+        """Vocabulary size."""
+        return self.tensor.shape[-1]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether they are differentiated."""
+        return self.tensor.requires_grad
+
+    def log_probs(self, call: losses.Call, want_entropy: bool, entropy_gradient: bool = False) -> TokenLogProbs:
+        """See `egpo_kernels.losses.Source`; a gradient through the entropy costs nothing more here."""
+        if call.backend == "reference":
+            log_probs, entropy = reference.token_log_probs(self.tensor, call.rows, call.temperature)
+        else:
+            log_probs, entropy = autograd.TokenLogProbs.apply(
+                self.tensor, call.temperature, want_entropy, self.inplace, call.backend, *call.rows
+            )
+        return TokenLogProbs(log_probs, entropy if want_entropy else None)
+
+    def loss(
+        self, call: losses.Call, config: PolicyLossConfig, scale: float, want_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `egpo_kernels.losses.Source`."""
+        return autograd.LogitsPolicyLoss.apply(
+            self.tensor,
+            autograd.anchor(self.tensor),
+            call.layout.offsets,
+            call.layout.sequence,
+            config.json,
+            call.temperature,
+            scale,
+            want_entropy,
+            self.inplace,
+            call.backend,
+            *call.rows,
+        )
+
+
+def read_logits(
+    logits: Any,
+    tokens: Any,
+    mask: Any,
+    cu_seqlens: Any,
+    temperature: Any,
+    inplace_grad: Any,
+    backend: str,
+    one_sequence: bool = False,
+) -> losses.Call:
+    """Check logits, tokens, mask and temperature; flatten what is per token."""
+    packed = cu_seqlens is not None or one_sequence
+    logits = check_logits("logits", logits, packed)
+    shape = tuple(logits.shape[:-1])
+    if one_sequence:
+        layout = layouts.one_sequence(shape, logits.device)
+    else:
+        layout = layouts.make_layout("logits", shape, cu_seqlens, logits.device)
+    source = Logits(logits.unsqueeze(0) if packed else logits, check_bool("inplace_grad", inplace_grad))
+    call = losses.read_tokens(source, layout, tokens, mask, temperature, backend)
+    if source.inplace:
+        if call.backend == "reference":
+            raise ValueError("inplace_grad is True with backend 'reference'; it must be False there")
+        check_not_overlapping(source.tensor)
+    return call
