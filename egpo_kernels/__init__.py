@@ -10,6 +10,7 @@ from egpo_kernels.api import (
     token_log_probs,
 )
 from egpo_kernels.groups import group_advantages
+from egpo_kernels.linear.api import linear_egpo_loss, linear_policy_loss, linear_token_log_probs
 from egpo_kernels.metrics import combine_metrics
 from egpo_kernels.rewards import informative_groups, soft_overlong_penalty
 from egpo_kernels.sampling import off_policy_mask, rollout_weights
@@ -39,6 +40,9 @@ __all__ = [
     "egpo_loss",
     "group_advantages",
     "informative_groups",
+    "linear_egpo_loss",
+    "linear_policy_loss",
+    "linear_token_log_probs",
     "logits_policy_loss",
     "next_token_targets",
     "off_policy_mask",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from egpo_kernels.fields import check_number
 from egpo_kernels.reduction import per_row, segment_index
-from egpo_kernels.validation import check_complete, check_dense, check_group_size, check_tensor
+from egpo_kernels.validation import check_complete, check_dense, check_tensor, check_whole
 
 IGNORED = -100
 """The token id that marks a position as not counted when no mask is given."""
@@ -102,7 +102,8 @@ def group_ids(groups: Any, num_sequences: int, device: torch.device, group_size:
 
     Names are numbered on the host and copied without blocking.
     """
-    check_group_size(group_size)
+    # Not more: a tensor of counts could not be compared with it.
+    check_whole("group_size", group_size, 1, bits=31)
     if isinstance(groups, bool) or groups is None:
         raise TypeError(f"groups is {shown(groups)}; it must be ids per sequence (tensor, list, numpy array) or an int")
     if isinstance(groups, int):

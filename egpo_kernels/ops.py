@@ -54,12 +54,14 @@ def operator(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], CustomO
 
 
 def read_rows(fields: OptionalTensors) -> Rows:
+    """Rows from the list that an operator takes."""
     mask, *rest = fields
     assert mask is not None
     return Rows(mask, *rest)
 
 
 def checked_rows(fields: OptionalTensors, vocab: int) -> Rows:
+    """As `read_rows`, with the values looked at where that costs no sync."""
     rows = read_rows(fields)
     check_tokens(rows.tokens, rows.mask, vocab)
     check_temperatures(rows.temperature, rows.mask)

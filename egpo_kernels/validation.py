@@ -133,6 +133,18 @@ def check_count(name: str, value: Any, device: torch.device) -> Tensor | float |
     return value
 
 
+def check_whole(name: str, value: Any, low: int, bits: int = 63) -> int | None:
+    """Return ``value`` when it is None or an int in ``[low, 2**bits)``."""
+    if value is None:
+        return None
+    wanted = f"it must be an int in [{low}, 2**{bits}) or None"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {shown(value)}; {wanted}")
+    if not low <= value < 2**bits:
+        raise ValueError(f"{name} is {shown(value)}; {wanted}")
+    return value
+
+
 def checks_values(device: torch.device) -> bool:
     """Whether values that live on ``device`` may be looked at: always on a CPU, elsewhere (a sync) under debug."""
     return device.type == "cpu" or os.environ.get("EGPO_KERNELS_DEBUG") == "1"
@@ -175,17 +187,6 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> None:
             f"cu_seqlens starts at {int(cu_seqlens[0])} and ends at {int(cu_seqlens[-1])} over {num_rows} packed "
             "tokens; it must start at 0, never decrease, and end at or before the last token"
         )
-
-
-def check_group_size(value: Any) -> None:
-    """Raise when ``value`` is neither None nor an int that a tensor can be compared with."""
-    if value is None:
-        return
-    wanted = "it must be an int in [1, 2**31) or None"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"group_size is {shown(value)}; {wanted}")
-    if not 1 <= value < 2**31:
-        raise ValueError(f"group_size is {shown(value)}; {wanted}")
 
 
 def check_complete(ids: Tensor, group_size: int | None) -> None:

@@ -1,0 +1,140 @@
+"""Autograd Functions of `egpo_kernels.linear`: which gradients are made with the values, and which in backward."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.autograd import LOSS_SLOT, guarded, take_gradients
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """Log-prob and entropy of each row.
+
+    With a frozen head ``dl/dhidden`` is made together with them, and its rows are scaled in backward; else, and for a
+    gradient through the entropy, the logits are made once more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        scalars: tuple[float, ...],
+        sizes: tuple[int | None, ...],
+        want_entropy: bool,
+        with_gradient: bool,
+        wanted: tuple[bool, ...],
+        backend: str,
+        host_mask: Tensor | None,
+        *rows: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """See `egpo_kernels.linear.ops.linear_row_statistics`."""
+        head = [weight, bias, lora_a, lora_b]
+        log_probs, entropy, maximum, sum_exp, gradient = torch.ops.egpo_kernels.linear_row_statistics(
+            hidden, head, list(rows), host_mask, list(scalars), *sizes, want_entropy, with_gradient, backend
+        )
+        ctx.options = (sizes, scalars, want_entropy, with_gradient, wanted, backend)
+        saved = [hidden, *head, host_mask, entropy, maximum, sum_exp]
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(*saved, gradient, *rows)
+        else:
+            ctx.save_for_backward(*saved, None, *rows)
+            ctx.gradients = [gradient]
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        """Gradients of hidden states and head."""
+        sizes, scalars, want_entropy, with_gradient, wanted, backend = ctx.options
+        hidden, *others = ctx.saved_tensors
+        head, (host_mask, entropy, maximum, sum_exp, gradient), rows = others[:4], others[4:9], others[9:]
+        if not want_entropy:
+            grad_entropy = None
+        given = (grad_log_probs, grad_entropy)
+        if grad_log_probs is None:
+            grad_log_probs = hidden.new_zeros(rows[0].shape, dtype=entropy.dtype)
+        with torch.no_grad():
+            if with_gradient and grad_entropy is None:
+                if gradient is None:
+                    (gradient,) = take_gradients(ctx)
+                gradients = [_times_rows(gradient, grad_log_probs), *[None] * 4]
+            else:
+                upstream = [grad_log_probs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous()]
+                gradients = torch.ops.egpo_kernels.linear_gradient(
+                    hidden, head, rows, host_mask, list(scalars), *sizes, [maximum, sum_exp, entropy], upstream,
+                    list(wanted), backend,
+                )  # fmt: skip
+        parents = (hidden, *head, *given)
+        return *_answers(backend, gradients, wanted, parents), *[None] * (7 + len(rows))
+
+
+def _times_rows(gradient: Tensor, factor: Tensor) -> Tensor:
+    """``gradient [B, T, H]`` times ``factor [N]``, exactly 0 where that is 0; in place but under a compiler."""
+    column = factor.view(*gradient.shape[:2], 1)
+    if torch.compiler.is_compiling():
+        return torch.where(column == 0, 0.0, gradient * column).to(gradient.dtype)
+    return gradient.mul_(column).masked_fill_(column == 0, 0.0)
+
+
+def _answers(backend: str, gradients: Any, wanted: tuple[bool, ...], parents: tuple[Tensor | None, ...]) -> Any:
+    return tuple(
+        guarded(backend, gradient, *parents) if asked else None
+        for gradient, asked in zip(gradients, wanted, strict=True)
+    )
+
+
+class PolicyLoss(torch.autograd.Function):
+    """Loss whose gradients are made in forward, expecting ``grad_scale`` from upstream."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        scalars: tuple[float, ...],
+        sizes: tuple[int | None, ...],
+        config: str,
+        grad_scale: float,
+        want_entropy: bool,
+        wanted: tuple[bool, ...],
+        backend: str,
+        *fields: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """See `egpo_kernels.linear.ops.linear_policy_loss`.
+
+        ``fields``: an `anchor` of each tensor before, offsets and sequences of the rows, the host's mask, the rows.
+        """
+        origins, (offsets, index, host_mask, *rows) = fields[:5], fields[5:]
+        vector, *gradients = torch.ops.egpo_kernels.linear_policy_loss(
+            hidden, [weight, bias, lora_a, lora_b], rows, host_mask, list(scalars), *sizes, [offsets, index], config,
+            grad_scale, want_entropy, list(wanted), backend,
+        )  # fmt: skip
+        ctx.options = (grad_scale, wanted, backend, len(fields))
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(*gradients)
+        else:
+            ctx.save_for_backward(*origins)
+            ctx.gradients = gradients
+        ctx.mark_non_differentiable(vector)
+        return vector[LOSS_SLOT].clone(), vector
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        """Gradients of hidden states and head."""
+        grad_scale, wanted, backend, num_fields = ctx.options
+        if torch.compiler.is_compiling():
+            gradients, origins = ctx.saved_tensors, ()
+            gradients = [(gradient * (upstream / grad_scale)).to(gradient.dtype) for gradient in gradients]
+        else:
+            gradients, origins = take_gradients(ctx), ctx.saved_tensors
+            for gradient in gradients:
+                torch.ops.egpo_kernels.rescale_(gradient, upstream.detach(), grad_scale, backend)
+        return *_answers(backend, gradients, wanted, (*origins, upstream)), *[None] * (7 + num_fields)

@@ -1,0 +1,99 @@
+"""Which rows are multiplied, how many at a time, and the walk over them."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.linear.head import Head, Wanted, sums_apart
+from egpo_kernels.types import Rows
+from egpo_kernels.validation import checks_values
+
+CHUNK_BYTES = 256 << 20
+"""What a chunk takes at most, unless the caller says."""
+TRAINED_ROWS = 4096
+"""With a head that trains a chunk has at least as many rows: its gradient is read and written once a chunk."""
+
+
+class Chunk(NamedTuple):
+    """Some of the rows: their place among all ``N``, hidden states ``[R, H]``, what is per token ``[R]``, and memory
+    ``[R, V]`` for logits and their gradient, the same unless they are kept apart.
+    """
+
+    place: Tensor | slice
+    hidden: Tensor
+    rows: Rows
+    logits: Tensor
+    gradient: Tensor
+
+
+def chunk_rows(head: Head, wanted: Wanted, max_chunk_bytes: int | None) -> int:
+    """Rows of a chunk: as many as fit, with everything that is alive of a chunk counted."""
+    per_row = head.vocab * head.weight.dtype.itemsize * (2 if head.softcap else 1)
+    if wanted.of_head and sums_apart(head):
+        per_row += head.vocab * 4
+    rows = (max_chunk_bytes or CHUNK_BYTES) // per_row
+    least = TRAINED_ROWS if wanted.of_head and max_chunk_bytes is None else 1
+    return max(rows, least)
+
+
+def active_rows(mask: Tensor, host_mask: Tensor | None, num_active: int | None) -> Tensor | None:
+    """Places of the rows to multiply, a superset of ``mask [N]``; None, which is all, where the host cannot know.
+
+    Raises:
+        ValueError: More rows count than ``num_active`` says, where looking costs no sync.
+    """
+    if num_active is not None and checks_values(mask.device) and int(mask.sum()) > num_active:
+        raise ValueError(
+            f"num_active is {num_active}, and {int(mask.sum())} rows count; it must be at least as many: pass their "
+            "number, or None"
+        )
+    if mask.device.type == "cpu":
+        return mask.nonzero()[:, 0]
+    if host_mask is not None:
+        return places_on(host_mask, mask.device)
+    return None if num_active is None else first_places(mask, num_active)
+
+
+def too_many(mask: Tensor, host_mask: Tensor | None, num_active: int | None) -> Tensor | None:
+    """0-d: whether rows that count are left out, where `active_rows` could not look; None where none can be."""
+    if num_active is None or host_mask is not None or checks_values(mask.device):
+        return None
+    return mask.sum() > num_active
+
+
+def places_on(host_mask: Tensor, device: torch.device) -> Tensor:
+    """Places of what counts in a mask on the host, copied to ``device`` without blocking."""
+    places = host_mask.nonzero()[:, 0]
+    return (places.pin_memory() if device.type == "cuda" else places).to(device, non_blocking=True)
+
+
+def first_places(mask: Tensor, count: int) -> Tensor:
+    """Places of the first ``count`` rows that count, then of others; without a sync."""
+    return mask.argsort(descending=True, stable=True)[:count]
+
+
+def chunks(hidden: Tensor, head: Head, rows: Rows, places: Tensor | None, size: int) -> Iterator[Chunk]:
+    """Walk over the rows of ``hidden [B, T, H]`` at ``places`` and make their logits.
+
+    A softcap's derivative needs them beside their gradient; without one the gradient lies over them.
+    """
+    length = hidden.shape[1]
+    if places is None and not hidden.is_contiguous():
+        places = torch.arange(rows.mask.shape[0], device=hidden.device)
+    total = rows.mask.shape[0] if places is None else places.shape[0]
+    logits = hidden.new_empty(min(size, total), head.vocab)
+    gradient = torch.empty_like(logits) if head.softcap else logits
+    for start in range(0, total, size):
+        stop = min(start + size, total)
+        place: Tensor | slice
+        if places is None:
+            place = slice(start, stop)
+            states = hidden.view(-1, hidden.shape[-1])[place]
+        else:
+            place = places[start:stop]
+            states = hidden[place // length, place % length]
+        chosen = Rows(rows.mask[place], *(None if field is None else field[place] for field in rows[1:]))
+        head.project(states, logits[: stop - start])
+        yield Chunk(place, states, chosen, logits[: stop - start], gradient[: stop - start])

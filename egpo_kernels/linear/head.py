@@ -1,0 +1,142 @@
+"""The output layer: logits of hidden states, and what flows back into hidden states and layer."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.types import Rows
+
+
+class Head(NamedTuple):
+    """``z = softcap tanh(raw / softcap)`` with ``raw = logit_scale (h (W + lora_scale B A)^T + bias)``.
+
+    ``weight [V, H]``, ``bias [V]``, ``lora_a [r, H]``, ``lora_b [V, r]``; a softcap of 0 is none. Scaling costs no pass
+    over the logits: what is made here is ``z / cooling``, and the temperature is divided by the same.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    lora_scale: float
+    logit_scale: float
+    softcap: float
+
+    @property
+    def vocab(self) -> int:
+        """Vocabulary size."""
+        return self.weight.shape[0]
+
+    @property
+    def gain(self) -> float:
+        """What the product of hidden states and weight is multiplied by."""
+        return self.logit_scale / self.softcap if self.softcap else 1.0
+
+    @property
+    def cooling(self) -> float:
+        """What the temperature is divided by."""
+        return self.softcap or self.logit_scale
+
+    def cooled(self, rows: Rows, temperature: float) -> tuple[Rows, float]:
+        """Rows and temperature for the logits that `project` makes."""
+        heats = None if rows.temperature is None else rows.temperature / self.cooling
+        return rows._replace(temperature=heats), temperature / self.cooling
+
+    def project(self, hidden: Tensor, out: Tensor) -> None:
+        """Write ``z / cooling`` of ``hidden [R, H]`` to ``out [R, V]``."""
+        if self.bias is None:
+            torch.addmm(out, hidden, self.weight.t(), beta=0, alpha=self.gain, out=out)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.t(), beta=self.gain, alpha=self.gain, out=out)
+        if self.lora_a is not None and self.lora_b is not None:
+            inner = hidden @ self.lora_a.t()
+            out.addmm_(inner, self.lora_b.t(), alpha=self.gain * self.lora_scale)
+        if self.softcap:
+            out.tanh_()
+
+    def uncap_(self, gradient: Tensor, capped: Tensor) -> None:
+        """Turn the gradient of what `project` made into that of what was capped, in place."""
+        if self.softcap:
+            torch.ops.aten.tanh_backward(gradient, capped, grad_input=gradient)
+
+    def hidden_gradient(self, gradient: Tensor, out: Tensor) -> None:
+        """Write dL/dh to ``out [R, H]`` from the ``gradient [R, V]`` that `uncap_` left."""
+        torch.addmm(out, gradient, self.weight, beta=0, alpha=self.gain, out=out)
+        if self.lora_a is not None and self.lora_b is not None:
+            out.addmm_(gradient @ self.lora_b, self.lora_a, alpha=self.gain * self.lora_scale)
+
+
+class Wanted(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_a: bool
+    lora_b: bool
+
+    @classmethod
+    def nothing(cls) -> "Wanted":
+        """Values alone."""
+        return cls(False, False, False, False, False)
+
+    @classmethod
+    def only_hidden(cls) -> "Wanted":
+        """A frozen head."""
+        return cls(True, False, False, False, False)
+
+    @property
+    def of_head(self) -> bool:
+        """Whether anything of the head trains."""
+        return any(self[1:])
+
+
+def sums_apart(head: Head) -> bool:
+    """Whether a product of 16-bit matrices can be added to a float32 one only after they are made float32."""
+    return head.weight.dtype.itemsize < 4 and head.weight.device.type != "cuda"
+
+
+class HeadGradients:
+    """Gradients of the head, summed over chunks in float32 (float64): rounding each chunk's would bias training."""
+
+    def __init__(self, head: Head, wanted: Wanted) -> None:
+        self.head, self.wanted = head, wanted
+        dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
+        self.sums = [
+            None if tensor is None or not asked else tensor.new_zeros(tensor.shape, dtype=dtype)
+            for tensor, asked in zip(head[:4], wanted[1:], strict=True)
+        ]
+
+    def add(self, gradient: Tensor, hidden: Tensor, mask: Tensor) -> None:
+        """Add what flows back through ``gradient [R, V]`` into the logits of ``hidden [R, H]`` where ``mask [R]``."""
+        if not any(self.wanted[1:]):
+            return
+        head, gain = self.head, self.head.gain
+        weight, bias, lora_a, lora_b = self.sums
+        # What does not count may be NaN, and 0 times that is no 0.
+        hidden = torch.where(mask[:, None], hidden, 0.0)
+        if sums_apart(head):
+            gradient, hidden = gradient.float(), hidden.float()
+        if weight is not None:
+            _accumulate_(weight, gradient.t(), hidden, gain)
+        if bias is not None:
+            bias.add_(gradient.sum(0, dtype=bias.dtype), alpha=gain)
+        if lora_a is not None and head.lora_b is not None:
+            inner = gradient @ head.lora_b.to(gradient.dtype)
+            _accumulate_(lora_a, inner.t(), hidden, gain * head.lora_scale)
+        if lora_b is not None and head.lora_a is not None:
+            inner = hidden @ head.lora_a.to(hidden.dtype).t()
+            _accumulate_(lora_b, gradient.t(), inner, gain * head.lora_scale)
+
+    def rounded(self) -> list[Tensor]:
+        """The sums in the dtype of what they are gradients of; empty where none was asked for."""
+        weight = self.head.weight
+        return [weight.new_empty(0) if found is None else found.to(weight.dtype) for found in self.sums]
+
+
+def _accumulate_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, alpha=alpha)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=alpha, out=total)

@@ -1,0 +1,170 @@
+"""Opaque operators of `egpo_kernels.linear`: what torch.compile sees of it. None of them differentiates.
+
+Everywhere ``head`` is weight, bias and both adapters; ``scalars`` are temperature, the adapters' scale, the logits'
+scale and softcap; ``wanted`` says which gradients are asked for, of hidden states and of ``head`` in this order.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egpo_kernels import metrics
+from egpo_kernels.dispatch import implementation
+from egpo_kernels.linear import passes
+from egpo_kernels.linear.chunks import too_many
+from egpo_kernels.linear.head import Head, Wanted
+from egpo_kernels.ops import OptionalTensors, Tensors, checked_rows, operator, policy_config
+from egpo_kernels.types import Rows, compute_dtype
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+VectorAndGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _read(
+    hidden: Tensor,
+    head: OptionalTensors,
+    rows: OptionalTensors,
+    host_mask: Tensor | None,
+    scalars: list[float],
+    num_active: int | None,
+    max_chunk_bytes: int | None,
+    backend: str,
+) -> tuple[passes.Layer, Rows, float]:
+    weight, bias, lora_a, lora_b = head
+    assert weight is not None
+    temperature, lora_scale, logit_scale, softcap = scalars
+    layer = passes.Layer(
+        hidden,
+        Head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap),
+        implementation(backend),
+        host_mask,
+        num_active,
+        max_chunk_bytes,
+    )
+    cooled, temperature = layer.head.cooled(checked_rows(rows, weight.shape[0]), temperature)
+    return layer, cooled, temperature
+
+
+def _fake_gradients(hidden: Tensor, head: OptionalTensors, wanted: list[bool]) -> Any:
+    return tuple(
+        torch.empty(tensor.shape if asked and tensor is not None else (0,), dtype=hidden.dtype, device=hidden.device)
+        for tensor, asked in zip((hidden, *head), wanted, strict=True)
+    )
+
+
+@operator()
+def linear_row_statistics(
+    hidden: Tensor,
+    head: OptionalTensors,
+    rows: OptionalTensors,
+    host_mask: Tensor | None,
+    scalars: list[float],
+    num_active: int | None,
+    max_chunk_bytes: int | None,
+    want_entropy: bool,
+    with_gradient: bool,
+    backend: str,
+) -> Statistics:
+    """Log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials, and ``dl/dhidden [B, T, H]``.
+
+    Maximum and sum are ``[0]`` where the gradient is made, which is empty unless ``with_gradient``.
+    """
+    layer, cooled, temperature = _read(hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, backend)
+    surplus = too_many(cooled.mask, host_mask, num_active)
+    if with_gradient:
+        log_probs, entropy, gradients = passes.log_prob_gradient(layer, cooled, temperature, want_entropy)
+        entropy = entropy if want_entropy else entropy[:0].clone()
+        maximum, sum_exp, gradient = log_probs.new_empty(0), log_probs.new_empty(0), gradients[0]
+    else:
+        log_probs, entropy, maximum, sum_exp = passes.row_statistics(layer, cooled, temperature, want_entropy)
+        gradient = hidden.new_empty(0)
+    if surplus is not None:
+        log_probs = torch.where(cooled.mask & surplus, torch.nan, log_probs)
+    return log_probs, entropy, maximum, sum_exp, gradient
+
+
+@linear_row_statistics.register_fake
+def _(
+    hidden: Tensor,
+    head: OptionalTensors,
+    rows: OptionalTensors,
+    host_mask: Tensor | None,
+    scalars: list[float],
+    num_active: int | None,
+    max_chunk_bytes: int | None,
+    want_entropy: bool,
+    with_gradient: bool,
+    backend: str,
+) -> Statistics:
+    count, dtype = hidden.shape[0] * hidden.shape[1], compute_dtype(hidden.dtype)
+    sizes = (count, count if want_entropy else 0, *[0 if with_gradient else count] * 2)
+    log_probs, entropy, maximum, sum_exp = (hidden.new_empty(size, dtype=dtype) for size in sizes)
+    gradient = hidden.new_empty(hidden.shape if with_gradient else (0,))
+    return log_probs, entropy, maximum, sum_exp, gradient
+
+
+@operator()
+def linear_gradient(
+    hidden: Tensor,
+    head: OptionalTensors,
+    rows: OptionalTensors,
+    host_mask: Tensor | None,
+    scalars: list[float],
+    num_active: int | None,
+    max_chunk_bytes: int | None,
+    statistics: Tensors,
+    upstream: OptionalTensors,
+    wanted: list[bool],
+    backend: str,
+) -> Gradients:
+    """Gradients from statistics (maximum, sum of exponentials, entropy; or empty) and upstream (dL/dl, dL/dEnt)."""
+    layer, cooled, temperature = _read(hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, backend)
+    found = passes.gradient(layer, cooled, statistics, upstream, temperature, Wanted(*wanted))
+    hidden_gradient, weight, bias, lora_a, lora_b = found
+    return hidden_gradient, weight, bias, lora_a, lora_b
+
+
+@linear_gradient.register_fake
+def _(hidden: Tensor, head: OptionalTensors, *others: Any) -> Gradients:
+    return _fake_gradients(hidden, head, others[-2])
+
+
+@operator()
+def linear_policy_loss(
+    hidden: Tensor,
+    head: OptionalTensors,
+    rows: OptionalTensors,
+    host_mask: Tensor | None,
+    scalars: list[float],
+    num_active: int | None,
+    max_chunk_bytes: int | None,
+    segments: Tensors,
+    config: str,
+    grad_scale: float,
+    want_entropy: bool,
+    wanted: list[bool],
+    backend: str,
+) -> VectorAndGradients:
+    """Metrics vector (the loss among them) and gradients, times ``grad_scale`` before they are rounded."""
+    layer, cooled, temperature = _read(hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, backend)
+    settings = policy_config(config)
+    surplus = too_many(cooled.mask, host_mask, num_active)
+    if surplus is not None:
+        assert cooled.factor is not None
+        cooled = cooled._replace(factor=torch.where(surplus, torch.nan, cooled.factor))
+    log_probs, entropy, found = passes.loss_gradient(
+        layer, cooled, settings, temperature, grad_scale, want_entropy, Wanted(*wanted)
+    )
+    _, raw = layer.package.policy_loss(
+        log_probs, entropy if want_entropy else None, cooled, segments, settings, layer.head.vocab
+    )
+    hidden_gradient, weight, bias, lora_a, lora_b = found
+    return metrics.finish(raw, metrics.TOKEN), hidden_gradient, weight, bias, lora_a, lora_b
+
+
+@linear_policy_loss.register_fake
+def _(hidden: Tensor, head: OptionalTensors, *others: Any) -> VectorAndGradients:
+    vector = hidden.new_empty(len(metrics.TOKEN.keys), dtype=compute_dtype(hidden.dtype))
+    return vector, *_fake_gradients(hidden, head, others[-2])

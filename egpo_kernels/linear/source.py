@@ -1,0 +1,180 @@
+"""Hidden states and an output layer as what a loss is computed from."""
+
+from reprlib import repr as shown
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from egpo_kernels import layout as layouts
+from egpo_kernels import losses, reference
+from egpo_kernels.autograd import anchor
+from egpo_kernels.fields import check_number
+from egpo_kernels.linear import autograd
+from egpo_kernels.linear import ops as ops
+from egpo_kernels.linear.head import Head
+from egpo_kernels.types import PolicyLossConfig, TokenLogProbs
+from egpo_kernels.validation import check_dense, check_tensor, check_whole
+
+LARGEST_SCALE = 1e6
+"""Scales and softcaps between 1 over this and this leave float32 room for a temperature."""
+
+
+class Linear(NamedTuple):
+    """Hidden states ``[B, T, H]``, the head, and what is known on the host of how many rows count."""
+
+    hidden: Tensor
+    head: Head
+    host_mask: Tensor | None
+    num_active: int | None
+    max_chunk_bytes: int | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits that a chunk holds."""
+        return self.hidden.dtype
+
+    @property
+    def vocab(self) -> int:
+        """Vocabulary size."""
+        return self.head.vocab
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether anything is differentiated."""
+        return any(self.wanted)
+
+    @property
+    def wanted(self) -> tuple[bool, ...]:
+        """Which of hidden states, weight, bias and both adapters are differentiated."""
+        tensors = (self.hidden, *self.head[:4])
+        return tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors)
+
+    def log_probs(self, call: losses.Call, want_entropy: bool, entropy_gradient: bool) -> TokenLogProbs:
+        """See `egpo_kernels.losses.Source`."""
+        if call.backend == "reference":
+            logits = reference.linear_logits(self.hidden, *self.head, mask=call.rows.mask)
+            log_probs, entropy = reference.token_log_probs(logits, call.rows, call.temperature)
+        else:
+            frozen = self.wanted[0] and not any(self.wanted[1:])
+            log_probs, entropy = autograd.TokenLogProbs.apply(
+                self.hidden,
+                *self.head[:4],
+                (call.temperature, *self.head[4:]),
+                (self.num_active, self.max_chunk_bytes),
+                want_entropy,
+                frozen and not entropy_gradient,
+                self.wanted,
+                call.backend,
+                self.host_mask,
+                *call.rows,
+            )
+        return TokenLogProbs(log_probs, entropy if want_entropy else None)
+
+    def loss(
+        self, call: losses.Call, config: PolicyLossConfig, scale: float, want_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `egpo_kernels.losses.Source`."""
+        tensors = (self.hidden, *self.head[:4])
+        return autograd.PolicyLoss.apply(
+            *tensors,
+            (call.temperature, *self.head[4:]),
+            (self.num_active, self.max_chunk_bytes),
+            config.json,
+            scale,
+            want_entropy,
+            self.wanted,
+            call.backend,
+            *(None if tensor is None or not tensor.requires_grad else anchor(tensor) for tensor in tensors),
+            call.layout.offsets,
+            call.layout.sequence,
+            self.host_mask,
+            *call.rows,
+        )
+
+
+class Given(NamedTuple):
+    """What the public functions take beside what `logits_policy_loss` takes, as the caller gave it."""
+
+    hidden: Any
+    weight: Any
+    bias: Any
+    lora: Any
+    logit_scale: Any
+    logit_softcap: Any
+    num_active: Any
+    max_chunk_bytes: Any
+
+
+def read_hidden(
+    given: Given, tokens: Any, mask: Any, cu_seqlens: Any, temperature: Any, backend: str, one_sequence: bool = False
+) -> losses.Call:
+    """Check hidden states, head, tokens, mask and temperature; flatten what is per token."""
+    packed = cu_seqlens is not None or one_sequence
+    hidden = check_dense("hidden", given.hidden, "floating")
+    hidden = check_tensor("hidden", hidden, "floating", {}, hidden.device)
+    if hidden.dim() != (2 if packed else 3):
+        wanted = "[N, H] with cu_seqlens" if packed else "[S, T, H] (or [N, H] with cu_seqlens)"
+        raise ValueError(f"hidden has shape {list(hidden.shape)}; it must be {wanted}")
+    shape, device = tuple(hidden.shape[:-1]), hidden.device
+    hidden, head = _read_head(given, hidden)
+    if one_sequence:
+        layout = layouts.one_sequence(shape, device)
+    else:
+        layout = layouts.make_layout("hidden", shape, cu_seqlens, device)
+    host_mask = None
+    if isinstance(mask, Tensor) and mask.device.type == "cpu" != device.type:
+        host_mask = check_tensor("mask", mask, "real", {"tokens' shape": shape}, mask.device).reshape(-1) != 0
+        mask = (host_mask.pin_memory() if device.type == "cuda" else host_mask).to(device, non_blocking=True)
+        mask = mask.view(shape)
+    limits = (host_mask, check_whole("num_active", given.num_active, 0))
+    max_chunk_bytes = check_whole("max_chunk_bytes", given.max_chunk_bytes, 1)
+    source = Linear(hidden.unsqueeze(0) if packed else hidden, head, *limits, max_chunk_bytes)
+    return losses.read_tokens(source, layout, tokens, mask, temperature, backend)
+
+
+def _read_head(given: Given, hidden: Tensor) -> tuple[Tensor, Head]:
+    """Check the head and bring it and hidden states to one dtype: autocast's, where that is on."""
+    weight = check_dense("weight", given.weight, "floating")
+    width = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != width or hasattr(weight, "full_tensor"):
+        raise ValueError(
+            f"weight is a {type(weight).__name__} of shape {list(weight.shape)}; it must be a whole [V, H] with H = "
+            f"{width}, as in hidden: where it is sharded, call this inside the model's forward, which gathers it"
+        )
+    vocab = weight.shape[0]
+    lora_a, lora_b, lora_scale = (None, None, 1.0) if given.lora is None else _read_lora(given.lora, vocab, width)
+    tensors = {"weight": weight, "bias": given.bias, "lora[0]": lora_a, "lora[1]": lora_b}
+    if given.bias is not None:
+        check_tensor("bias", given.bias, "floating", {"[V]": (vocab,)}, hidden.device)
+    dtype, kind = hidden.dtype, hidden.device.type
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        tensors = {name: None if tensor is None else tensor.to(dtype) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            tensors[name] = check_tensor(name, tensor, "floating", {}, hidden.device)
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name} has dtype {tensor.dtype}; it must be {dtype} like hidden: convert one of them")
+    weight = tensors["weight"]
+    scale = check_number("logit_scale", given.logit_scale, low=1 / LARGEST_SCALE, high=LARGEST_SCALE)
+    cap = check_number("logit_softcap", given.logit_softcap, low=1 / LARGEST_SCALE, high=LARGEST_SCALE, optional=True)
+    assert scale is not None
+    bias, lora_a, lora_b = (tensors[name] for name in ("bias", "lora[0]", "lora[1]"))
+    return hidden.to(dtype), Head(weight, bias, lora_a, lora_b, lora_scale, scale, cap or 0.0)
+
+
+def _read_lora(lora: Any, vocab: int, width: int) -> tuple[Tensor, Tensor, float]:
+    """Check adapters ``(A, B, scale)``."""
+    wanted = "it must be (A, B, scale) with A [r, H] and B [V, r], or None"
+    if not isinstance(lora, (tuple, list)) or len(lora) != 3:
+        raise TypeError(f"lora is {shown(lora)}; {wanted}")
+    lora_a, lora_b = (check_dense(f"lora[{number}]", lora[number], "floating") for number in (0, 1))
+    rank = lora_a.shape[0] if lora_a.dim() == 2 else 0
+    if lora_a.shape != (rank, width) or lora_b.shape != (vocab, rank):
+        raise ValueError(
+            f"lora has A {list(lora_a.shape)} and B {list(lora_b.shape)}; it must be A [r, {width}] and B [{vocab}, r]"
+        )
+    scale = check_number("lora[2]", lora[2], low=-LARGEST_SCALE, high=LARGEST_SCALE)
+    assert scale is not None
+    return lora_a, lora_b, scale
