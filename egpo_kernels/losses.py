@@ -241,7 +241,15 @@ def loss_from_log_probs(
         loss = losses if per_token else metrics.total(losses)
     else:
         loss, vector = autograd.PolicyLoss.apply(
-            *found, layout.offsets, layout.sequence, config.json, per_token, call.vocab, call.backend, *rows
+            *found,
+            layout.offsets,
+            layout.sequence,
+            config.json,
+            config.entropy_coef != 0,
+            per_token,
+            call.vocab,
+            call.backend,
+            *rows,
         )
     loss = loss.view(layout.shape) if per_token else loss
     return LossOutput(loss, _named(vector, rows, config, options, found.entropy is not None))

@@ -159,6 +159,38 @@ def from_log_probs(batch, backend, **options):
     )
 
 
+def _of_hidden(batch, backend, hidden, weight, config, **options):
+    return ek.linear_policy_loss(
+        hidden,
+        weight,
+        batch.tokens,
+        batch.advantages,
+        batch.mask,
+        old_log_probs=batch.old_log_probs,
+        ref_log_probs=batch.ref_log_probs,
+        cu_seqlens=batch.cu_seqlens,
+        config=config,
+        # Some rows at a time: a few chunks, the last of them smaller.
+        max_chunk_bytes=5 * weight.shape[0] * weight.element_size(),
+        backend=backend,
+        **options,
+    )
+
+
+def frozen_head(batch, backend, config=SEQUENCE, **options):
+    """`linear_policy_loss`: the logits are hidden states, and the weight turns none of them round; late coefficient."""
+    weight = torch.eye(batch.logits.shape[-1], dtype=batch.logits.dtype, device=DEVICE)
+    return _of_hidden(batch, backend, batch.logits, weight, config, **options)
+
+
+def trained_head(batch, backend, config=BOTH_TERMS, **options):
+    """`linear_policy_loss`: the logits are the weight's columns, and each row has a hidden state of its own."""
+    weight = batch.logits.flatten(0, -2).t()
+    count = weight.shape[1]
+    hidden = torch.eye(count, dtype=weight.dtype, device=DEVICE).view(*batch.tokens.shape, count)
+    return _of_hidden(batch, backend, hidden, weight, config, **options)
+
+
 def every_helper(batch):
     """What the helpers of a rollout batch make of it, one tensor after the other."""
     shared = {"cu_seqlens": batch.cu_seqlens}
@@ -175,7 +207,7 @@ def every_helper(batch):
 
 
 PATHS = {path.__name__: path for path in (one_pass, two_pass, whole_groups, only_log_probs)}
-WAYS = PATHS | {from_log_probs.__name__: from_log_probs}
+WAYS = PATHS | {way.__name__: way for way in (from_log_probs, frozen_head, trained_head)}
 
 EVERY_PATH = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 EVERY_WAY = pytest.mark.parametrize("path", WAYS.values(), ids=WAYS)
