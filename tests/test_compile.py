@@ -13,9 +13,11 @@ from tests.support.batches import (
     differentiate,
     every_helper,
     from_log_probs,
+    frozen_head,
     make_batch,
     one_pass,
     only_log_probs,
+    trained_head,
     two_pass,
     whole_groups,
 )
@@ -62,6 +64,7 @@ def per_token(batch, backend):
 
 
 PATHS = [one_pass, two_pass, whole_groups, only_log_probs, from_log_probs, int_groups, scaled, per_token]
+PATHS += [frozen_head, trained_head]
 # What is compiled is the graph around the operators, the same for both: so they share the layouts.
 CASES = [(path, LAYOUTS[number % 2], "portable") for number, path in enumerate(PATHS)]
 CASES += [

@@ -16,10 +16,6 @@ from egpo_kernels.linear.head import Head
 from egpo_kernels.types import PolicyLossConfig, TokenLogProbs
 from egpo_kernels.validation import check_dense, check_tensor, check_whole
 
-LARGEST_SCALE = 1e6
-"""Scales and softcaps between 1 over this and this leave float32 room for a temperature."""
-
-
 class Linear(NamedTuple):
     """Hidden states ``[B, T, H]``, the head, and what is known on the host of how many rows count."""
 
@@ -157,8 +153,9 @@ def _read_head(given: Given, hidden: Tensor) -> tuple[Tensor, Head]:
             if tensor.dtype != dtype:
                 raise TypeError(f"{name} has dtype {tensor.dtype}; it must be {dtype} like hidden: convert one of them")
     weight = tensors["weight"]
-    scale = check_number("logit_scale", given.logit_scale, low=1 / LARGEST_SCALE, high=LARGEST_SCALE)
-    cap = check_number("logit_softcap", given.logit_softcap, low=1 / LARGEST_SCALE, high=LARGEST_SCALE, optional=True)
+    # They divide the temperature: within these bounds float32 has room for both.
+    scale = check_number("logit_scale", given.logit_scale, low=1e-6, high=1e6)
+    cap = check_number("logit_softcap", given.logit_softcap, low=1e-6, high=1e6, optional=True)
     assert scale is not None
     bias, lora_a, lora_b = (tensors[name] for name in ("bias", "lora[0]", "lora[1]"))
     return hidden.to(dtype), Head(weight, bias, lora_a, lora_b, lora_scale, scale, cap or 0.0)
@@ -175,6 +172,6 @@ def _read_lora(lora: Any, vocab: int, width: int) -> tuple[Tensor, Tensor, float
         raise ValueError(
             f"lora has A {list(lora_a.shape)} and B {list(lora_b.shape)}; it must be A [r, {width}] and B [{vocab}, r]"
         )
-    scale = check_number("lora[2]", lora[2], low=-LARGEST_SCALE, high=LARGEST_SCALE)
+    scale = check_number("lora[2]", lora[2], low=-1e6, high=1e6)
     assert scale is not None
     return lora_a, lora_b, scale
