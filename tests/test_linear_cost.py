@@ -1,0 +1,221 @@
+"""What the linear functions multiply and hold, counted: products dispatched, rows in them, bytes at the peak."""
+
+import pytest
+import torch
+
+import egpo_kernels as ek
+from egpo_kernels.linear import chunks
+from egpo_kernels.linear.head import Head, Wanted
+from tests.support.batches import FAST_BACKEND
+from tests.support.cost import multiplications, peak_bytes, products
+
+pytestmark = pytest.mark.cpu
+
+VOCAB, WIDTH, RANK = 67, 16, 2
+LATE = ek.PolicyLossConfig(ratio="sequence")
+BONUS = ek.PolicyLossConfig(ratio="sequence", entropy_coef=0.1)
+
+
+class Step:
+    """A small batch with every kind of head."""
+
+    def __init__(self, trains=(), dtype=torch.float32, rows=(4, 8)):
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"hidden": (*rows, WIDTH), "weight": (VOCAB, WIDTH), "A": (RANK, WIDTH), "B": (VOCAB, RANK)}
+        leaves = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+        self.leaves = {name: leaf.requires_grad_(name in trains) for name, leaf in leaves.items()}
+        self.hidden, self.weight, *self.adapters = self.leaves.values()
+        self.tokens = torch.randint(VOCAB, rows, generator=generator)
+        self.advantages = torch.randn(rows[0], generator=generator)
+
+    def loss(self, config=ek.recipes.EGPO.loss, **options):
+        return ek.linear_policy_loss(
+            self.hidden, self.weight, self.tokens, self.advantages, config=config, **options
+        ).loss
+
+
+CASES = {
+    "value alone": ((), {}, 1),
+    "trains": (("hidden", "weight"), {}, 3),
+    "weight alone": (("weight",), {}, 2),
+    "frozen": (("hidden",), {}, 2),
+    "frozen, with entropy bonus": (("hidden",), {"config": ek.PolicyLossConfig(entropy_coef=0.1)}, 2),
+    "trains, late": (("hidden", "weight"), {"config": LATE}, 4),
+    "frozen, late": (("hidden",), {"config": LATE}, 2),
+    "frozen, late, with entropy bonus": (("hidden",), {"config": BONUS}, 3),
+    "frozen, per token": (("hidden",), {"config": ek.PolicyLossConfig(reduction="none")}, 2),
+    "trains, no metrics": (("hidden", "weight"), {"metrics": "none"}, 3),
+    "trains, in chunks": (("hidden", "weight"), {"max_chunk_bytes": 5 * VOCAB * 4}, 3),
+    "frozen, late, in chunks": (("hidden",), {"config": LATE, "max_chunk_bytes": 5 * VOCAB * 4}, 2),
+    "softcap": (("hidden", "weight"), {"logit_softcap": 3.0, "logit_scale": 0.5}, 3),
+}
+
+
+@pytest.mark.parametrize("trains, options, count", CASES.values(), ids=CASES)
+@FAST_BACKEND
+def test_products_of_the_size_of_the_logits(trains, options, count, backend):
+    step = Step(trains)
+
+    def run():
+        loss = step.loss(backend=backend, **options)
+        if trains:
+            loss.sum().backward()
+
+    assert multiplications(run) == count * step.tokens.numel() * VOCAB * WIDTH
+
+
+WHOLE_GROUPS = {
+    "advantages from these logits, trains": (("hidden", "weight"), {}, 4),
+    "advantages from these logits, frozen": (("hidden",), {}, 2),
+    "advantages from the sampler's, trains": (("hidden", "weight"), {"old": True}, 3),
+    "advantages from the sampler's, frozen": (("hidden",), {"old": True}, 2),
+    "no weight, trains": (("hidden", "weight"), {"recipe": "grpo"}, 3),
+}
+
+
+@pytest.mark.parametrize("trains, options, count", WHOLE_GROUPS.values(), ids=WHOLE_GROUPS)
+@FAST_BACKEND
+def test_products_of_whole_groups(trains, options, count, backend):
+    step, options = Step(trains), dict(options)
+    old = torch.full(step.tokens.shape, -4.0) if options.pop("old", False) else None
+
+    def run():
+        rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
+        ek.linear_egpo_loss(
+            step.hidden, step.weight, step.tokens, 2, rewards, old_log_probs=old, backend=backend, **options
+        ).loss.backward()
+
+    assert multiplications(run) == count * step.tokens.numel() * VOCAB * WIDTH
+
+
+LOG_PROBS = {
+    "value alone": ((), False, 1),
+    "trains": (("hidden", "weight"), False, 4),
+    "frozen": (("hidden",), False, 2),
+    "frozen, through the entropy": (("hidden",), True, 4),
+    "trains, through the entropy": (("hidden", "weight"), True, 4),
+}
+
+
+@pytest.mark.parametrize("trains, entropy, count", LOG_PROBS.values(), ids=LOG_PROBS)
+@FAST_BACKEND
+def test_products_of_log_probs(trains, entropy, count, backend):
+    step = Step(trains)
+
+    def run():
+        found = ek.linear_token_log_probs(step.hidden, step.weight, step.tokens, return_entropy=True, backend=backend)
+        if trains:
+            (found.log_probs.sum() + (found.entropy.sum() if entropy else 0)).backward()
+
+    assert multiplications(run) == count * step.tokens.numel() * VOCAB * WIDTH
+
+
+@pytest.mark.parametrize("config, count", [(ek.recipes.EGPO.loss, 2), (LATE, 3)], ids=["known", "late"])
+def test_adapters_on_a_frozen_weight(config, count):
+    """Big products as with a frozen head; the small ones have the rank in place of one of their three sizes."""
+    step = Step(("hidden", "A", "B"))
+    found = products(lambda: step.loss(config, lora=(*step.adapters, 0.5)).backward())
+    assert sum(sorted(one) == sorted((32, WIDTH, VOCAB)) for one in found) == count
+    assert all(RANK in one for one in found if sorted(one) != sorted((32, WIDTH, VOCAB)))
+
+
+# Rows.
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("mode", ["all", "active", "none"])
+def test_only_active_rows_are_multiplied(mode, layout):
+    step = Step(("hidden", "weight"))
+    mask = torch.rand(4, 8, generator=torch.Generator().manual_seed(1)) < 0.4
+    step.advantages[1] = 0.0
+    active = int(mask.sum() if mode == "all" else mask[step.advantages != 0].sum())
+    assert 0 < active < mask.sum() + (mode == "all")
+    options = {"metrics": mode}
+    if layout == "packed":
+        step.hidden, step.tokens, mask = (one.flatten(0, 1) for one in (step.hidden, step.tokens, mask))
+        options["cu_seqlens"] = torch.arange(5) * 8
+    found = multiplications(lambda: step.loss(mask=mask, **options).backward())
+    assert found == 3 * active * VOCAB * WIDTH
+    gradient = step.leaves["hidden"].grad.flatten(0, 1)
+    assert gradient.shape == (32, WIDTH) and (gradient[~mask.flatten()] == 0).all()
+
+
+def test_nothing_is_multiplied_where_nothing_counts():
+    step = Step(("hidden", "weight"))
+    assert multiplications(lambda: step.loss(mask=torch.zeros(4, 8)).backward()) == 0
+    assert all((step.leaves[name].grad == 0).all() for name in ("hidden", "weight"))
+
+
+def test_rows_without_upstream_are_not_multiplied_again():
+    step = Step(("hidden", "weight"))
+
+    def run():
+        found = ek.linear_token_log_probs(step.hidden, step.weight, step.tokens).log_probs
+        found[:1].sum().backward()
+
+    assert multiplications(run) == (32 + 3 * 8) * VOCAB * WIDTH
+
+
+# Memory.
+
+
+def head_of(dtype, softcap=0.0, device="cpu"):
+    weight = torch.empty(1000, 4, dtype=dtype, device=device)
+    return Head(weight, None, None, None, 1.0, 1.0, softcap)
+
+
+FROZEN, TRAINS = Wanted.only_hidden(), Wanted(True, True, False, False, False)
+BYTES = [
+    (torch.float32, 0.0, FROZEN, 4000),
+    (torch.float32, 0.0, TRAINS, 4000),
+    (torch.bfloat16, 0.0, FROZEN, 2000),
+    # Its float32 copy: a CPU cannot add a product of 16-bit matrices to a float32 one.
+    (torch.bfloat16, 0.0, TRAINS, 6000),
+    # A softcap's derivative needs the logits beside their gradient.
+    (torch.float32, 30.0, FROZEN, 8000),
+    (torch.bfloat16, 30.0, TRAINS, 8000),
+]
+
+
+@pytest.mark.parametrize("dtype, softcap, wanted, per_row", BYTES)
+def test_rows_of_a_chunk(dtype, softcap, wanted, per_row):
+    head = head_of(dtype, softcap)
+    assert chunks.chunk_rows(head, wanted, 10 * per_row) == 10
+    assert chunks.chunk_rows(head, wanted, 11 * per_row - 1) == 10
+    assert chunks.chunk_rows(head, wanted, 1) == 1
+    assert chunks.chunk_rows(head, wanted, None) == (256 << 20) // per_row
+
+
+def test_a_head_that_trains_gets_4096_rows():
+    wide = Head(torch.empty(151936, 4, device="meta"), None, None, None, 1.0, 1.0, 0.0)
+    assert chunks.chunk_rows(wide, TRAINS, None) == 4096
+    assert chunks.chunk_rows(wide, FROZEN, None) == (256 << 20) // (151936 * 4)
+    assert chunks.chunk_rows(wide, TRAINS, 256 << 20) == (256 << 20) // (151936 * 4)
+
+
+BIG, SMALLER = (4096, 151936, 256), (1024, 49152, 64)
+"""Tokens, vocabulary, hidden size; whole logits of the big one would be 2.5 GB."""
+HOLDING = [
+    (BIG, 64, ("hidden", "weight"), ek.recipes.EGPO.loss),
+    (BIG, 256, ("hidden", "weight"), ek.recipes.EGPO.loss),
+    (SMALLER, 64, ("hidden",), ek.recipes.EGPO.loss),
+    (SMALLER, 64, ("hidden", "weight"), LATE),
+    (SMALLER, 64, ("hidden",), LATE),
+]
+
+
+@pytest.mark.parametrize("size, mebibytes, trains, config", HOLDING)
+def test_peak_memory_is_one_chunk(size, mebibytes, trains, config):
+    rows, vocab, width = size
+    hidden, weight = torch.randn(8, rows // 8, width), torch.randn(vocab, width)
+    for leaf, name in ((hidden, "hidden"), (weight, "weight")):
+        leaf.requires_grad_(name in trains)
+    tokens = torch.randint(vocab, (8, rows // 8))
+
+    def run():
+        ek.linear_policy_loss(
+            hidden, weight, tokens, torch.ones(8), config=config, max_chunk_bytes=mebibytes << 20
+        ).loss.backward()
+
+    gradients = sum(leaf.nbytes for leaf in (hidden, weight) if leaf.requires_grad)
+    assert peak_bytes(run) - gradients <= 1.1 * (mebibytes << 20)
