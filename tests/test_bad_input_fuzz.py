@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import egpo_kernels as ek
 from tests.support import strategies
 from tests.support.batches import TRITON, make_batch
-from tests.support.calls import FUNCTIONS, call, valid
+from tests.support.calls import DIFFERENTIABLE, FUNCTIONS, call, lead, valid
 from tests.support.fuzz import CALM, refusal, untouched
 from tests.support.garbage import garbage_for
 
@@ -23,8 +23,9 @@ CONFIGS = {
     ),
     "policy_loss": ("config", LOSSES),
     "logits_policy_loss": ("config", LOSSES),
+    "linear_egpo_loss": ("recipe", st.one_of(strategies.recipes(), PRESETS)),
+    "linear_policy_loss": ("config", LOSSES),
 }
-DIFFERENTIABLE = ("logits", "log_probs", "entropy")
 
 
 @st.composite
@@ -62,7 +63,7 @@ def is_calm(value):
 
 def check_result(name, arguments, result):
     """Shapes, dtypes and finiteness as the docstrings say; then backward, where there is a way."""
-    first = arguments[{"group_advantages": "rewards", "policy_loss": "log_probs"}.get(name, "logits")]
+    first = arguments["rewards" if name == "group_advantages" else lead(name)]
     tensors = tensors_of(result)
     for key, tensor in tensors.items():
         assert tensor.device == first.device and (tensor.dim() == 0 or "/" not in str(key)), key
@@ -70,12 +71,12 @@ def check_result(name, arguments, result):
         assert not tensor.requires_grad or key in ("loss", "log_probs", "entropy"), key
     shape = first.shape if name in ("group_advantages", "policy_loss") else first.shape[:-1]
     if isinstance(result, ek.LossOutput):
-        settings_of = arguments["recipe"] if name == "egpo_loss" else arguments["config"]
+        settings_of = arguments.get("recipe") or arguments["config"]
         losses = settings_of if isinstance(settings_of, ek.PolicyLossConfig) else ek.recipes.get(settings_of).loss
         shape = shape if losses.reduction == "none" else ()
     assert all(tensor.shape == shape for key, tensor in tensors.items() if "/" not in key)
     calm = not first.is_meta and all(map(is_calm, arguments.values()))
-    if calm and name != "token_log_probs":
+    if calm and isinstance(result, (ek.LossOutput, ek.GroupAdvantages)):
         assert tensors.get("loss", tensors.get("advantages")).isfinite().all()
     roots = [tensor for tensor in tensors.values() if tensor.requires_grad]
     leaves = {key: value for key, value in arguments.items() if isinstance(value, torch.Tensor) and value.requires_grad}

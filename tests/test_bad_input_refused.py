@@ -8,7 +8,7 @@ import torch
 
 import egpo_kernels as ek
 from tests.support.batches import BACKENDS, LAYOUTS, make_batch
-from tests.support.calls import FUNCTIONS, LOSS, call, valid
+from tests.support.calls import FUNCTIONS, LOSS, OF_HIDDEN, OF_LOGITS, call, lead, valid
 from tests.support.garbage import quiet
 
 TENSORS = [
@@ -66,8 +66,7 @@ def test_tensor_of_a_wrong_kind(name, key, layout, backend):
 
 
 # Logits, log-probs and offsets say what shape the others must have.
-LEADS = {"group_advantages": "old_log_probs", "policy_loss": "log_probs"}
-SHAPED = [case for case in TENSORS if case[1] not in (LEADS.get(case[0], "logits"), "cu_seqlens")]
+SHAPED = [case for case in TENSORS if case[1] not in (lead(case[0]), "cu_seqlens")]
 
 
 @pytest.mark.parametrize("name, key, layout", SHAPED)
@@ -83,7 +82,7 @@ def test_tensor_of_a_wrong_shape(name, key, layout, backend):
 @every_backend
 def test_tensor_on_another_device(name, key, layout, backend):
     value = valid(name, layout)[key].to("meta")
-    if key in ("logits", "log_probs") or (name, key) == ("group_advantages", "rewards"):
+    if key in ("logits", "log_probs", "hidden") or (name, key) == ("group_advantages", "rewards"):
         # It says where the others must be.
         with pytest.raises(ValueError, match=r"is on cpu; it must be on meta|backend is 'triton'"):
             call(name, valid(name, layout) | {key: value}, backend)
@@ -107,7 +106,7 @@ def test_tensor_that_is_not_dense(name, key, layout, backend):
 # Logits.
 
 
-@pytest.mark.parametrize("name", ["egpo_loss", "logits_policy_loss", "token_log_probs"])
+@pytest.mark.parametrize("name", OF_LOGITS)
 def test_logits(name):
     logits = valid(name)["logits"]
     assert "int64" in refused(name, "logits", logits.long())
@@ -118,6 +117,49 @@ def test_logits(name):
     if name != "token_log_probs":
         assert "[S, T, V]" in refused(name, "logits", logits[0])
         assert "[N, V]" in refused(name, "logits", logits, layout="packed")
+
+
+# Hidden states and the output layer.
+
+
+@pytest.mark.parametrize("name", OF_HIDDEN)
+def test_hidden_and_weight(name):
+    hidden, weight = (valid(name)[key] for key in ("hidden", "weight"))
+    assert "[S, T, H]" in refused(name, "hidden", hidden[0, 0])
+    assert "[4, 4, 3]" in refused(name, "weight", weight[:, :3]) or "H = 4" in refused(name, "weight", weight[:, :3])
+    for value in (hidden.long(), hidden.to(torch.float8_e4m3fn)):
+        assert "must be a floating" in refused(name, "hidden", value)
+    for value in (weight[:0], weight[0], weight[None], weight[..., :0], weight.new_empty(0)):
+        assert "it must be a whole [V, H] with H = 4" in refused(name, "weight", value)
+    for key, value in (("weight", weight.double()), ("weight", weight.half()), ("bias", weight[:, 0].bfloat16())):
+        with pytest.raises(TypeError, match=f"{key} has dtype .*; it must be torch.float32 like hidden"):
+            call(name, valid(name) | {key: value})
+    if name != "linear_token_log_probs":
+        assert "[S, T, H]" in refused(name, "hidden", hidden[0])
+        assert "[N, H]" in refused(name, "hidden", hidden, layout="packed")
+
+
+@pytest.mark.parametrize("name", OF_HIDDEN)
+@every_backend
+def test_adapters(name, backend):
+    lora_a, lora_b, scale = valid(name)["lora"]
+    wrong = [lora_a, (lora_a, lora_b), (lora_a, lora_b, scale, 1), {"A": lora_a}, "lora", 1.0]
+    wrong += [(lora_b, lora_a, scale), (lora_a[:1], lora_b, scale), (lora_a[:, :3], lora_b, scale)]
+    wrong += [(lora_a, lora_b[:-1], scale), (lora_a[0], lora_b, scale), (lora_a, lora_b[None], scale)]
+    wrong += [(lora_a.double(), lora_b, scale), (lora_a, lora_b.half(), scale), (lora_a.long(), lora_b, scale)]
+    wrong += [(lora_a.to("meta"), lora_b, scale), (None, lora_b, scale), (lora_a, lora_b.to_sparse(), scale)]
+    wrong += [(lora_a, lora_b, value) for value in (None, "1", True, torch.nan, torch.inf, 1e30, torch.tensor(1.0))]
+    for value in wrong:
+        assert "must be" in refused(name, "lora", value, backend=backend)
+
+
+@pytest.mark.parametrize("name", OF_HIDDEN)
+@every_backend
+def test_too_few_active_rows(name, backend):
+    counted = int(valid(name)["mask"].sum())
+    call(name, valid(name) | {"num_active": counted}, backend)
+    message = refused(name, "num_active", counted - 1, backend=backend)
+    assert f"num_active is {counted - 1}, and {counted} rows count" in message
 
 
 # Numbers, flags and choices.
@@ -133,6 +175,10 @@ NUMBERS = {
         [0, 0.0, -0.7, torch.nan, torch.inf, 1e308, 1e-320, 10**400, torch.ones(3)],
         [None, "1", True, [1.0]],
     ),
+    "logit_scale": ([0, 0.0, -1.0, torch.nan, torch.inf, 1e39, 1e-320, 10**400], [None, "1", True, torch.tensor(1.0)]),
+    "logit_softcap": ([0, -30.0, torch.nan, torch.inf, 1e7, 10**400], ["30", True, torch.tensor(30.0)]),
+    "num_active": ([-1, 2**63], ["2", 2.0, True, torch.tensor(2)]),
+    "max_chunk_bytes": ([0, -1, 2**63], ["2", 2.0, True, torch.tensor(2)]),
     "group_size": ([0, -2, 10**30], ["2", 2.0, True, torch.tensor(2)]),
     "inplace_grad": ([], [None, 1, "no", torch.tensor(True)]),
     "return_entropy": ([], [None, 1, "no", torch.tensor(True)]),

@@ -13,7 +13,7 @@ from tests.support.batches import (
     make_batch,
     one_pass,
 )
-from tests.support.calls import FUNCTIONS, call, valid
+from tests.support.calls import DIFFERENTIABLE, FUNCTIONS, OF_HIDDEN, call, valid
 from tests.support.device import DEVICE
 from tests.support.fuzz import untouched
 from tests.support.garbage import MILD, twisted
@@ -26,7 +26,7 @@ def results(name, arguments, backend):
     """The tensors that a call returns, and the gradient of the first where it has one, by name."""
     fields = call(name, arguments, backend)._asdict()
     found = {key: value.detach() for key, value in fields.items() if isinstance(value, torch.Tensor)}
-    leaves = {key: arguments[key] for key in ("logits", "log_probs", "entropy") if key in arguments}
+    leaves = {key: arguments[key] for key in DIFFERENTIABLE if key in arguments}
     leaves = {key: leaf for key, leaf in leaves.items() if leaf.requires_grad}
     first = next(iter(fields.values()))
     if first.requires_grad:
@@ -39,7 +39,7 @@ def results(name, arguments, backend):
 
 def differentiable(arguments):
     """The same, with a gradient wanted."""
-    names = [key for key in ("logits", "log_probs") if key in arguments]
+    names = [key for key in DIFFERENTIABLE if key in arguments and key != "entropy"]
     return arguments | {key: arguments[key].clone().requires_grad_() for key in names}
 
 
@@ -64,7 +64,7 @@ def test_views_give_the_same_bits(name, how, layout, backend):
     assert_equal(found, results(name, differentiable(plain), backend))
 
 
-@pytest.mark.parametrize("name", ["egpo_loss", "logits_policy_loss", "policy_loss"])
+@pytest.mark.parametrize("name", ["egpo_loss", "logits_policy_loss", "policy_loss", *OF_HIDDEN[:2]])
 @EVERY_LAYOUT
 @EVERY_BACKEND
 def test_constants_made_under_inference_mode(name, layout, backend):

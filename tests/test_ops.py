@@ -5,8 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from egpo_kernels import metrics, ops
+from egpo_kernels.linear import ops as linear_ops
 from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Rows
-from tests.support.batches import FAST, PATHS, assert_same, differentiate, make_batch
+from tests.support.batches import FAST, WAYS, assert_same, differentiate, make_batch
 from tests.support.device import DEVICE
 
 CONFIG = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.02)
@@ -55,7 +56,22 @@ def arguments(name, backend, dtype=torch.float32):
             backend,
         ),
         "rescale_": (logits, torch.tensor(2.0, device=DEVICE), 1.0, backend),
+        **linear_arguments(backend, dtype, rows, segments, [3 * entropy, entropy, entropy], upstream),
     }[name]
+
+
+def linear_arguments(backend, dtype, rows, segments, statistics, upstream):
+    """Those of the operators on hidden states, with a head that trains but for its adapters."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((4, 4, 5), (37, 5), (37,), (2, 5), (37, 2))
+    hidden, *head = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
+    first = (hidden, head, rows, None, [0.7, 0.5, 1.5, 9.0], 16, 1000)
+    wanted = [True, True, True, False, False]
+    return {
+        "linear_row_statistics": (*first, True, True, backend),
+        "linear_gradient": (*first, statistics, upstream, wanted, backend),
+        "linear_policy_loss": (*first, segments, CONFIG.json, 2.0, True, wanted, backend),
+    }
 
 
 NAMES = [
@@ -69,25 +85,33 @@ NAMES = [
     "logits_policy_loss_",
     "group_advantages",
     "rescale_",
+    "linear_row_statistics",
+    "linear_gradient",
+    "linear_policy_loss",
 ]
+MADE = {
+    name: value
+    for module in (ops, linear_ops)
+    for name, value in vars(module).items()
+    if isinstance(value, torch.library.CustomOpDef)
+}
 
 
 def test_every_operator_is_here():
-    made = [name for name, value in vars(ops).items() if isinstance(value, torch.library.CustomOpDef)]
-    assert sorted(made) == sorted(NAMES)
+    assert sorted(MADE) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", FAST)
 def test_opcheck(name, backend):
-    torch.library.opcheck(getattr(ops, name), arguments(name, backend))
+    torch.library.opcheck(MADE[name], arguments(name, backend))
 
 
-@pytest.mark.parametrize("name", ["row_statistics", "logits_policy_loss", "logits_gradient"])
+@pytest.mark.parametrize("name", ["row_statistics", "logits_policy_loss", "logits_gradient", *NAMES[-3:]])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_fakes_know_other_dtypes(name, dtype):
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(getattr(ops, name), arguments(name, "portable", dtype), test_utils=checks)
+    torch.library.opcheck(MADE[name], arguments(name, "portable", dtype), test_utils=checks)
 
 
 def test_results_have_the_promised_length():
@@ -103,7 +127,7 @@ class Watched(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("path", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("backend", FAST)
 def test_under_a_dispatch_mode(path, backend):
     batch = make_batch()

@@ -38,17 +38,18 @@ def chunk_rows(head: Head, wanted: Wanted, max_chunk_bytes: int | None) -> int:
     return max(rows, least)
 
 
-def active_rows(mask: Tensor, host_mask: Tensor | None, num_active: int | None) -> Tensor | None:
-    """Places of the rows to multiply, a superset of ``mask [N]``; None, which is all, where the host cannot know.
-
-    Raises:
-        ValueError: More rows count than ``num_active`` says, where looking costs no sync.
-    """
+def check_num_active(mask: Tensor, num_active: int | None) -> None:
+    """Raise when more rows count than ``num_active`` says, where looking costs no sync."""
     if num_active is not None and checks_values(mask.device) and int(mask.sum()) > num_active:
         raise ValueError(
             f"num_active is {num_active}, and {int(mask.sum())} rows count; it must be at least as many: pass their "
             "number, or None"
         )
+
+
+def active_rows(mask: Tensor, host_mask: Tensor | None, num_active: int | None) -> Tensor | None:
+    """Places of the rows to multiply, a superset of ``mask [N]``; None, which is all, where the host cannot know."""
+    check_num_active(mask, num_active)
     if mask.device.type == "cpu":
         return mask.nonzero()[:, 0]
     if host_mask is not None:

@@ -12,9 +12,11 @@ from egpo_kernels.autograd import anchor
 from egpo_kernels.fields import check_number
 from egpo_kernels.linear import autograd
 from egpo_kernels.linear import ops as ops
+from egpo_kernels.linear.chunks import check_num_active
 from egpo_kernels.linear.head import Head
 from egpo_kernels.types import PolicyLossConfig, TokenLogProbs
 from egpo_kernels.validation import check_dense, check_tensor, check_whole
+
 
 class Linear(NamedTuple):
     """Hidden states ``[B, T, H]``, the head, and what is known on the host of how many rows count."""
@@ -49,6 +51,7 @@ class Linear(NamedTuple):
     def log_probs(self, call: losses.Call, want_entropy: bool, entropy_gradient: bool) -> TokenLogProbs:
         """See `egpo_kernels.losses.Source`."""
         if call.backend == "reference":
+            check_num_active(call.rows.mask, self.num_active)
             logits = reference.linear_logits(self.hidden, *self.head, mask=call.rows.mask)
             log_probs, entropy = reference.token_log_probs(logits, call.rows, call.temperature)
         else:
