@@ -9,6 +9,7 @@ from tests.support import linear
 from tests.support.accuracy import assert_accurate
 from tests.support.batches import FAST_BACKEND
 from tests.support.case import Case
+from tests.support.device import DEVICE
 from tests.support.runs import advantages, alone, check, nothing, whole
 from tests.support.strategies import cases
 from tests.support.terms import group_terms
@@ -152,12 +153,12 @@ def test_gradcheck(backend, head, coefficient):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
 
     layer = linear.Layer(
         normal(2, 3, 4), normal(7, 4), normal(7), (normal(2, 4), normal(7, 2), 0.5), logit_scale=0.8, logit_softcap=3.0
     )
-    tokens = torch.randint(7, (2, 3), generator=generator)
+    tokens = torch.randint(7, (2, 3), generator=generator).to(DEVICE)
     config = ek.PolicyLossConfig(ratio="token" if coefficient == "known" else "sequence", kl_coef=0.1)
     old, ref, given = normal(2, 3).abs().neg() - 2, normal(2, 3), normal(2)
     leaves = {name: leaf.requires_grad_(name in HEADS[head]) for name, leaf in layer.leaves.items()}
@@ -179,13 +180,18 @@ def test_gradcheck(backend, head, coefficient):
 def test_sixteen_bit_gradients_are_as_good_as_unfused(backend, dtype, head, coefficient):
     """Of hidden states and weight, in chunks, against float64; unfused is torch's product and `reference` behind it."""
     generator = torch.Generator().manual_seed(1)
-    hidden, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((4, 24, 48), (301, 48)))
+    hidden, weight = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in ((4, 24, 48), (301, 48)))
     weight *= 0.3
-    tokens = torch.randint(301, (4, 24), generator=generator)
-    advantages, config = torch.randn(4, generator=generator), ek.PolicyLossConfig(kl_coef=0.1, reduction="sum")
+    tokens = torch.randint(301, (4, 24), generator=generator).to(DEVICE)
+    advantages, config = (
+        torch.randn(4, generator=generator).to(DEVICE),
+        ek.PolicyLossConfig(kl_coef=0.1, reduction="sum"),
+    )
     if coefficient == "late":
         config = ek.PolicyLossConfig(kl_coef=0.1, reduction="sum", ratio="sequence")
-    old = ek.linear_token_log_probs(hidden, weight, tokens).log_probs - 0.1 * torch.rand(4, 24, generator=generator)
+    old = ek.linear_token_log_probs(hidden, weight, tokens).log_probs - 0.1 * torch.rand(4, 24, generator=generator).to(
+        DEVICE
+    )
     names = ("hidden", "weight")[: 2 if head == "trains" else 1]
 
     def gradients(kind, wide):
@@ -198,7 +204,7 @@ def test_sixteen_bit_gradients_are_as_good_as_unfused(backend, dtype, head, coef
         else:
             given |= {"grad_scale": SCALE, "max_chunk_bytes": 20 * 301 * 6}
             loss = ek.linear_policy_loss(*leaves, tokens, advantages, **given).loss
-        loss.backward(torch.tensor(SCALE, dtype=cast))
+        loss.backward(torch.tensor(SCALE, dtype=cast, device=DEVICE))
         return [leaf.grad for leaf in leaves if leaf.requires_grad]
 
     runs = gradients(backend, False), gradients("reference", False), gradients("reference", True)

@@ -17,7 +17,7 @@ TRAINED_ROWS = 4096
 
 
 class Chunk(NamedTuple):
-    """Some of the rows: their place among all ``N``, hidden states ``[R, H]``, what is per token ``[R]``, and memory
+    """Some of the rows: their place among all ``N``, hidden states ``[R, H]``, 0 where they do not count, what is per token ``[R]``, and memory
     ``[R, V]`` for logits and their gradient, the same unless they are kept apart.
     """
 
@@ -96,5 +96,7 @@ def chunks(hidden: Tensor, head: Head, rows: Rows, places: Tensor | None, size: 
             place = places[start:stop]
             states = hidden[place // length, place % length]
         chosen = Rows(rows.mask[place], *(None if field is None else field[place] for field in rows[1:]))
+        # What does not count may be NaN, and 0 times that is no 0.
+        states = torch.where(chosen.mask[:, None], states, 0.0)
         head.project(states, logits[: stop - start])
         yield Chunk(place, states, chosen, logits[: stop - start], gradient[: stop - start])

@@ -108,14 +108,12 @@ class HeadGradients:
             for tensor, asked in zip(head[:4], wanted[1:], strict=True)
         ]
 
-    def add(self, gradient: Tensor, hidden: Tensor, mask: Tensor) -> None:
-        """Add what flows back through ``gradient [R, V]`` into the logits of ``hidden [R, H]`` where ``mask [R]``."""
-        if not any(self.wanted[1:]):
+    def add(self, gradient: Tensor, hidden: Tensor) -> None:
+        """Add what flows back through ``gradient [R, V]`` into the logits of ``hidden [R, H]``."""
+        if not self.wanted.of_head:
             return
         head, gain = self.head, self.head.gain
         weight, bias, lora_a, lora_b = self.sums
-        # What does not count may be NaN, and 0 times that is no 0.
-        hidden = torch.where(mask[:, None], hidden, 0.0)
         if sums_apart(head):
             gradient, hidden = gradient.float(), hidden.float()
         if weight is not None:

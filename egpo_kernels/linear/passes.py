@@ -54,7 +54,7 @@ class Gradients:
                 found = torch.empty_like(chunk.hidden)
                 self.head.hidden_gradient(chunk.gradient, found)
                 flat.index_copy_(0, chunk.place, found)
-        self.of_head.add(chunk.gradient, chunk.hidden, chunk.rows.mask)
+        self.of_head.add(chunk.gradient, chunk.hidden)
 
     def tensors(self) -> list[Tensor]:
         """Of hidden states, weight, bias and both adapters; empty where none was asked for."""
