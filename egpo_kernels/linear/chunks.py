@@ -17,8 +17,8 @@ TRAINED_ROWS = 4096
 
 
 class Chunk(NamedTuple):
-    """Some of the rows: their place among all ``N``, hidden states ``[R, H]``, 0 where they do not count, what is per token ``[R]``, and memory
-    ``[R, V]`` for logits and their gradient, the same unless they are kept apart.
+    """Some of the rows: their place among all ``N``, hidden states ``[R, H]``, 0 where they do not count, what is per
+    token ``[R]``, and memory ``[R, V]`` for logits and their gradient, the same unless they are kept apart.
     """
 
     place: Tensor | slice

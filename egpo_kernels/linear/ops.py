@@ -4,10 +4,13 @@ Everywhere ``head`` is weight, bias and both adapters; ``scalars`` are temperatu
 scale and softcap; ``wanted`` says which gradients are asked for, of hidden states and of ``head`` in this order.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from egpo_kernels import metrics
 from egpo_kernels.dispatch import implementation
@@ -20,6 +23,17 @@ from egpo_kernels.types import Rows, compute_dtype
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 VectorAndGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _product_operator(function: Callable) -> CustomOpDef:
+    """Register a function whose products are of the dtypes it is given: autocast had its say before."""
+
+    @functools.wraps(function)
+    def without_autocast(hidden: Tensor, *args: Any) -> Any:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return function(hidden, *args)
+
+    return operator()(without_autocast)
 
 
 def _read(
@@ -54,7 +68,7 @@ def _fake_gradients(hidden: Tensor, head: OptionalTensors, wanted: list[bool]) -
     )
 
 
-@operator()
+@_product_operator
 def linear_row_statistics(
     hidden: Tensor,
     head: OptionalTensors,
@@ -105,7 +119,7 @@ def _(
     return log_probs, entropy, maximum, sum_exp, gradient
 
 
-@operator()
+@_product_operator
 def linear_gradient(
     hidden: Tensor,
     head: OptionalTensors,
@@ -131,7 +145,7 @@ def _(hidden: Tensor, head: OptionalTensors, *others: Any) -> Gradients:
     return _fake_gradients(hidden, head, others[-2])
 
 
-@operator()
+@_product_operator
 def linear_policy_loss(
     hidden: Tensor,
     head: OptionalTensors,
