@@ -183,15 +183,11 @@ def test_sixteen_bit_gradients_are_as_good_as_unfused(backend, dtype, head, coef
     hidden, weight = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in ((4, 24, 48), (301, 48)))
     weight *= 0.3
     tokens = torch.randint(301, (4, 24), generator=generator).to(DEVICE)
-    advantages, config = (
-        torch.randn(4, generator=generator).to(DEVICE),
-        ek.PolicyLossConfig(kl_coef=0.1, reduction="sum"),
-    )
-    if coefficient == "late":
-        config = ek.PolicyLossConfig(kl_coef=0.1, reduction="sum", ratio="sequence")
-    old = ek.linear_token_log_probs(hidden, weight, tokens).log_probs - 0.1 * torch.rand(4, 24, generator=generator).to(
-        DEVICE
-    )
+    advantages = torch.randn(4, generator=generator).to(DEVICE)
+    ratio = "token" if coefficient == "known" else "sequence"
+    config = ek.PolicyLossConfig(kl_coef=0.1, reduction="sum", ratio=ratio)
+    old = ek.linear_token_log_probs(hidden, weight, tokens).log_probs
+    old -= 0.1 * torch.rand(4, 24, generator=generator).to(DEVICE)
     names = ("hidden", "weight")[: 2 if head == "trains" else 1]
 
     def gradients(kind, wide):
