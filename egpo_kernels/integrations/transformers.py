@@ -85,7 +85,7 @@ def _sealed(policy: Any) -> _Sealed:
         if isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4:
             raise TypeError(
                 f"policy[{name!r}] has dtype {value.dtype}; it must be float32 or float64: where FSDP2's "
-                "MixedPrecisionPolicy has rounded it, call fuse_policy_loss after fully_shard"
+                "MixedPrecisionPolicy rounds it, fuse the model after fully_shard, or pass MappingProxyType(policy)"
             )
     return _Sealed(policy)
 

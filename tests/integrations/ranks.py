@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -104,8 +105,10 @@ def mixed_precision(rank: int) -> None:
     # FSDP2 copies what it finds, and cannot copy a config.
     rounded = {name: value for name, value in batch.policy.items() if name != "config"}
     early = shard(fuse_policy_loss(make_model()), "head", mp_policy=policy)
-    with pytest.raises(TypeError, match=r"has dtype torch.bfloat16; .* call fuse_policy_loss after fully_shard"):
+    with pytest.raises(TypeError, match=r"has dtype torch.bfloat16; .* fuse the model after fully_shard"):
         early(batch.ids, attention_mask=batch.attention, policy=rounded)
+    found = early(batch.ids, attention_mask=batch.attention, policy=MappingProxyType(batch.policy))
+    assert_rounding(found.loss, expected.loss)
 
 
 def ddp(rank: int) -> None:
