@@ -29,8 +29,8 @@ lint: $(VENV)/.stamp-test ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-parity: $(VENV)/.stamp-test $(VENV)/.stamp-parity ## the same numbers as TRL, verl and Liger (ARGS="-k cispo")
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/parity $(ARGS)
+parity: $(VENV)/.stamp-test $(VENV)/.stamp-parity ## the same numbers as TRL, verl and Liger, and from inside transformers (ARGS="-k cispo")
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/parity tests/integrations $(ARGS)
 
 bench: $(VENV)/.stamp-bench ## measure this library and its rivals (ARGS="logits --tokens 512")
 	$(BIN)/python -m benchmarks $(ARGS)

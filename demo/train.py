@@ -103,11 +103,11 @@ class Trainer:
             last = first + MICRO_BATCH_PROMPTS
             rows = slice(first * GROUP_SIZE, last * GROUP_SIZE)
             # One optimizer step a batch: the policy that sampled is the one trained, so there are no old log-probs.
-            output = egpo_kernels.logits_policy_loss(
-                self.policy.answer_logits(prompts.select(first, last), answers.tokens[rows]),
+            output = self.policy.loss(
+                prompts.select(first, last),
                 answers.tokens[rows],
-                advantages[rows],
-                answers.mask[rows],
+                advantages=advantages[rows],
+                mask=answers.mask[rows],
                 temperature=TEMPERATURE,
                 config=self.recipe.loss,
                 num_tokens=answers.mask.sum(),

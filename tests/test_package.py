@@ -131,8 +131,8 @@ print(*sorted(set(sys.modules) - before))
     assert done.returncode == 0, done.stderr
     new = done.stdout.split()
     assert "egpo_kernels" in new
-    heavy = {"triton", "transformers", "trl", "verl", "matplotlib", "sklearn", "scipy"}
-    ours = ("egpo_kernels.triton", "egpo_kernels.diagnostics")
+    heavy = {"triton", "transformers", "peft", "trl", "verl", "matplotlib", "sklearn", "scipy"}
+    ours = ("egpo_kernels.triton", "egpo_kernels.diagnostics", "egpo_kernels.integrations")
     found = [name for name in new if name.split(".")[0] in heavy or name.startswith(ours)]
     assert not found
 
