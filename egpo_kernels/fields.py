@@ -48,12 +48,15 @@ def check_number(
 
 
 class Checked:
-    """What the settings classes share: every field is checked when the object is made."""
+    """What the settings classes share: every field is checked when the object is made.
+
+    ``json`` is no field: what rebuilds dataclasses field by field, as sharding wrappers do with arguments, may do so.
+    """
+
+    json: str
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            if not field.init:
-                continue
             name, value = f"{type(self).__name__}.{field.name}", getattr(self, field.name)
             if "choices" in field.metadata:
                 choices = field.metadata["choices"]
@@ -72,14 +75,13 @@ class Checked:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML or JSON; `from_dict` reads them back."""
-        fields = [field.name for field in dataclasses.fields(self) if field.init]  # type: ignore[arg-type]
-        values = {name: getattr(self, name) for name in fields}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
         """Make the settings from `to_dict`'s values; fields left out take their defaults."""
-        check_keys(cls.__name__, values, [field.name for field in dataclasses.fields(cls) if field.init])  # type: ignore[arg-type]
+        check_keys(cls.__name__, values, [field.name for field in dataclasses.fields(cls)])  # type: ignore[arg-type]
         return cls(**values)
 
 

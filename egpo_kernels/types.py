@@ -76,7 +76,6 @@ class AdvantageConfig(Checked):
     lock_all_wrong: bool = False
     singleton: str = choice("zero", "raw")
     correct_threshold: float = number(0.5, -math.inf)
-    json: str = dataclasses.field(init=False, repr=False, compare=False)
 
     @property
     def compares(self) -> bool:
@@ -151,7 +150,6 @@ class PolicyLossConfig(Checked):
         "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "sum", "none"
     )
     norm_length: float | None = number(None, 0.0, open_low=True, optional=True)
-    json: str = dataclasses.field(init=False, repr=False, compare=False)
 
     @property
     def trims(self) -> bool:
