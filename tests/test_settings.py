@@ -163,9 +163,8 @@ def test_settings_survive_copies(kind):
     for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), dataclasses.replace(made)):
         assert other == made and other.json == made.json and hash(other) == hash(made)
         # FSDP2 rebuilds the dataclasses among a forward's arguments like this.
-        again = dataclasses.replace(
-            made, **{field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
-        )
+        fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+        again = dataclasses.replace(made, **fields)
         assert again == made and again.json == made.json
 
 
