@@ -33,6 +33,8 @@ def names():
         "table": table,
         "model": model,
         "logits": logits,
+        "hidden": torch.randn(sequences, length, 4, dtype=torch.float64, generator=generator).requires_grad_(),
+        "lm_head": torch.nn.Linear(4, vocab, bias=False, dtype=torch.float64),
         "tokens": input_ids,
         "input_ids": input_ids,
         "response_mask": mask,
@@ -50,6 +52,7 @@ def test_every_block_runs_in_order(names):
     space = dict(names)
     for block in BLOCKS:
         exec(block, space)
+    assert space["hidden"].grad.abs().sum() > 0 and space["lm_head"].weight.grad.abs().sum() > 0
     assert space["table"].grad.abs().sum() > 0
     assert space["metrics"]["policy/tokens/sum"] == space["mask"].sum()
     assert space["mine"].loss.clip_high == 0.28
