@@ -25,7 +25,9 @@ LAYERS = (
     BACKENDS,
     {"ops"},
     {"autograd"},
-    {"api"},
+    {"losses"},
+    {"logits"},
+    {"api", "linear"},
     {"__init__"},
     {"integrations", "diagnostics"},
 )

@@ -52,7 +52,7 @@ def traffic_of(case: Case) -> dict[str, Any]:
         "launches": [launch.kernel for launch in traffic.launches],
         "over_logits": [moves_logits(launch, batch) for launch in traffic.launches],
         "bytes": moved,
-        "extra_bytes": peak_of_large(memory),
+        "extra_bytes": peak_allocated(memory, SMALL_PASS // 2),
     }
 
 
@@ -61,12 +61,12 @@ def moves_logits(launch: Launch, batch: Batch) -> bool:
     return any(launch.of(tensor).launches for tensor in (batch.logits, batch.logits.grad) if tensor is not None)
 
 
-def peak_of_large(memory: torch.profiler.profile) -> int:
-    """Most bytes alive at a time of what was allocated meanwhile in pieces of half a pass over the logits or more."""
+def peak_allocated(memory: torch.profiler.profile, piece: int = 0) -> int:
+    """Most bytes alive at a time of what was allocated meanwhile in pieces of so many bytes or more."""
     events = [event for event in memory.profiler.kineto_results.events() if event.name() == "[memory]"]
     alive = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        if abs(event.nbytes()) * 2 >= SMALL_PASS:
+        if abs(event.nbytes()) >= piece:
             alive = max(alive + event.nbytes(), 0)
             peak = max(peak, alive)
     return peak

@@ -94,7 +94,8 @@ class Wanted(NamedTuple):
 
 def sums_apart(head: Head) -> bool:
     """Whether a product of 16-bit matrices can be added to a float32 one only after they are made float32."""
-    return head.weight.dtype.itemsize < 4 and head.weight.device.type != "cuda"
+    at_once = head.weight.device.type == "cuda" and torch.version.hip is None
+    return head.weight.dtype.itemsize < 4 and not at_once
 
 
 class HeadGradients:

@@ -4,13 +4,15 @@ from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.counts.measure import peak_allocated
+
 PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::addmm_": (1, 2), "aten::bmm": (0, 1)}
 """The profiler's names of matrix products, and which arguments are the factors."""
 
 
 def products(run: Callable[[], object]) -> list[tuple[int, int, int]]:
     """(rows, inner, columns) of every matrix product that is executed, inside operators too."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as seen:
         run()
     found = []
     for event in seen.events():
@@ -28,11 +30,6 @@ def multiplications(run: Callable[[], object]) -> int:
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """Bytes that torch has allocated on the CPU at the most, beyond what it had before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         run()
-    now = most = 0
-    for event in seen.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+    return peak_allocated(seen)
