@@ -100,18 +100,8 @@ def linear_row_statistics(
 
 
 @linear_row_statistics.register_fake
-def _(
-    hidden: Tensor,
-    head: OptionalTensors,
-    rows: OptionalTensors,
-    host_mask: Tensor | None,
-    scalars: list[float],
-    num_active: int | None,
-    max_chunk_bytes: int | None,
-    want_entropy: bool,
-    with_gradient: bool,
-    backend: str,
-) -> Statistics:
+def _(hidden: Tensor, *others: Any) -> Statistics:
+    want_entropy, with_gradient, _ = others[-3:]
     count, dtype = hidden.shape[0] * hidden.shape[1], compute_dtype(hidden.dtype)
     sizes = (count, count if want_entropy else 0, *[0 if with_gradient else count] * 2)
     log_probs, entropy, maximum, sum_exp = (hidden.new_empty(size, dtype=dtype) for size in sizes)
