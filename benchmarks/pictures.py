@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
 from benchmarks.machine import headline
-from benchmarks.report import Report, cases_of, duration
+from benchmarks.report import Report, case_of, cases_of, duration
 from benchmarks.workloads import HIDDEN, WORKLOADS, size
 
 FAMILIES = {
@@ -28,7 +28,7 @@ FAMILIES = {
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Pictures of each workload: the batch that leads, in every dtype, and its scaling, but for heads of a model's size."""
+    """Of each workload the batch that leads, in every dtype, and scaling, but for heads, whose sizes are models'."""
     drawn = []
     for name in dict.fromkeys(one["workload"] for one in report["results"]):
         own = [one for one in report["results"] if one["workload"] == name and one["refused"] is None]
@@ -41,7 +41,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
 def _leading(report: Report, name: str, own: list[dict[str, Any]], folder: Path) -> Path:
     leading = [case for case in cases_of(report, leading=True) if case.workload == name]
-    own = [one for one in own if (one["tokens"], one["vocab"]) == (leading[0].tokens, leading[0].vocab)]
+    own = [one for one in own if case_of(one) in leading]
     dtypes = list(dict.fromkeys(one["dtype"] for one in own))
     columns = 3 if any(one["peak_bytes"] for one in own) else 2
     figure, axes = _panels(len(dtypes), columns, 5, 1 + 0.36 * len(own) + 0.6 * len(dtypes))

@@ -66,14 +66,15 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
 
 def cases_of(report: Report, leading: bool = False) -> list[Case]:
     """The cases of a report, or the largest batch of each workload and dtype."""
-    found = list(dict.fromkeys(_case_of(one) for one in report["results"]))
+    found = list(dict.fromkeys(case_of(one) for one in report["results"]))
     if leading:
         first = {(case.workload, case.dtype): case for case in reversed(found)}
         found = list(reversed(first.values()))
     return found
 
 
-def _case_of(one: dict[str, Any]) -> Case:
+def case_of(one: dict[str, Any]) -> Case:
+    """What a record is about; older ones say nothing of hidden states."""
     return Case(**{field: one[field] for field in Case._fields if field in one})
 
 
@@ -82,7 +83,7 @@ def section(report: Report, case: Case) -> tuple[str, list[list[str]]]:
     workload, unit = WORKLOADS[case.workload], _unit(case)
     heading = f"{case.workload}: {workload.title}, {size(case)}; {unit}: {workload.formula}"
     head = [RATES[unit] if name == RATES["bytes"] else name for name in COLUMNS]
-    return heading, [head, *(_cells(one) for one in report["results"] if _case_of(one) == case)]
+    return heading, [head, *(_cells(one) for one in report["results"] if case_of(one) == case)]
 
 
 def _cells(one: dict[str, Any]) -> list[str]:
@@ -103,7 +104,8 @@ def _rate(one: dict[str, Any]) -> str:
     if "bandwidth" in one:
         return f"{one['bandwidth'] / 1e9:.3g} GB/s ({one['of_copy_bandwidth']:.0%})"
     over = "" if one["over_gemms"] is None else f"{one['over_gemms']:.2f} "
-    return f"{over}({one['flops_per_second'] / 1e12:.3g} TFLOP/s)"
+    factor, unit = (1e12, "TFLOP/s") if one["flops_per_second"] >= 1e12 else (1e9, "GFLOP/s")
+    return f"{over}({one['flops_per_second'] / factor:.3g} {unit})"
 
 
 def _memory(one: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Other libraries' own functions for the same work, called as their users call them; imported only when asked for."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -142,14 +143,22 @@ def _quack_cross_entropy(batch: Batch) -> Outputs:
 def rivals(workload: str) -> list[Provider]:
     """Of one workload; those that cannot run say so in their row."""
     liger, trl = _needs("liger-kernel", on_cuda=True), _needs("trl")
+    by_compiler = functools.partial(_cut_cross_entropy, "torch_compile")
     linear = [
         Provider("Liger", "Liger", _liger_linear(1), _needs("liger-kernel")),
         Provider("Liger, all sequences at once", "Liger", _liger_linear(SEQUENCES), _needs("liger-kernel")),
+        # A kernel on Hopper, elsewhere torch operations in chunks of 512 rows.
         Provider(LIGER_CE, "Liger", _on_negative_log_probs(_liger_cross_entropy), _needs("liger-kernel")),
         Provider(TRL_LOSS, "TRL", _trl_linear(()), trl),
         Provider("TRL, with entropy", "TRL", _trl_linear(("entropy",)), trl),
         Provider(CCE, CCE_PACKAGE, _cut_cross_entropy("cce"), _needs(CCE_PACKAGE, on_cuda=True)),
-        Provider(f"{CCE}, torch_compile", CCE_PACKAGE, _cut_cross_entropy("torch_compile"), _needs(CCE_PACKAGE)),
+        Provider(
+            f"{CCE}, torch_compile",
+            CCE_PACKAGE,
+            by_compiler(),
+            _needs(CCE_PACKAGE),
+            prepare=by_compiler,
+        ),
     ]
     return {
         "linear": linear,

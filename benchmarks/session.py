@@ -202,8 +202,9 @@ def _peak_of(case: Case, name: str) -> int | None:
 
 
 def _apart(case: Case, name: str) -> int | None:
-    # A server that has imported torch and run nothing: what it forks starts at once and with nothing resident.
+    # A server that has imported torch and run nothing: what it forks starts at once and with nothing resident. Custom
+    # operators import its compiler when first called.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.session"])
+    context.set_forkserver_preload(["benchmarks.session", "torch._dynamo"])
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(_peak_of, case, name).result()

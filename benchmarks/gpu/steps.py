@@ -105,18 +105,9 @@ def _verdict(log: Path) -> list[str]:
 def bench(plan: Plan, limit: float) -> Record:
     """The benchmarks, which write tables and pictures of their own."""
     large = ["--tokens", "2048,8192,32768", "--linear", "8192x4096x131072"]
-    small = ["--tokens", "64", "--vocab", "512", "--linear", "64x32x512", "--rounds", "1"]
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks",
-        "all",
-        "--device",
-        plan.device,
-        *(small if plan.dry else large),
-        "--out",
-        str(plan.out),
-    ]
+    small = ["--dtype", "bf16", "--tokens", "64", "--vocab", "512", "--linear", "64x32x512", "--rounds", "1"]
+    options = ["--device", plan.device, *(small if plan.dry else large), "--out", str(plan.out)]
+    command = [sys.executable, "-m", "benchmarks", "all", *options]
     # Interpreted, so that the kernels pass through the benchmarks before they meet a GPU.
     backend = {"EGPO_KERNELS_BACKEND": "triton"} if plan.dry else {}
     done = plan.run("bench", command, limit, **backend)
