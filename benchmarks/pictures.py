@@ -1,4 +1,4 @@
-"""Pictures of a report: time, bandwidth and memory of the largest batch, and how time scales."""
+"""Pictures of a report: time, rate and memory of the batch that leads, and how time scales."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
 from benchmarks.machine import headline
-from benchmarks.report import Report, duration
-from benchmarks.workloads import WORKLOADS, Case, size
+from benchmarks.report import Report, case_of, cases_of, duration
+from benchmarks.workloads import HIDDEN, WORKLOADS, size
 
 FAMILIES = {
     "egpo_kernels": "#1f77b4",
@@ -21,39 +21,53 @@ FAMILIES = {
     "Liger": "#d62728",
     "TRL": "#2ca02c",
     "quack": "#9467bd",
+    "cut-cross-entropy": "#8c564b",
+    "bare GEMMs": "#000000",
 }
 """Who is compared, each in its colour in every picture."""
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Two pictures for each workload: its largest batch in every dtype, and its scaling."""
+    """Of each workload the batch that leads, in every dtype, and scaling, but for heads, whose sizes are models'."""
     drawn = []
     for name in dict.fromkeys(one["workload"] for one in report["results"]):
         own = [one for one in report["results"] if one["workload"] == name and one["refused"] is None]
         if own:
-            drawn += [_largest(report, name, own, folder), _scaling(report, name, own, folder)]
+            drawn.append(_leading(report, name, own, folder))
+            if WORKLOADS[name].given != HIDDEN:
+                drawn.append(_scaling(report, name, own, folder))
     return drawn
 
 
-def _largest(report: Report, name: str, own: list[dict[str, Any]], folder: Path) -> Path:
-    tokens, vocab = max(one["tokens"] for one in own), max(one["vocab"] for one in own)
-    own = [one for one in own if (one["tokens"], one["vocab"]) == (tokens, vocab)]
+def _leading(report: Report, name: str, own: list[dict[str, Any]], folder: Path) -> Path:
+    leading = [case for case in cases_of(report, leading=True) if case.workload == name]
+    own = [one for one in own if case_of(one) in leading]
     dtypes = list(dict.fromkeys(one["dtype"] for one in own))
     columns = 3 if any(one["peak_bytes"] for one in own) else 2
     figure, axes = _panels(len(dtypes), columns, 5, 1 + 0.36 * len(own) + 0.6 * len(dtypes))
     for row, dtype in zip(axes, dtypes, strict=True):
         shown = [one for one in own if one["dtype"] == dtype][::-1]
         _bars(row[0], shown, [one["seconds"]["median"] for one in shown], f"{dtype}: time", duration)
-        _bars(row[1], shown, [one["bandwidth"] / 1e9 for one in shown], "effective bandwidth, GB/s", "{:.1f}".format)
-        copy = report["copy_bandwidth"] / 1e9
-        row[1].axvline(copy, color="black", linestyle="--", linewidth=1)
-        row[1].annotate(" copy", (copy, 0), xycoords=("data", "axes fraction"), va="bottom", fontsize=8)
-        row[1].set_xlim(right=max(row[1].get_xlim()[1], 1.15 * copy))
+        _rates(row[1], shown, report["copy_bandwidth"])
         if columns == 3:
             peaks = [(one["peak_bytes"] or 0) / 2**20 for one in shown]
             _bars(row[2], shown, peaks, "peak memory beyond the inputs, MiB", "{:.0f}".format)
-    batch = size(Case(name, "", ", ".join(dtypes), tokens, vocab))
+    batch = size(leading[0]._replace(dtype=", ".join(dtypes)))
     return _save(figure, f"{name}: {WORKLOADS[name].title}, {batch}", report, folder / f"{name}.png")
+
+
+def _rates(axes: Axes, shown: list[dict[str, Any]], copy: float) -> None:
+    """Bandwidth beside that of a copy, or time beside that of the products alone."""
+    if "bandwidth" in shown[0]:
+        values, bar, title = [one["bandwidth"] / 1e9 for one in shown], copy / 1e9, "effective bandwidth, GB/s"
+        _bars(axes, shown, values, title, "{:.1f}".format)
+    else:
+        values, bar = [one["over_gemms"] or 0 for one in shown], 1.0
+        _bars(axes, shown, values, "time / bare GEMMs", "{:.2f}".format)
+    axes.axvline(bar, color="black", linestyle="--", linewidth=1)
+    if "bandwidth" in shown[0]:
+        axes.annotate(" copy", (bar, 0), xycoords=("data", "axes fraction"), va="bottom", fontsize=8)
+    axes.set_xlim(right=max(axes.get_xlim()[1], 1.15 * bar))
 
 
 def _bars(axes: Axes, shown: list[dict[str, Any]], values: list[float], title: str, text: Any) -> None:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.workloads import GROUP, Batch, Outputs
-from egpo_kernels import group_advantages, logits_policy_loss, policy_loss, token_log_probs
+from egpo_kernels import group_advantages, linear_policy_loss, logits_policy_loss, policy_loss, token_log_probs
 
 OURS = "egpo_kernels"
 NATIVE = "eager, in the logits' dtype"
+GEMMS = "bare GEMMs"
+SMALL_CHUNK = 64 << 20
 Run = Callable[[Batch], Outputs]
 
 
@@ -39,9 +41,10 @@ def clipped_loss(log_probs: Tensor, batch: Batch) -> Tensor:
     return (losses * batch.mask).sum() / batch.mask.sum()
 
 
-def _backward(loss: Tensor, leaf: Tensor) -> Outputs:
+def answer(loss: Tensor, batch: Batch) -> Outputs:
+    """The loss, and the gradients of what is differentiated."""
     loss.backward()
-    return {"loss": loss, "gradient": leaf.grad}
+    return {"loss": loss} | {name: leaf.grad for name, leaf in batch.leaves.items()}
 
 
 def _gathered(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -54,12 +57,12 @@ def _by_hand(logits: Tensor, batch: Batch) -> Tensor:
 
 def eager_logits(batch: Batch) -> Outputs:
     """log_softmax, gather and the clipped loss; float32 where autocast would make it so."""
-    return _backward(_by_hand(batch.logits, batch), batch.logits)
+    return answer(_by_hand(batch.logits, batch), batch)
 
 
 def native_logits(batch: Batch) -> Outputs:
     """As `eager_logits`, with log_softmax in the dtype of the logits: less accurate, less memory."""
-    return _backward(clipped_loss(_gathered(batch.logits, batch.tokens).float(), batch), batch.logits)
+    return answer(clipped_loss(_gathered(batch.logits, batch.tokens).float(), batch), batch)
 
 
 def eager_logits_and_entropy(batch: Batch) -> Outputs:
@@ -76,7 +79,46 @@ def _ours_logits(**options) -> Run:
         loss, _ = logits_policy_loss(
             batch.logits, batch.tokens, batch.advantages, batch.mask, old_log_probs=batch.old_log_probs, **options
         )
-        return _backward(loss, batch.logits)
+        return answer(loss, batch)
+
+    return run
+
+
+def _linear_by_hand(hidden: Tensor, batch: Batch) -> Tensor:
+    return _by_hand(hidden @ batch.weight.t(), batch)
+
+
+def eager_linear(batch: Batch) -> Outputs:
+    """As `eager_logits`, of hidden states times the head."""
+    return answer(_linear_by_hand(batch.hidden, batch), batch)
+
+
+def _ours_linear(**options) -> Run:
+    def run(batch: Batch) -> Outputs:
+        loss, _ = linear_policy_loss(
+            batch.hidden, batch.weight, batch.tokens, batch.advantages, batch.mask, old_log_probs=batch.old_log_probs,
+            **options,
+        )  # fmt: skip
+        return answer(loss, batch)
+
+    return run
+
+
+def bare_gemms() -> Run:
+    """The products that no implementation can do without, of whole matrices, into memory that is there: no loss."""
+    made: list[Tensor] = []
+
+    def run(batch: Batch) -> Outputs:
+        hidden, weight = batch.hidden.detach().flatten(0, 1), batch.weight.detach()
+        if not made:
+            made.extend((hidden.new_empty(len(hidden), len(weight)), torch.empty_like(hidden)))
+            made.extend([torch.empty_like(weight)] if batch.weight.requires_grad else [])
+        logits, *gradients = made
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(logits, weight, out=gradients[0])
+        if len(gradients) == 2:
+            torch.mm(logits.t(), hidden, out=gradients[1])
+        return {}
 
     return run
 
@@ -119,18 +161,18 @@ def ours_advantages(batch: Batch) -> Outputs:
 def ours_policy_loss(batch: Batch) -> Outputs:
     """`policy_loss`, with all its metrics."""
     loss, _ = policy_loss(batch.log_probs, batch.old_log_probs, batch.advantages, batch.mask)
-    return _backward(loss, batch.log_probs)
+    return answer(loss, batch)
 
 
 def eager_policy_loss(batch: Batch) -> Outputs:
     """The clipped loss of log-probs."""
-    return _backward(clipped_loss(batch.log_probs, batch), batch.log_probs)
+    return answer(clipped_loss(batch.log_probs, batch), batch)
 
 
 def _compiled_loss(by_hand: Callable[[Tensor, Batch], Tensor], of: str) -> Callable[[], Run]:
     def prepare() -> Run:
         compiled = torch.compile(by_hand, dynamic=False)
-        return lambda batch: _backward(compiled(getattr(batch, of), batch), getattr(batch, of))
+        return lambda batch: answer(compiled(getattr(batch, of), batch), batch)
 
     return prepare
 
@@ -141,7 +183,17 @@ def _compiled(function: Run) -> Callable[[], Run]:
 
 def own_providers(workload: str) -> list[Provider]:
     """Ours first, then by hand."""
+    linear = [
+        Provider(OURS, OURS, _ours_linear()),
+        Provider("egpo_kernels, chunks of 64 MiB", OURS, _ours_linear(max_chunk_bytes=SMALL_CHUNK)),
+        Provider("eager", "eager", eager_linear),
+        Provider("torch.compile", "torch.compile", eager_linear, prepare=_compiled_loss(_linear_by_hand, "hidden")),
+        # A bar, not a rival.
+        Provider(GEMMS, GEMMS, bare_gemms(), prepare=bare_gemms, outputs=()),
+    ]
     return {
+        "linear": linear,
+        "linear-frozen": linear,
         "logits": [
             Provider(OURS, OURS, _ours_logits()),
             Provider("egpo_kernels, in place", OURS, _ours_logits(inplace_grad=True), overwrites=True),

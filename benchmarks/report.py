@@ -1,4 +1,4 @@
-"""From times and facts to one JSON, one table: ratios, bandwidths and memory are worked out here and nowhere else."""
+"""From times and facts to one JSON, one table: ratios, rates and memory are worked out here and nowhere else."""
 
 import statistics
 from typing import Any
@@ -7,43 +7,54 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import headline, version
+from benchmarks.providers import GEMMS
 from benchmarks.rivals import PACKAGES
-from benchmarks.workloads import DTYPES, SAMPLED, WORKLOADS, Case, size
+from benchmarks.workloads import DTYPES, HIDDEN, ROLLOUTS, SAMPLED, WORKLOADS, Case, size
 
 Report = dict[str, Any]
 COLUMNS = ["provider", "median (quartiles)", "eager / this", "bandwidth (of copy)", "peak memory", "error"]
+RATES = {"bytes": COLUMNS[3], "FLOPs": "time / bare GEMMs (rate)"}
 BASELINE = "eager"
 
 
 def make_report(machine: dict[str, Any], copy: float, facts: dict[tuple[Case, str], dict[str, Any]]) -> Report:
     """What is written as JSON: one record for each case and provider."""
-    results = [
-        _record(case, name, found, facts.get((case, BASELINE), {}), copy) for (case, name), found in facts.items()
-    ]
+    results = [_record(case, name, found, facts, copy) for (case, name), found in facts.items()]
     versions = {package: version(package) or "not installed" for package in PACKAGES}
     return {"machine": machine, "rivals": versions, "copy_bandwidth": copy, "results": results}
 
 
-def _record(case: Case, name: str, found: dict[str, Any], baseline: dict[str, Any], copy: float) -> dict[str, Any]:
+def _record(case: Case, name: str, found: dict[str, Any], facts: dict[Any, Any], copy: float) -> dict[str, Any]:
     workload = WORKLOADS[case.workload]
     record = case._asdict() | {"provider": name, "family": found["family"], "refused": found["refused"]}
     if found["refused"] is not None:
         return record
-    seconds, moved = statistics.median(found["seconds"]), workload.bytes_moved(case)
+    seconds = statistics.median(found["seconds"])
     low, high = _quartiles(found["seconds"])
     record |= {
         "seconds": {"median": seconds, "lower_quartile": low, "upper_quartile": high, "rounds": len(found["seconds"])},
-        "bytes": {"moved": moved, "formula": workload.formula},
-        "bandwidth": moved / seconds,
-        "of_copy_bandwidth": moved / seconds / copy,
         "error": found["error"],
         "wrong": found["wrong"],
         "peak_bytes": found.get("peak_bytes"),
-        "logits_bytes": case.tokens * case.vocab * DTYPES[case.dtype].itemsize if workload.of_logits else None,
+        "logits_bytes": None if workload.given == ROLLOUTS else case.tokens * case.vocab * DTYPES[case.dtype].itemsize,
     }
-    if baseline.get("seconds"):
-        record["times_eager"] = statistics.median(baseline["seconds"]) / seconds
-    return record
+    eager, gemms = (_median(facts.get((case, bar), {})) for bar in (BASELINE, GEMMS))
+    if eager is not None:
+        record["times_eager"] = eager / seconds
+    cost = workload.cost(case)
+    if _unit(case) == "bytes":
+        rates = {"bandwidth": cost / seconds, "of_copy_bandwidth": cost / seconds / copy}
+        return record | {"bytes": {"moved": cost, "formula": workload.formula}} | rates
+    rates = {"flops_per_second": cost / seconds, "over_gemms": None if gemms is None else seconds / gemms}
+    return record | {"flops": {"needed": cost, "formula": workload.formula}} | rates
+
+
+def _median(found: dict[str, Any]) -> float | None:
+    return statistics.median(found["seconds"]) if found.get("seconds") else None
+
+
+def _unit(case: Case) -> str:
+    return "FLOPs" if WORKLOADS[case.workload].given == HIDDEN else "bytes"
 
 
 def _quartiles(values: list[float]) -> tuple[float, float]:
@@ -55,19 +66,24 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
 
 def cases_of(report: Report, leading: bool = False) -> list[Case]:
     """The cases of a report, or the largest batch of each workload and dtype."""
-    found = list(dict.fromkeys(Case(*(one[field] for field in Case._fields)) for one in report["results"]))
+    found = list(dict.fromkeys(case_of(one) for one in report["results"]))
     if leading:
         first = {(case.workload, case.dtype): case for case in reversed(found)}
         found = list(reversed(first.values()))
     return found
 
 
+def case_of(one: dict[str, Any]) -> Case:
+    """What a record is about; older ones say nothing of hidden states."""
+    return Case(**{field: one[field] for field in Case._fields if field in one})
+
+
 def section(report: Report, case: Case) -> tuple[str, list[list[str]]]:
-    """A heading and the rows of one case, as text."""
-    workload = WORKLOADS[case.workload]
-    own = [one for one in report["results"] if all(one[field] == getattr(case, field) for field in Case._fields)]
-    heading = f"{case.workload}: {workload.title}, {size(case)}; bytes: {workload.formula}"
-    return heading, [_cells(one) for one in own]
+    """A heading, and the head and the rows of the table of one case, as text."""
+    workload, unit = WORKLOADS[case.workload], _unit(case)
+    heading = f"{case.workload}: {workload.title}, {size(case)}; {unit}: {workload.formula}"
+    head = [RATES[unit] if name == RATES["bytes"] else name for name in COLUMNS]
+    return heading, [head, *(_cells(one) for one in report["results"] if case_of(one) == case)]
 
 
 def _cells(one: dict[str, Any]) -> list[str]:
@@ -78,10 +94,18 @@ def _cells(one: dict[str, Any]) -> list[str]:
         one["provider"],
         f"{median} ({low} to {high})",
         f"{one['times_eager']:.2f}" if "times_eager" in one else "",
-        f"{one['bandwidth'] / 1e9:.3g} GB/s ({one['of_copy_bandwidth']:.0%})",
+        _rate(one),
         "" if one["peak_bytes"] is None else _memory(one),
         "not compared" if one["error"] is None else f"{one['error']:.1e}" + (" FAR OFF" if one["wrong"] else ""),
     ]
+
+
+def _rate(one: dict[str, Any]) -> str:
+    if "bandwidth" in one:
+        return f"{one['bandwidth'] / 1e9:.3g} GB/s ({one['of_copy_bandwidth']:.0%})"
+    over = "" if one["over_gemms"] is None else f"{one['over_gemms']:.2f} "
+    factor, unit = (1e12, "TFLOP/s") if one["flops_per_second"] >= 1e12 else (1e9, "GFLOP/s")
+    return f"{over}({one['flops_per_second'] / factor:.3g} {unit})"
 
 
 def _memory(one: dict[str, Any]) -> str:
@@ -104,14 +128,22 @@ implementation must move (formula in each heading) over the median, and its shar
 the largest difference to float64 over the largest value, found before anything is timed, at the size that is timed
 (of a gradient of logits, {sampled} rows); FAR OFF is more than rounding the output and summing in float32 explain.
 """
+LINEAR_NOTES = """\
+*Bare GEMMs* are the products that any implementation needs (in each heading), of whole matrices and into memory that is
+there already, without a loss: *time / bare GEMMs* is what a loss costs, 1 being nothing; rates count those products'
+FLOPs alone. Errors are those of loss and whole gradients; where logits are 16-bit, rounding them explains more.
+"""
 
 
 def notes(report: Report) -> str:
     """How to read the table."""
     rounds = max((one["seconds"]["rounds"] for one in report["results"] if one["refused"] is None), default=0)
+    linear = LINEAR_NOTES if any(_unit(case) == "FLOPs" for case in cases_of(report)) else ""
     versions = ", ".join(f"{package} {found}" for package, found in report["rivals"].items())
-    return f"Rivals: {versions}.\n\n" + NOTES.format(
-        rounds=rounds, copy=report["copy_bandwidth"] / 1e9, sampled=SAMPLED
+    return (
+        f"Rivals: {versions}.\n\n"
+        + NOTES.format(rounds=rounds, copy=report["copy_bandwidth"] / 1e9, sampled=SAMPLED)
+        + linear
     )
 
 
@@ -119,8 +151,8 @@ def markdown(report: Report, heading: str = "# Benchmarks", leading: bool = Fals
     """The whole report, or the cases a reader wants first."""
     parts = [f"{heading}\n\n" if heading else "", f"{headline(report['machine'])}\n\n{notes(report)}\n"]
     for case in cases_of(report, leading):
-        title, rows = section(report, case)
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+        title, (head, *rows) = section(report, case)
+        lines = [head, ["---"] * len(head), *rows]
         parts.append(f"**{title}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n")
     return "".join(parts)
 
@@ -132,8 +164,8 @@ def show(report: Report) -> None:
         console = Console(width=160)
     console.print(headline(report["machine"]), highlight=False)
     for case in cases_of(report):
-        title, rows = section(report, case)
-        drawn = Table(*COLUMNS, title=title, title_justify="left", title_style="bold")
+        title, (head, *rows) = section(report, case)
+        drawn = Table(*head, title=title, title_justify="left", title_style="bold")
         for row in rows:
             drawn.add_row(*row, style="bold" if row[0].startswith("egpo_kernels") else None)
         console.print(drawn)

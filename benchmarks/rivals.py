@@ -1,15 +1,20 @@
 """Other libraries' own functions for the same work, called as their users call them; imported only when asked for."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 
 from benchmarks.machine import version
-from benchmarks.providers import Provider, clipped_loss
-from benchmarks.workloads import Batch, Outputs
+from benchmarks.providers import Provider, Run, answer, clipped_loss
+from benchmarks.workloads import SEQUENCES, Batch, Outputs
 
 TRL, TRL_LOSS = "TRL", "TRL log-probs + torch loss"
-PACKAGES = ("liger-kernel", "trl", "quack-kernels")
+LIGER_CE = "Liger cross-entropy + torch loss"
+CCE, CCE_PACKAGE = "cut-cross-entropy + torch loss", "cut-cross-entropy"
+PACKAGES = ("liger-kernel", "trl", "quack-kernels", CCE_PACKAGE)
+TRL_CHUNK = 32768
+"""Tokens of the vocabulary in a tile of TRL's head, as its trainers have it."""
 
 
 def _needs(package: str, on_cuda: bool = False, hopper: bool = False) -> Callable[[str], str | None]:
@@ -36,8 +41,62 @@ def _liger_logits(inplace: bool) -> Callable[[Batch], Outputs]:
             batch.advantages, temperature=1.0, beta=0.0, eps_low=0.2, eps_high=0.2, inplace=inplace,
             loss_type="bnpo", reduce=True,
         )  # fmt: skip
-        loss.backward()
-        return {"loss": loss, "gradient": batch.logits.grad}
+        return answer(loss, batch)
+
+    return run
+
+
+def _liger_linear(sequences: int) -> Run:
+    def run(batch: Batch) -> Outputs:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        # What it can compile is the loss of log-probs that are there; it would be compiled for every call.
+        fused = LigerFusedLinearGRPOLoss(
+            beta=0.0, compiled=False, use_ref_model=False, chunk_size=sequences, epsilon_low=0.2, epsilon_high=0.2,
+            loss_type="bnpo",
+        )  # fmt: skip
+        loss, _ = fused(
+            batch.hidden, batch.weight, batch.tokens, batch.mask, batch.advantages,
+            old_per_token_logps=batch.old_log_probs,
+        )  # fmt: skip
+        return answer(loss, batch)
+
+    return run
+
+
+def _on_negative_log_probs(score: Callable[[torch.Tensor, Batch, torch.Tensor], torch.Tensor]) -> Run:
+    """A cross-entropy of each token, told which do not count, and the torch loss of it."""
+
+    def run(batch: Batch) -> Outputs:
+        targets = batch.tokens.masked_fill(~batch.mask, -100).flatten()
+        log_probs = -score(batch.hidden.flatten(0, 1), batch, targets).view(batch.mask.shape)
+        return answer(clipped_loss(log_probs.float(), batch), batch)
+
+    return run
+
+
+def _liger_cross_entropy(hidden: torch.Tensor, batch: Batch, targets: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    return LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, batch.weight, targets)
+
+
+def _cut_cross_entropy(implementation: str) -> Run:
+    def score(hidden: torch.Tensor, batch: Batch, targets: torch.Tensor) -> torch.Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(hidden, batch.weight, targets, reduction="none", impl=implementation)
+
+    return _on_negative_log_probs(score)
+
+
+def _trl_linear(outputs: tuple[str, ...]) -> Run:
+    def run(batch: Batch) -> Outputs:
+        from trl.kernels import ChunkedLogProbFunction
+
+        hidden, tokens = batch.hidden.flatten(0, 1), batch.tokens.flatten()
+        found = ChunkedLogProbFunction.apply(hidden, batch.weight, None, tokens, 1.0, TRL_CHUNK, None, 1.0, outputs)
+        return answer(clipped_loss(found[0].view(batch.mask.shape), batch), batch)
 
     return run
 
@@ -63,9 +122,7 @@ def _trl_log_probs_and_entropy(batch: Batch) -> tuple[torch.Tensor, torch.Tensor
 
 def _trl_logits(batch: Batch) -> Outputs:
     log_probs, _ = _trl_log_probs_and_entropy(batch)
-    loss = clipped_loss(log_probs.float(), batch)
-    loss.backward()
-    return {"loss": loss, "gradient": batch.logits.grad}
+    return answer(clipped_loss(log_probs.float(), batch), batch)
 
 
 @torch.no_grad()
@@ -86,7 +143,26 @@ def _quack_cross_entropy(batch: Batch) -> Outputs:
 def rivals(workload: str) -> list[Provider]:
     """Of one workload; those that cannot run say so in their row."""
     liger, trl = _needs("liger-kernel", on_cuda=True), _needs("trl")
+    by_compiler = functools.partial(_cut_cross_entropy, "torch_compile")
+    linear = [
+        Provider("Liger", "Liger", _liger_linear(1), _needs("liger-kernel")),
+        Provider("Liger, all sequences at once", "Liger", _liger_linear(SEQUENCES), _needs("liger-kernel")),
+        # A kernel on Hopper, elsewhere torch operations in chunks of 512 rows.
+        Provider(LIGER_CE, "Liger", _on_negative_log_probs(_liger_cross_entropy), _needs("liger-kernel")),
+        Provider(TRL_LOSS, "TRL", _trl_linear(()), trl),
+        Provider("TRL, with entropy", "TRL", _trl_linear(("entropy",)), trl),
+        Provider(CCE, CCE_PACKAGE, _cut_cross_entropy("cce"), _needs(CCE_PACKAGE, on_cuda=True)),
+        Provider(
+            f"{CCE}, torch_compile",
+            CCE_PACKAGE,
+            by_compiler(),
+            _needs(CCE_PACKAGE),
+            prepare=by_compiler,
+        ),
+    ]
     return {
+        "linear": linear,
+        "linear-frozen": linear,
         "logits": [
             Provider("Liger", "Liger", _liger_logits(False), liger),
             Provider("Liger, in place", "Liger", _liger_logits(True), liger, overwrites=True),

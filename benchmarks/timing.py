@@ -34,9 +34,8 @@ def timer(device: str):
 
 def make_ready(batch: Batch, device: str) -> None:
     """Forget the last gradient; on a GPU empty the cache, and keep it busy while the host queues what is timed."""
-    for leaf in (batch.logits, batch.log_probs):
-        if leaf is not None:
-            leaf.grad = None
+    for leaf in batch.leaves.values():
+        leaf.grad = None
     if device == "cuda":
         size = min(FLUSH_BYTES, torch.cuda.get_device_properties(device).total_memory // 16)
         torch.empty(size, dtype=torch.uint8, device=device).zero_()

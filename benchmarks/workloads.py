@@ -1,12 +1,13 @@
-"""What is measured: the inputs of each workload, the bytes it cannot avoid, and its answer in float64."""
+"""What is measured: the inputs of each workload, the bytes or FLOPs it cannot avoid, and its answer in float64."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from egpo_kernels import TokenLogProbs, group_advantages, policy_loss, token_log_probs
+from egpo_kernels import TokenLogProbs, group_advantages, linear_token_log_probs, policy_loss, token_log_probs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SEQUENCES = 8
@@ -20,16 +21,19 @@ SAMPLED = 32
 """Rows of a gradient of logits that are compared with float64; of everything else all are."""
 EXACT_ROWS = 64
 """Rows of logits that are float64 at a time."""
+LARGEST_LOGIT = 16
+"""Of those that are drawn, and nearly of those that hidden states make."""
 
 
 class Case(NamedTuple):
-    """One batch: `tokens` rows of logits over `vocab`."""
+    """One batch: `tokens` rows of logits over `vocab`, given or made of states that are `hidden` wide."""
 
     workload: str
     device: str
     dtype: str
     tokens: int
     vocab: int
+    hidden: int = 0
 
 
 class Batch(NamedTuple):
@@ -38,32 +42,47 @@ class Batch(NamedTuple):
     tokens: Tensor | None = None
     mask: Tensor | None = None
     logits: Tensor | None = None
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
     log_probs: Tensor | None = None
     old_log_probs: Tensor | None = None
     advantages: Tensor | None = None
     groups: Tensor | None = None
     rewards: Tensor | None = None
 
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What is differentiated, by the name its gradient has among the outputs."""
+        inputs = {"gradient": self.logits, "weight_gradient": self.weight}
+        inputs["gradient"] = next((one for one in (self.logits, self.hidden, self.log_probs) if one is not None), None)
+        return {name: leaf for name, leaf in inputs.items() if leaf is not None and leaf.requires_grad}
+
 
 Outputs = dict[str, Tensor]
+LOGITS, HIDDEN, ROLLOUTS = "logits", "hidden states", "rollouts"
 
 
 class Workload(NamedTuple):
-    """`bytes_moved` is what any implementation must read and write; `formula` says it in words."""
+    """`cost` is what any implementation must at least do, `formula` says it in words: FLOPs where hidden states are
+    given, which is work for matrix units, else bytes read and written.
+    """
 
     title: str
     make: Callable[[Case], Batch]
     truth: Callable[[Batch], Outputs]
-    bytes_moved: Callable[[Case], int]
+    cost: Callable[[Case], int]
     formula: str
-    of_logits: bool
-    """Whether time depends on the vocabulary and on the dtype of the logits."""
+    given: str
+    """LOGITS, HIDDEN or ROLLOUTS; time depends on vocabulary and dtype but for the last."""
 
 
 def size(case: Case) -> str:
     """The batch in words."""
-    if WORKLOADS[case.workload].of_logits:
+    given = WORKLOADS[case.workload].given
+    if given == LOGITS:
         return f"[{case.tokens} x {case.vocab}] {case.dtype}"
+    if given == HIDDEN:
+        return f"[{case.tokens} x {case.hidden}] times [{case.hidden} x {case.vocab}] {case.dtype}"
     return f"{_responses(case)} responses of up to {RESPONSE} tokens, {case.dtype}"
 
 
@@ -75,27 +94,41 @@ def _seeded(case: Case) -> torch.Generator:
     return torch.Generator(case.device).manual_seed(0)
 
 
-def _drawn_logits(case: Case, generator: torch.Generator) -> Tensor:
-    length = case.tokens // SEQUENCES
-    logits = torch.empty(SEQUENCES, length, case.vocab, dtype=DTYPES[case.dtype], device=case.device)
-    for sequence in logits:
-        for rows in sequence.split(512):
-            rows.copy_(3 * torch.randn(rows.shape, generator=generator, device=case.device))
-    return logits
+def _drawn(case: Case, generator: torch.Generator, scale: float, *shape: int) -> Tensor:
+    """Normal numbers in the case's dtype, drawn some rows at a time in float32."""
+    drawn = torch.empty(shape, dtype=DTYPES[case.dtype], device=case.device)
+    for rows in drawn.view(-1, shape[-1]).split(512):
+        rows.copy_(scale * torch.randn(rows.shape, generator=generator, device=case.device))
+    return drawn
 
 
 def make_logits(case: Case) -> Batch:
     """Logits that score next tokens, so each sequence's last position is masked; old log-probs a little off."""
     generator = _seeded(case)
-    logits = _drawn_logits(case, generator)
-    shape, device = logits.shape[:2], case.device
+    logits = _drawn(case, generator, 3, SEQUENCES, case.tokens // SEQUENCES, case.vocab)
+    batch = _scored(case, generator, lambda tokens: token_log_probs(logits, tokens))
+    return batch._replace(logits=logits.requires_grad_())
+
+
+def make_hidden(case: Case, trains: bool) -> Batch:
+    """As `make_logits`, with hidden states and a head that make such logits."""
+    generator = _seeded(case)
+    hidden = _drawn(case, generator, 1, SEQUENCES, case.tokens // SEQUENCES, case.hidden)
+    weight = _drawn(case, generator, 3 / case.hidden**0.5, case.vocab, case.hidden)
+    batch = _scored(case, generator, lambda tokens: linear_token_log_probs(hidden, weight, tokens))
+    return batch._replace(hidden=hidden.requires_grad_(), weight=weight.requires_grad_(trains))
+
+
+def _scored(case: Case, generator: torch.Generator, score: Callable[[Tensor], TokenLogProbs]) -> Batch:
+    shape, device = (SEQUENCES, case.tokens // SEQUENCES), case.device
     tokens = torch.randint(0, case.vocab, shape, generator=generator, device=device)
     mask = torch.ones(shape, dtype=torch.bool, device=device)
     mask[:, -1] = False
-    now = token_log_probs(logits, tokens).log_probs
-    old = now + 0.2 * torch.randn(shape, generator=generator, device=device)
+    # Never near the edge of a clip, over which a rounded logit could carry the ratio.
+    off = 0.4 * torch.randn(shape, generator=generator, device=device).trunc()
+    old = score(tokens).log_probs + off
     advantages = torch.randn(SEQUENCES, generator=generator, device=device)
-    return Batch(tokens, mask, logits.requires_grad_(), old_log_probs=old, advantages=advantages)
+    return Batch(tokens, mask, old_log_probs=old, advantages=advantages)
 
 
 def make_rollouts(case: Case) -> Batch:
@@ -122,13 +155,20 @@ def sampled_rows(gradient: Tensor) -> Tensor:
     return rows[torch.linspace(0, len(rows) - 1, SAMPLED, device=rows.device).long()]
 
 
+def _exact_rows(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits in float64 and their tokens, some rows at a time."""
+    given = batch.logits if batch.hidden is None else batch.hidden
+    head = None if batch.weight is None else batch.weight.double().t()
+    for values, tokens in zip(*(field.flatten(0, 1).split(EXACT_ROWS) for field in (given, batch.tokens)), strict=True):
+        yield (values.double() if head is None else values.double() @ head)[None], tokens[None]
+
+
 def _exact_log_probs(batch: Batch) -> TokenLogProbs:
-    """In float64, some rows at a time."""
-    rows = [field.flatten(0, 1).split(EXACT_ROWS) for field in (batch.logits.detach(), batch.tokens)]
+    """In float64."""
     with torch.no_grad():
         parts = [
-            token_log_probs(logits[None].double(), tokens[None], return_entropy=True, backend="reference")
-            for logits, tokens in zip(*rows, strict=True)
+            token_log_probs(logits, tokens, return_entropy=True, backend="reference")
+            for logits, tokens in _exact_rows(batch)
         ]
     return TokenLogProbs(*(torch.cat(field, 1).view(batch.tokens.shape) for field in zip(*parts, strict=True)))
 
@@ -150,6 +190,16 @@ def _logits_truth(batch: Batch) -> Outputs:
     return {"loss": loss, "gradient": leaf.grad}
 
 
+def _linear_truth(batch: Batch) -> Outputs:
+    """The loss, and whole gradients."""
+    leaves = (leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in (batch.hidden, batch.weight))
+    exact = batch._replace(**dict(zip(("hidden", "weight"), leaves, strict=True)))
+    loss, slope = _exact_loss(_exact_log_probs(exact).log_probs, exact)
+    for (logits, tokens), part in zip(_exact_rows(exact), slope.flatten().split(EXACT_ROWS), strict=True):
+        token_log_probs(logits, tokens, backend="reference").log_probs.backward(part[None])
+    return {"loss": loss} | {name: leaf.grad for name, leaf in exact.leaves.items()}
+
+
 def _log_probs_truth(batch: Batch) -> Outputs:
     found = _exact_log_probs(batch)
     return {name: value * batch.mask for name, value in found._asdict().items()}
@@ -169,34 +219,59 @@ def _logits_bytes(passes: int) -> Callable[[Case], int]:
     return lambda case: passes * case.tokens * case.vocab * DTYPES[case.dtype].itemsize
 
 
+def _product_flops(count: int) -> Callable[[Case], int]:
+    return lambda case: count * 2 * case.tokens * case.vocab * case.hidden
+
+
 def _rollout_bytes(per_token: int) -> Callable[[Case], int]:
     return lambda case: per_token * _responses(case) * RESPONSE
 
 
 WORKLOADS = {
     "logits": Workload(
-        "loss and gradient from logits", make_logits, _logits_truth, _logits_bytes(2), "2 N V itemsize", True
+        "loss and gradient from logits", make_logits, _logits_truth, _logits_bytes(2), "2 N V itemsize", LOGITS
     ),
     "log-probs": Workload(
         "log-probs and entropy from logits, no gradient", make_logits, _log_probs_truth, _logits_bytes(1),
-        "N V itemsize", True,
+        "N V itemsize", LOGITS,
     ),
     "advantages": Workload(
         "EGPO advantages of a rollout batch", make_rollouts, _advantages_truth, _rollout_bytes(5),
-        "5 N (old log-prob, mask)", False,
+        "5 N (old log-prob, mask)", ROLLOUTS,
     ),
     "policy-loss": Workload(
         "loss and gradient from log-probs of a rollout batch", make_rollouts, _policy_loss_truth, _rollout_bytes(13),
-        "13 N (log-prob, old log-prob, mask, gradient)", False,
+        "13 N (log-prob, old log-prob, mask, gradient)", ROLLOUTS,
+    ),
+    "linear": Workload(
+        "loss and gradients from hidden states and a head that trains", functools.partial(make_hidden, trains=True),
+        _linear_truth, _product_flops(3), "3 products of 2 N V H", HIDDEN,
+    ),
+    "linear-frozen": Workload(
+        "loss and gradient from hidden states and a frozen head", functools.partial(make_hidden, trains=False),
+        _linear_truth, _product_flops(2), "2 products of 2 N V H", HIDDEN,
     ),
 }  # fmt: skip
 
 
-def cases(workload: str, device: str, dtypes: list[str], tokens: list[int], vocabs: list[int]) -> Iterator[Case]:
-    """The largest batch, then fewer tokens, then smaller vocabularies; the largest is what tables lead with."""
-    known = WORKLOADS[workload]
-    for dtype in dtypes if known.of_logits else ["fp32"]:
+class Sizes(NamedTuple):
+    """What was asked for; `linear` are (tokens, hidden, vocab)."""
+
+    dtypes: list[str]
+    tokens: list[int]
+    vocabs: list[int]
+    linear: list[tuple[int, int, int]]
+
+
+def cases(workload: str, device: str, sizes: Sizes) -> Iterator[Case]:
+    """The largest batch, then fewer tokens, then smaller vocabularies; the first is what tables lead with."""
+    given, (dtypes, tokens, vocabs, linear) = WORKLOADS[workload].given, sizes
+    if given == HIDDEN:
+        for dtype in dtypes:
+            yield from (Case(workload, device, dtype, count, vocab, hidden) for count, hidden, vocab in linear)
+        return
+    for dtype in dtypes if given == LOGITS else ["fp32"]:
         for count in sorted(tokens, reverse=True):
             yield Case(workload, device, dtype, count, max(vocabs))
-        for vocab in sorted(vocabs, reverse=True)[1:] if known.of_logits else []:
+        for vocab in sorted(vocabs, reverse=True)[1:] if given == LOGITS else []:
             yield Case(workload, device, dtype, max(tokens), vocab)

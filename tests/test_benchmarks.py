@@ -13,28 +13,18 @@ pytest.importorskip("pytest_benchmark")
 pytest.importorskip("rich")
 
 import benchmarks.session as session_module
-from benchmarks.__main__ import arguments
+from benchmarks.__main__ import DEFAULTS, arguments
 from benchmarks.pictures import FAMILIES, draw
-from benchmarks.providers import NATIVE, Provider, own_providers
+from benchmarks.providers import GEMMS, NATIVE, Provider, own_providers
 from benchmarks.readme import drawn
 from benchmarks.report import make_report, markdown
 from benchmarks.rivals import TRL, TRL_LOSS, rivals
 from benchmarks.session import compared, run, selected
-from benchmarks.workloads import WORKLOADS, Case, cases, sampled_rows
+from benchmarks.workloads import WORKLOADS, Sizes, cases, sampled_rows
 from egpo_kernels import logits_policy_loss
+from tests.support.benchmark import CASE, LINEAR, MACHINE, case_of, fact, judged, spoilt
 
 ROOT = Path(__file__).resolve().parent.parent
-MACHINE = {
-    "device": "cpu",
-    "cpu": "abacus",
-    "threads": 1,
-    "python": "3",
-    "torch": "2",
-    "triton": "3",
-    "commit": "c",
-    "date": "d",
-}
-CASE = Case("logits", "cpu", "fp32", 64, 50)
 
 
 @pytest.fixture(autouse=True)
@@ -45,16 +35,6 @@ def alone(monkeypatch):
 
 def broken(batch):
     raise NotImplementedError("not on Sundays\nbut otherwise")
-
-
-def spoilt(spoil):
-    """A provider whose gradient is ours, spoilt."""
-
-    def run(batch):
-        found = own_providers("logits")[0].run(batch)
-        return found | {"gradient": spoil(found["gradient"].clone(), batch)}
-
-    return Provider("spoilt", "eager", run)
 
 
 def only_the_tokens(gradient, batch):
@@ -81,18 +61,6 @@ SPOILT = {
 }
 
 
-def judged(case, provider):
-    """What the check of a provider says of it."""
-    workload = WORKLOADS[case.workload]
-    batch = workload.make(case)
-    truth = workload.truth(batch)
-    return compared(provider.run(batch), truth, provider.outputs, workload.of_logits)
-
-
-def fact(seconds, **more):
-    return {"family": "eager", "refused": None, "error": 1e-7, "wrong": False, "seconds": seconds} | more
-
-
 FACTS = {
     (CASE, "egpo_kernels"): fact([0.25, 0.5, 1.0], family="egpo_kernels", peak_bytes=12800),
     (CASE, "eager"): fact([1.5, 1.0, 0.5]),
@@ -103,14 +71,15 @@ FACTS = {
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_every_provider_agrees_with_float64_or_says_why_not(workload, dtype):
-    case = CASE._replace(workload=workload, dtype=dtype)
+    case = case_of(workload, dtype=dtype)
     providers = own_providers(workload) + rivals(workload)
     assert {"egpo_kernels", "eager"} <= {one.name for one in providers if one.unavailable("cpu") is None}
     for provider in providers:
         if provider.unavailable("cpu") is None and not provider.prepare:
             found = judged(case, provider)
             # What computes in bfloat16 is far off, and is shown to be.
-            assert not found["wrong"] or (dtype == "bf16" and provider.name in (NATIVE, TRL, TRL_LOSS)), provider.name
+            native = dtype == "bf16" and workload not in LINEAR and provider.name in (NATIVE, TRL, TRL_LOSS)
+            assert not found["wrong"] or native, provider.name
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -127,7 +96,7 @@ def test_a_wrong_shape_is_no_answer():
     truth = WORKLOADS["logits"].truth(batch)
     found = own_providers("logits")[0].run(batch)
     with pytest.raises(ValueError, match="loss is"):
-        compared(found | {"loss": found["loss"].expand(3)}, truth, None, True)
+        compared(found | {"loss": found["loss"].expand(3)}, truth, None, CASE)
 
 
 def test_the_truth_is_that_of_the_reference():
@@ -145,7 +114,7 @@ def test_the_truth_is_that_of_the_reference():
 def test_who_is_compared_is_chosen_by_family_and_ours_always_is(workload):
     everyone = {one.family for one in selected(workload, ["all"])}
     assert {"egpo_kernels", "eager", "torch.compile"} <= everyone <= set(FAMILIES)
-    assert everyone == set(FAMILIES) or workload != "logits"
+    assert set(FAMILIES) == {one.family for each in WORKLOADS for one in selected(each, ["all"])}
     for family in everyone:
         assert {one.family for one in selected(workload, [family])} == {"egpo_kernels", family}
     assert {one.family for one in selected(workload, ["none"])} == {"egpo_kernels"}
@@ -212,6 +181,13 @@ def test_figures_follow_from_the_times():
     assert "| Liger | needs a CUDA device |" in text
 
 
+def test_reports_older_than_hidden_states_are_read():
+    report = json.loads(json.dumps(make_report(MACHINE, 1e9, FACTS)))
+    for one in report["results"]:
+        del one["hidden"]
+    assert markdown(report) == markdown(make_report(MACHINE, 1e9, FACTS))
+
+
 def test_pictures_are_drawn(tmp_path):
     drawn_files = draw(make_report(MACHINE, 1e9, FACTS), tmp_path)
     assert [path.name for path in drawn_files] == ["logits.png", "logits-scaling.png"]
@@ -219,15 +195,19 @@ def test_pictures_are_drawn(tmp_path):
 
 
 def test_cases_lead_with_the_largest_and_vary_one_size_at_a_time():
-    found = list(cases("logits", "cpu", ["bf16"], [16, 64], [32, 128]))
+    sizes = Sizes(["bf16"], [16, 64], [32, 128], [(32, 8, 96), (16, 4, 64)])
+    found = list(cases("logits", "cpu", sizes))
     assert [(one.tokens, one.vocab) for one in found] == [(64, 128), (16, 128), (64, 32)]
-    assert {one.dtype for one in cases("advantages", "cpu", ["bf16"], [16], [32])} == {"fp32"}
+    assert {one.dtype for one in cases("advantages", "cpu", sizes)} == {"fp32"}
+    found = list(cases("linear", "cpu", sizes))
+    assert [(one.tokens, one.hidden, one.vocab) for one in found] == sizes.linear
 
 
 @pytest.mark.parametrize(
     ("given", "named"),
     [
         (["--tokens", "12"], "--tokens"), (["--vocab", "1"], "--vocab"), (["--rounds", "0"], "--rounds"),
+        (["--linear", "12x8x9"], "--linear"), (["--linear", "64x8"], "--linear"), (["--linear", "64x1x9"], "--linear"),
         (["--dtype", "fp8"], "--dtype"), (["--rivals", "nobody"], "--rivals"), (["everything"], "what"),
     ],
 )  # fmt: skip
@@ -241,6 +221,7 @@ def test_arguments_have_each_devices_defaults():
     options = arguments(["logits", "--device", "cpu", "--dtype", "bf16", "--rivals", "eager,TRL"])
     assert (options.what, options.dtype, options.rivals) == ("logits", ["bf16"], ["eager", "TRL"])
     assert options.tokens == [64, 256, 512] and options.rounds == 7
+    assert options.linear == DEFAULTS["cpu"]["linear"] == [(2048, 576, 49152)]
 
 
 def test_the_command_writes_its_report(tmp_path):
@@ -256,9 +237,20 @@ def test_the_command_writes_its_report(tmp_path):
     assert report["copy_bandwidth"] > 0 and report["machine"]["torch"] == torch.__version__
 
 
+def test_linear_is_a_head_that_trains_and_a_frozen_one(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "linear", "--device", "cpu", "--linear", "64x16x50", "--rounds", "1"]
+    options = ["--dtype", "fp32", "--rivals", f"eager,{GEMMS}", "--out", str(tmp_path)]
+    done = subprocess.run(command + options, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"linear.png", "linear-frozen.png"} <= {path.name for path in tmp_path.iterdir()}
+    results = json.loads((tmp_path / "benchmarks.json").read_text())["results"]
+    assert {one["workload"] for one in results} == set(LINEAR)
+    assert all(one["over_gemms"] > 0 and one["hidden"] == 16 and not one["wrong"] for one in results)
+
+
 def test_the_readmes_figures_are_those_of_the_results():
     text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- figures: ") == 3
+    assert text.count("<!-- figures: ") == 4
     assert drawn(text) == text, "run python -m benchmarks.readme"
 
 

@@ -137,7 +137,10 @@ def test_what_each_step_runs(dry, tmp_path, monkeypatch):
     found = {name: step.run(plan, 30.0) for name, step in steps.STEPS.items() if name != "dram"}
     told = (tmp_path / "commands.txt").read_text()
     assert found["tests"]["status"] == found["bench"]["status"] == "passed"
-    assert f"benchmarks all --device {'cpu' if dry else 'cuda'} --tokens {'64' if dry else '2048,8192,32768'}" in told
+    sizes = (
+        "--tokens 64 --vocab 512 --linear 64x32x512" if dry else "--tokens 2048,8192,32768 --linear 8192x4096x131072"
+    )
+    assert f"benchmarks all --device {'cpu' if dry else 'cuda'}" in told and sizes in told
     assert "--dist loadgroup" in told and "-m gpu tests" in told
     assert plan.environment["TRITON_INTERPRET"] == ("1" if dry else "0")
     assert found["sanitizer"]["status"] == ("absent" if dry else "passed")

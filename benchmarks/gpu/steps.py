@@ -104,8 +104,10 @@ def _verdict(log: Path) -> list[str]:
 
 def bench(plan: Plan, limit: float) -> Record:
     """The benchmarks, which write tables and pictures of their own."""
-    sizes = ["--tokens", "64", "--vocab", "512", "--rounds", "1"] if plan.dry else ["--tokens", "2048,8192,32768"]
-    command = [sys.executable, "-m", "benchmarks", "all", "--device", plan.device, *sizes, "--out", str(plan.out)]
+    large = ["--tokens", "2048,8192,32768", "--linear", "8192x4096x131072"]
+    small = ["--dtype", "bf16", "--tokens", "64", "--vocab", "512", "--linear", "64x32x512", "--rounds", "1"]
+    options = ["--device", plan.device, *(small if plan.dry else large), "--out", str(plan.out)]
+    command = [sys.executable, "-m", "benchmarks", "all", *options]
     # Interpreted, so that the kernels pass through the benchmarks before they meet a GPU.
     backend = {"EGPO_KERNELS_BACKEND": "triton"} if plan.dry else {}
     done = plan.run("bench", command, limit, **backend)
