@@ -175,22 +175,44 @@ BYTES = [
     (torch.float32, 30.0, FROZEN, 8000),
     (torch.bfloat16, 30.0, TRAINS, 8000),
 ]
+MANY = 10**9
 
 
 @pytest.mark.parametrize("dtype, softcap, wanted, per_row", BYTES)
 def test_rows_of_a_chunk(dtype, softcap, wanted, per_row):
     head = head_of(dtype, softcap)
-    assert chunks.chunk_rows(head, wanted, 10 * per_row) == 10
-    assert chunks.chunk_rows(head, wanted, 11 * per_row - 1) == 10
-    assert chunks.chunk_rows(head, wanted, 1) == 1
-    assert chunks.chunk_rows(head, wanted, None) == (256 << 20) // per_row
+    assert chunks.chunk_rows(head, wanted, 10 * per_row, MANY) == 10
+    assert chunks.chunk_rows(head, wanted, 11 * per_row - 1, MANY) == 10
+    assert chunks.chunk_rows(head, wanted, 1, MANY) == 1
+    assert chunks.chunk_rows(head, wanted, None, MANY) == (256 << 20) // per_row
+
+
+def test_one_chunk_needs_no_float32():
+    head = head_of(torch.bfloat16)
+    assert chunks.chunk_rows(head, TRAINS, 60_000, 30) == 30
+    assert chunks.chunk_rows(head, TRAINS, 60_000, 31) == 10
 
 
 def test_a_head_that_trains_gets_4096_rows():
     wide = Head(torch.empty(151936, 4, device="meta"), None, None, None, 1.0, 1.0, 0.0)
-    assert chunks.chunk_rows(wide, TRAINS, None) == 4096
-    assert chunks.chunk_rows(wide, FROZEN, None) == (256 << 20) // (151936 * 4)
-    assert chunks.chunk_rows(wide, TRAINS, 256 << 20) == (256 << 20) // (151936 * 4)
+    assert chunks.chunk_rows(wide, TRAINS, None, MANY) == 4096
+    assert chunks.chunk_rows(wide, FROZEN, None, MANY) == (256 << 20) // (151936 * 4)
+    assert chunks.chunk_rows(wide, TRAINS, 256 << 20, MANY) == (256 << 20) // (151936 * 4)
+
+
+@pytest.mark.parametrize("rows, wide", [(32, False), (7, True)])
+def test_a_sum_over_chunks_is_float32(rows, wide):
+    """Beside the gradient there is a sum as large in float32, where there is more than one chunk."""
+    step = Step(("hidden", "weight"), torch.bfloat16)
+    weight = torch.randn(VOCAB, 4096).bfloat16().requires_grad_()
+    hidden = torch.randn(4, 8, 4096).bfloat16()
+
+    def run():
+        limit = rows * VOCAB * (6 if wide else 2)
+        ek.linear_policy_loss(hidden, weight, step.tokens, step.advantages, max_chunk_bytes=limit).loss.backward()
+
+    beside = peak_bytes(run) - weight.nbytes
+    assert (beside >= 2 * weight.nbytes) is wide
 
 
 BIG, SMALLER = (4096, 151936, 256), (1024, 49152, 64)

@@ -177,7 +177,8 @@ def test_gradcheck(backend, head, coefficient):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head", ["trains", "frozen"])
 @pytest.mark.parametrize("coefficient", ["known", "late"])
-def test_sixteen_bit_gradients_are_as_good_as_unfused(backend, dtype, head, coefficient):
+@pytest.mark.parametrize("limit", [None, 20 * 301 * 6], ids=["one chunk", "chunks"])
+def test_sixteen_bit_gradients_are_as_good_as_unfused(backend, limit, dtype, head, coefficient):
     """Of hidden states and weight, in chunks, against float64; unfused is torch's product and `reference` behind it."""
     generator = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in ((4, 24, 48), (301, 48)))
@@ -198,7 +199,7 @@ def test_sixteen_bit_gradients_are_as_good_as_unfused(backend, dtype, head, coef
         if kind == "reference":
             loss = ek.logits_policy_loss(leaves[0] @ leaves[1].t(), tokens, advantages.to(cast), **given).loss
         else:
-            given |= {"grad_scale": SCALE, "max_chunk_bytes": 20 * 301 * 6}
+            given |= {"grad_scale": SCALE, "max_chunk_bytes": limit}
             loss = ek.linear_policy_loss(*leaves, tokens, advantages, **given).loss
         loss.backward(torch.tensor(SCALE, dtype=cast, device=DEVICE))
         return [leaf.grad for leaf in leaves if leaf.requires_grad]

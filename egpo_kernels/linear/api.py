@@ -131,8 +131,8 @@ def linear_policy_loss(
     Adapters on a frozen weight count as a frozen head, plus products with r in place of H; where the coefficient is
     known later, 3. Only rows that count are multiplied, where the host knows their number.
 
-    At the peak there live, beside the inputs: the gradients; the gradients of what trains of the head in float32; and
-    one chunk.
+    At the peak there live, beside the inputs: the gradients; one chunk; and, where there are several chunks and the
+    head trains in 16 bits, its gradients in float32.
 
     Args:
         hidden: Last hidden states, ``[S, T, H]``, or ``[N, H]`` packed; fp16, bf16, fp32 or fp64; ``hidden[..., t, :]``

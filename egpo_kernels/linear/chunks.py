@@ -28,14 +28,28 @@ class Chunk(NamedTuple):
     gradient: Tensor
 
 
-def chunk_rows(head: Head, wanted: Wanted, max_chunk_bytes: int | None) -> int:
+class Plan(NamedTuple):
+    """Which rows are multiplied, None for all of them; how many they are, and how many at a time."""
+
+    places: Tensor | None
+    total: int
+    size: int
+
+    @property
+    def once(self) -> bool:
+        """Whether one chunk holds them all, so that no sum over chunks is rounded."""
+        return self.total <= self.size
+
+
+def chunk_rows(head: Head, wanted: Wanted, max_chunk_bytes: int | None, total: int) -> int:
     """Rows of a chunk: as many as fit, with everything that is alive of a chunk counted."""
     per_row = head.vocab * head.weight.dtype.itemsize * (2 if head.softcap else 1)
-    if wanted.of_head and sums_apart(head):
-        per_row += head.vocab * 4
-    rows = (max_chunk_bytes or CHUNK_BYTES) // per_row
+    limit = max_chunk_bytes or CHUNK_BYTES
     least = TRAINED_ROWS if wanted.of_head and max_chunk_bytes is None else 1
-    return max(rows, least)
+    rows = max(limit // per_row, least)
+    if rows < total and wanted.of_head and sums_apart(head):
+        rows = max(limit // (per_row + head.vocab * 4), least)
+    return rows
 
 
 def check_num_active(mask: Tensor, num_active: int | None) -> None:
@@ -75,15 +89,14 @@ def first_places(mask: Tensor, count: int) -> Tensor:
     return mask.argsort(descending=True, stable=True)[:count]
 
 
-def chunks(hidden: Tensor, head: Head, rows: Rows, places: Tensor | None, size: int) -> Iterator[Chunk]:
-    """Walk over the rows of ``hidden [B, T, H]`` at ``places`` and make their logits.
+def chunks(hidden: Tensor, head: Head, rows: Rows, plan: Plan) -> Iterator[Chunk]:
+    """Walk over the rows of ``hidden [B, T, H]`` that are planned, and make their logits.
 
     A softcap's derivative needs them beside their gradient; without one the gradient lies over them.
     """
-    length = hidden.shape[1]
+    length, (places, total, size) = hidden.shape[1], plan
     if places is None and not hidden.is_contiguous():
-        places = torch.arange(rows.mask.shape[0], device=hidden.device)
-    total = rows.mask.shape[0] if places is None else places.shape[0]
+        places = torch.arange(total, device=hidden.device)
     logits = hidden.new_empty(min(size, total), head.vocab)
     gradient = torch.empty_like(logits) if head.softcap else logits
     for start in range(0, total, size):

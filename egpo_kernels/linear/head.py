@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels.types import Rows
+from egpo_kernels.types import Rows, compute_dtype
 
 
 class Head(NamedTuple):
@@ -99,11 +99,15 @@ def sums_apart(head: Head) -> bool:
 
 
 class HeadGradients:
-    """Gradients of the head, summed over chunks in float32 (float64): rounding each chunk's would bias training."""
+    """Gradients of the head, summed over chunks in float32 (float64): rounding each chunk's would bias training.
 
-    def __init__(self, head: Head, wanted: Wanted) -> None:
+    Where there is ``once`` only something to add, it is rounded once anyway.
+    """
+
+    def __init__(self, head: Head, wanted: Wanted, once: bool) -> None:
         self.head, self.wanted = head, wanted
-        dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
+        dtype = head.weight.dtype if once else compute_dtype(head.weight.dtype)
+        self.widens = not once and sums_apart(head)
         self.sums = [
             None if tensor is None or not asked else tensor.new_zeros(tensor.shape, dtype=dtype)
             for tensor, asked in zip(head[:4], wanted[1:], strict=True)
@@ -115,12 +119,12 @@ class HeadGradients:
             return
         head, gain = self.head, self.head.gain
         weight, bias, lora_a, lora_b = self.sums
-        if sums_apart(head):
+        if self.widens:
             gradient, hidden = gradient.float(), hidden.float()
         if weight is not None:
             _accumulate_(weight, gradient.t(), hidden, gain)
         if bias is not None:
-            bias.add_(gradient.sum(0, dtype=bias.dtype), alpha=gain)
+            bias.add_(gradient.sum(0, dtype=compute_dtype(bias.dtype)), alpha=gain)
         if lora_a is not None and head.lora_b is not None:
             inner = gradient @ head.lora_b.to(gradient.dtype)
             _accumulate_(lora_a, inner.t(), hidden, gain * head.lora_scale)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels.linear.chunks import Chunk, active_rows, chunk_rows, chunks
+from egpo_kernels.linear.chunks import Chunk, Plan, active_rows, chunk_rows, chunks
 from egpo_kernels.linear.head import Head, HeadGradients, Wanted
 from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
@@ -25,10 +25,15 @@ class Layer(NamedTuple):
     num_active: int | None
     max_chunk_bytes: int | None
 
-    def chunks(self, rows: Rows, wanted: Wanted) -> Iterator[Chunk]:
-        """Walk over the rows that count, with their logits."""
+    def plan(self, rows: Rows, wanted: Wanted) -> Plan:
+        """The rows that count, and how many of them go together."""
         places = active_rows(rows.mask, self.host_mask, self.num_active)
-        return chunks(self.hidden, self.head, rows, places, chunk_rows(self.head, wanted, self.max_chunk_bytes))
+        total = (rows.mask if places is None else places).shape[0]
+        return Plan(places, total, chunk_rows(self.head, wanted, self.max_chunk_bytes, total))
+
+    def chunks(self, rows: Rows, plan: Plan) -> Iterator[Chunk]:
+        """Walk over the planned rows, with their logits."""
+        return chunks(self.hidden, self.head, rows, plan)
 
     def zeros(self, rows: Rows, count: int) -> list[Tensor]:
         """Results per row ``[N]``, 0 where rows do not count."""
@@ -38,10 +43,10 @@ class Layer(NamedTuple):
 class Gradients:
     """Gradients of hidden states and head, gathered chunk by chunk."""
 
-    def __init__(self, layer: Layer, wanted: Wanted) -> None:
+    def __init__(self, layer: Layer, wanted: Wanted, once: bool) -> None:
         self.head = layer.head
         self.hidden = layer.hidden.new_zeros(layer.hidden.shape) if wanted.hidden else None
-        self.of_head = HeadGradients(layer.head, wanted)
+        self.of_head = HeadGradients(layer.head, wanted, once)
 
     def add(self, chunk: Chunk) -> None:
         """Take what flows back from ``chunk.gradient``."""
@@ -65,7 +70,7 @@ class Gradients:
 def row_statistics(layer: Layer, rows: Rows, temperature: float, want_entropy: bool) -> list[Tensor]:
     """Log-prob, entropy (``[0]`` unless wanted), maximum and sum of exponentials ``[N]``: one product."""
     results = layer.zeros(rows, 4)
-    for chunk in layer.chunks(rows, Wanted.nothing()):
+    for chunk in layer.chunks(rows, layer.plan(rows, Wanted.nothing())):
         found = layer.package.row_statistics(chunk.logits[None], chunk.rows, temperature, want_entropy)
         for result, values in zip(results, found, strict=True):
             if values.shape[0]:
@@ -85,8 +90,9 @@ def loss_gradient(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Log-prob and entropy ``[N]``, and the gradients: one product for logits, one for each gradient that is wanted."""
     log_probs, entropy = layer.zeros(rows, 2)
-    gradients = Gradients(layer, wanted)
-    for chunk in layer.chunks(rows, wanted):
+    plan = layer.plan(rows, wanted)
+    gradients = Gradients(layer, wanted, plan.once)
+    for chunk in layer.chunks(rows, plan):
         own, own_entropy = layer.package.logits_loss_gradient(
             chunk.logits[None], chunk.rows, config, temperature, grad_scale, want_entropy, chunk.gradient[None]
         )
@@ -122,8 +128,9 @@ def gradient(
     assert grad_log_probs is not None
     flows = grad_log_probs != 0 if grad_entropy is None else (grad_log_probs != 0) | (grad_entropy != 0)
     rows = rows._replace(mask=rows.mask & flows)
-    gradients = Gradients(layer, wanted)
-    for chunk in layer.chunks(rows, wanted):
+    plan = layer.plan(rows, wanted)
+    gradients = Gradients(layer, wanted, plan.once)
+    for chunk in layer.chunks(rows, plan):
         if statistics[0].shape[0]:
             known = [values[chunk.place] if values.shape[0] else values for values in statistics]
         else:
