@@ -13,7 +13,8 @@ from egpo_kernels import group_advantages, linear_policy_loss, logits_policy_los
 OURS = "egpo_kernels"
 NATIVE = "eager, in the logits' dtype"
 GEMMS = "bare GEMMs"
-SMALL_CHUNK = 64 << 20
+SMALL_CHUNKS = (64, 32)
+"""MiB, beside the default."""
 Run = Callable[[Batch], Outputs]
 
 
@@ -185,7 +186,10 @@ def own_providers(workload: str) -> list[Provider]:
     """Ours first, then by hand."""
     linear = [
         Provider(OURS, OURS, _ours_linear()),
-        Provider("egpo_kernels, chunks of 64 MiB", OURS, _ours_linear(max_chunk_bytes=SMALL_CHUNK)),
+        *(
+            Provider(f"egpo_kernels, chunks of {size} MiB", OURS, _ours_linear(max_chunk_bytes=size << 20))
+            for size in SMALL_CHUNKS
+        ),
         Provider("eager", "eager", eager_linear),
         Provider("torch.compile", "torch.compile", eager_linear, prepare=_compiled_loss(_linear_by_hand, "hidden")),
         # A bar, not a rival.
