@@ -210,13 +210,14 @@ def take_gradients(ctx: Any, inplace: bool = False) -> list[Tensor]:
     gradients = ctx.gradients
     if gradients is None:
         raise RuntimeError(CONSUMED)
-    if _graph_is_kept() and not inplace:
+    if graph_is_kept() and not inplace:
         return [gradient.clone() for gradient in gradients]
     ctx.gradients = None
     return gradients
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
+    """Whether the backward that is running leaves the graph for another."""
     # Not public; where a torch lacks it, a second backward fails with CONSUMED instead of getting a copy.
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps is not None and keeps()

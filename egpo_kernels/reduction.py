@@ -52,8 +52,8 @@ def segment_index(offsets: Tensor, num_rows: int) -> Tensor:
 
 
 def per_row(values: Tensor, index: Tensor) -> Tensor:
-    """Spread ``values [S]`` over their rows ``[N]``; with no sequences there is nothing to read."""
-    return values[index] if values.shape[0] else values.new_zeros(index.shape[0])
+    """Spread ``values [S]`` over their rows ``[N]``; with no sequences rows get 0, which still depends on them."""
+    return (values if values.shape[0] else torch.nn.functional.pad(values, (0, 1)))[index]
 
 
 def counts_per_sequence(mask: Tensor, offsets: Tensor) -> Tensor:

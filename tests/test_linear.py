@@ -225,6 +225,42 @@ def test_nothing_is_kept_for_what_is_not_differentiated(backend, config, trains)
     assert all((leaf.grad is not None) == (name in trains) for name, leaf in leaves.items())
 
 
+@FAST_BACKEND
+def test_a_broken_row_stays_alone(backend):
+    """A counted row that is NaN, backward through other rows: 0 times its NaN gradient is 0."""
+    arguments = arguments_of(backend)
+    hidden = arguments["hidden"].clone()
+    hidden[0, 0] = torch.nan
+    for trains in ((), ("weight",)):
+        leaf, weight = hidden.clone().requires_grad_(), arguments["weight"].clone().requires_grad_(bool(trains))
+        found = ek.linear_token_log_probs(leaf, weight, arguments["tokens"], backend=backend).log_probs
+        assert found[0, 0].isnan() and found.isnan().sum() == 1
+        found[1:].sum().backward()
+        assert (leaf.grad[0] == 0).all() and leaf.grad.isfinite().all()
+        assert not trains or weight.grad.isfinite().all()
+
+
+@EVERY_HEAD
+@EVERY_COEFFICIENT
+@FAST_BACKEND
+def test_only_the_loss_is_differentiable_and_nothing_lingers(backend, config, trains):
+    arguments = arguments_of(backend, config)
+    leaves = leaves_of(arguments, trains)
+    layer = {name: leaves[name] for name in ("hidden", "weight", "bias")}
+    loss, metrics = ek.linear_policy_loss(**{**arguments, **layer})
+    assert loss.requires_grad and not any(value.requires_grad for value in metrics.values())
+    found = ek.linear_token_log_probs(
+        layer["hidden"], layer["weight"], arguments["tokens"], return_entropy=True, backend=backend
+    )
+    for root in (loss, found.entropy.sum()):
+        root.backward()
+    for value in (loss, found.log_probs):
+        node = value.grad_fn
+        while node.next_functions and not hasattr(node, "gradients"):
+            node = node.next_functions[0][0]
+        assert getattr(node, "gradients", None) is None
+
+
 # What the host knows.
 
 

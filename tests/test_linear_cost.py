@@ -36,6 +36,8 @@ class Step:
 
 CASES = {
     "value alone": ((), {}, 1),
+    "value alone, under no_grad": (("hidden",), {"grad": False}, 1),
+    "value alone of a late coefficient, under no_grad": (("hidden",), {"grad": False, "config": LATE}, 1),
     "trains": (("hidden", "weight"), {}, 3),
     "weight alone": (("weight",), {}, 2),
     "frozen": (("hidden",), {}, 2),
@@ -54,11 +56,13 @@ CASES = {
 @pytest.mark.parametrize("trains, options, count", CASES.values(), ids=CASES)
 @FAST_BACKEND
 def test_products_of_the_size_of_the_logits(trains, options, count, backend):
-    step = Step(trains)
+    step, options = Step(trains), dict(options)
+    differentiated = options.pop("grad", bool(trains))
 
     def run():
-        loss = step.loss(backend=backend, **options)
-        if trains:
+        with torch.set_grad_enabled(differentiated):
+            loss = step.loss(backend=backend, **options)
+        if differentiated:
             loss.sum().backward()
 
     assert multiplications(run) == count * step.tokens.numel() * VOCAB * WIDTH
@@ -181,34 +185,42 @@ MANY = 10**9
 @pytest.mark.parametrize("dtype, softcap, wanted, per_row", BYTES)
 def test_rows_of_a_chunk(dtype, softcap, wanted, per_row):
     head = head_of(dtype, softcap)
-    assert chunks.chunk_rows(head, wanted, 10 * per_row, MANY) == 10
-    assert chunks.chunk_rows(head, wanted, 11 * per_row - 1, MANY) == 10
-    assert chunks.chunk_rows(head, wanted, 1, MANY) == 1
-    assert chunks.chunk_rows(head, wanted, None, MANY) == (256 << 20) // per_row
+    assert chunks.chunk_rows(head, wanted, 10 * per_row, 0, MANY) == 10
+    assert chunks.chunk_rows(head, wanted, 11 * per_row - 1, 0, MANY) == 10
+    assert chunks.chunk_rows(head, wanted, 1, 0, MANY) == 1
+    assert chunks.chunk_rows(head, wanted, None, 0, MANY) == (256 << 20) // per_row
+
+
+def test_scratch_is_part_of_a_chunk():
+    head = head_of(torch.float32)
+    assert chunks.chunk_rows(head, FROZEN, 40_000, 8_000, MANY) == 8
+    assert chunks.chunk_rows(head, FROZEN, 40_000, 10**9, MANY) == 5
 
 
 def test_one_chunk_needs_no_float32():
     head = head_of(torch.bfloat16)
-    assert chunks.chunk_rows(head, TRAINS, 60_000, 30) == 30
-    assert chunks.chunk_rows(head, TRAINS, 60_000, 31) == 10
+    assert chunks.chunk_rows(head, TRAINS, 60_000, 0, 30) == 30
+    assert chunks.chunk_rows(head, TRAINS, 60_000, 0, 31) == 10
 
 
 def test_a_head_that_trains_gets_4096_rows():
     wide = Head(torch.empty(151936, 4, device="meta"), None, None, None, 1.0, 1.0, 0.0)
-    assert chunks.chunk_rows(wide, TRAINS, None, MANY) == 4096
-    assert chunks.chunk_rows(wide, FROZEN, None, MANY) == (256 << 20) // (151936 * 4)
-    assert chunks.chunk_rows(wide, TRAINS, 256 << 20, MANY) == (256 << 20) // (151936 * 4)
+    assert chunks.chunk_rows(wide, TRAINS, None, 0, MANY) == 4096
+    adapters = Wanted(True, False, False, True, True)
+    for wanted in (FROZEN, adapters):
+        assert chunks.chunk_rows(wide, wanted, None, 0, MANY) == (256 << 20) // (151936 * 4)
+    assert chunks.chunk_rows(wide, TRAINS, 256 << 20, 0, MANY) == (256 << 20) // (151936 * 4)
 
 
 @pytest.mark.parametrize("rows, wide", [(32, False), (7, True)])
 def test_a_sum_over_chunks_is_float32(rows, wide):
     """Beside the gradient there is a sum as large in float32, where there is more than one chunk."""
     step = Step(("hidden", "weight"), torch.bfloat16)
-    weight = torch.randn(VOCAB, 4096).bfloat16().requires_grad_()
-    hidden = torch.randn(4, 8, 4096).bfloat16()
+    weight = torch.randn(3000, 256).bfloat16().requires_grad_()
+    hidden = torch.randn(4, 8, 256).bfloat16()
 
     def run():
-        limit = rows * VOCAB * (6 if wide else 2)
+        limit = 2 * rows * 3000 * (6 if wide else 2)
         ek.linear_policy_loss(hidden, weight, step.tokens, step.advantages, max_chunk_bytes=limit).loss.backward()
 
     beside = peak_bytes(run) - weight.nbytes
@@ -217,26 +229,32 @@ def test_a_sum_over_chunks_is_float32(rows, wide):
 
 BIG, SMALLER = (4096, 151936, 256), (1024, 49152, 64)
 """Tokens, vocabulary, hidden size; whole logits of the big one would be 2.5 GB."""
+BOTH = ("hidden", "weight")
 HOLDING = [
-    (BIG, 64, ("hidden", "weight"), ek.recipes.EGPO.loss),
-    (BIG, 256, ("hidden", "weight"), ek.recipes.EGPO.loss),
-    (SMALLER, 64, ("hidden",), ek.recipes.EGPO.loss),
-    (SMALLER, 64, ("hidden", "weight"), LATE),
-    (SMALLER, 64, ("hidden",), LATE),
+    (BIG, 64, BOTH, ek.recipes.EGPO.loss, {}),
+    (BIG, 256, BOTH, ek.recipes.EGPO.loss, {}),
+    (SMALLER, 64, ("hidden",), ek.recipes.EGPO.loss, {}),
+    (SMALLER, 64, BOTH, LATE, {}),
+    (SMALLER, 64, ("hidden",), LATE, {}),
+    (SMALLER, 64, ("hidden",), BONUS, {}),
+    (SMALLER, 64, ("hidden",), LATE, {"dtype": torch.bfloat16}),
+    (SMALLER, 64, BOTH, BONUS, {"logit_softcap": 30.0}),
 ]
 
 
-@pytest.mark.parametrize("size, mebibytes, trains, config", HOLDING)
-def test_peak_memory_is_one_chunk(size, mebibytes, trains, config):
+@pytest.mark.parametrize("size, mebibytes, trains, config, options", HOLDING)
+def test_peak_memory_is_one_chunk(size, mebibytes, trains, config, options):
+    options = dict(options)
+    dtype = options.pop("dtype", torch.float32)
     rows, vocab, width = size
-    hidden, weight = torch.randn(8, rows // 8, width), torch.randn(vocab, width)
+    hidden, weight = torch.randn(8, rows // 8, width, dtype=dtype), torch.randn(vocab, width, dtype=dtype)
     for leaf, name in ((hidden, "hidden"), (weight, "weight")):
         leaf.requires_grad_(name in trains)
     tokens = torch.randint(vocab, (8, rows // 8))
 
     def run():
         ek.linear_policy_loss(
-            hidden, weight, tokens, torch.ones(8), config=config, max_chunk_bytes=mebibytes << 20
+            hidden, weight, tokens, torch.ones(8), config=config, max_chunk_bytes=mebibytes << 20, **options
         ).loss.backward()
 
     gradients = sum(leaf.nbytes for leaf in (hidden, weight) if leaf.requires_grad)

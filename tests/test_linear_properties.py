@@ -211,3 +211,23 @@ def test_sixteen_bit_gradients_are_as_good_as_unfused(backend, limit, dtype, hea
         # As far off on the whole, but for what another order of sums does to a rounding; scaled rows round once more.
         if (head, coefficient) != ("frozen", "late"):
             assert errors[0] <= errors[1] * (1 + torch.finfo(dtype).eps), f"{name}: {errors}"
+
+
+@FAST_BACKEND
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5, 10.0])
+def test_rows_scaled_afterwards_are_not_rounded_alike(backend, temperature):
+    """With 1 / temperature as every row's coefficient all their errors would have one sign."""
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight = (torch.randn(shape, generator=generator).to(DEVICE) for shape in ((8, 32, 32), (199, 32)))
+    tokens = torch.randint(199, (8, 32), generator=generator).to(DEVICE)
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaf = hidden.bfloat16().to(dtype).requires_grad_()
+        given = {"temperature": temperature, "backend": backend if dtype == torch.bfloat16 else "reference"}
+        found = ek.linear_token_log_probs(leaf, weight.bfloat16().to(dtype) * 0.1, tokens, **given)
+        found.log_probs.sum().backward()
+        gradients.append(leaf.grad.double())
+    error, exact = gradients[0] - gradients[1], gradients[1]
+    relative, along = error.norm() / exact.norm(), (error * exact).sum() / exact.square().sum()
+    # Errors of one row may line up; those of all rows add up like random ones, to within four standard deviations.
+    assert along.abs() <= 4 * relative / tokens.numel() ** 0.5

@@ -128,6 +128,8 @@ def linear_policy_loss(
     known later (see `logits_policy_loss`)     4               2, or 3 with ``entropy_coef``
     =========================================  ==============  ==============
 
+    A frozen head's 16-bit gradient is rounded once more where it is scaled later.
+
     Adapters on a frozen weight count as a frozen head, plus products with r in place of H; where the coefficient is
     known later, 3. Only rows that count are multiplied, where the host knows their number.
 
@@ -159,8 +161,8 @@ def linear_policy_loss(
         metrics: ``all``, ``active`` or ``none``; see `logits_policy_loss`.
         num_active: Rows that count, or more, for a mask on a device, where counting them would wait for it. Too few
             raise on a CPU; on a device they make the loss NaN, and raise under ``EGPO_KERNELS_DEBUG=1``.
-        max_chunk_bytes: Memory of a chunk; None: 256 MiB, but at least 4096 rows where the head trains, whose float32
-            gradient is read and written once a chunk.
+        max_chunk_bytes: Memory of a chunk, a backend's scratch included; None: 256 MiB, but at least 4096 rows where
+            weight trains, whose float32 gradient is read and written once a chunk.
         backend: ``auto``, ``triton``, ``portable`` or ``reference`` (which makes the logits whole).
 
     Returns:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.autograd import LOSS_SLOT, guarded, take_gradients
+from egpo_kernels.autograd import LOSS_SLOT, graph_is_kept, guarded, take_gradients
+from egpo_kernels.linear.passes import coefficients
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -62,8 +63,11 @@ class TokenLogProbs(torch.autograd.Function):
             if with_gradient and grad_entropy is None:
                 if gradient is None:
                     (gradient,) = take_gradients(ctx)
-                gradients = [_times_rows(gradient, grad_log_probs), *[None] * 4]
+                factor = grad_log_probs / coefficients(grad_log_probs.shape[0], grad_log_probs)
+                gradients = [_times_rows(gradient, factor), *[None] * 4]
             else:
+                if not torch.compiler.is_compiling() and not graph_is_kept():
+                    ctx.gradients = None
                 upstream = [grad_log_probs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous()]
                 gradients = torch.ops.egpo_kernels.linear_gradient(
                     hidden, head, rows, host_mask, list(scalars), *sizes, [maximum, sum_exp, entropy], upstream,

@@ -13,7 +13,7 @@ from egpo_kernels.validation import checks_values
 CHUNK_BYTES = 256 << 20
 """What a chunk takes at most, unless the caller says."""
 TRAINED_ROWS = 4096
-"""With a head that trains a chunk has at least as many rows: its gradient is read and written once a chunk."""
+"""With a weight that trains a chunk has at least as many rows: its gradient is read and written once a chunk."""
 
 
 class Chunk(NamedTuple):
@@ -41,11 +41,12 @@ class Plan(NamedTuple):
         return self.total <= self.size
 
 
-def chunk_rows(head: Head, wanted: Wanted, max_chunk_bytes: int | None, total: int) -> int:
-    """Rows of a chunk: as many as fit, with everything that is alive of a chunk counted."""
+def chunk_rows(head: Head, wanted: Wanted, max_chunk_bytes: int | None, scratch: int, total: int) -> int:
+    """Rows of a chunk: as many as fit, with everything that is alive of a chunk counted, a backend's scratch too."""
     per_row = head.vocab * head.weight.dtype.itemsize * (2 if head.softcap else 1)
     limit = max_chunk_bytes or CHUNK_BYTES
-    least = TRAINED_ROWS if wanted.of_head and max_chunk_bytes is None else 1
+    limit -= min(scratch, limit // 2)
+    least = TRAINED_ROWS if wanted.weight and max_chunk_bytes is None else 1
     rows = max(limit // per_row, least)
     if rows < total and wanted.of_head and sums_apart(head):
         rows = max(limit // (per_row + head.vocab * 4), least)
@@ -53,7 +54,7 @@ def chunk_rows(head: Head, wanted: Wanted, max_chunk_bytes: int | None, total: i
 
 
 def check_num_active(mask: Tensor, num_active: int | None) -> None:
-    """Raise when more rows count than ``num_active`` says, where looking costs no sync."""
+    """Raise when more rows of a mask count than ``num_active`` says, where looking costs no sync."""
     if num_active is not None and checks_values(mask.device) and int(mask.sum()) > num_active:
         raise ValueError(
             f"num_active is {num_active}, and {int(mask.sum())} rows count; it must be at least as many: pass their "
@@ -63,7 +64,7 @@ def check_num_active(mask: Tensor, num_active: int | None) -> None:
 
 def active_rows(mask: Tensor, host_mask: Tensor | None, num_active: int | None) -> Tensor | None:
     """Places of the rows to multiply, a superset of ``mask [N]``; None, which is all, where the host cannot know."""
-    check_num_active(mask, num_active)
+    check_num_active(mask if host_mask is None else host_mask, num_active)
     if mask.device.type == "cpu":
         return mask.nonzero()[:, 0]
     if host_mask is not None:
@@ -104,7 +105,7 @@ def chunks(hidden: Tensor, head: Head, rows: Rows, plan: Plan) -> Iterator[Chunk
         place: Tensor | slice
         if places is None:
             place = slice(start, stop)
-            states = hidden.view(-1, hidden.shape[-1])[place]
+            states = hidden.flatten(0, 1)[place]
         else:
             place = places[start:stop]
             states = hidden[place // length, place % length]

@@ -94,7 +94,8 @@ class Wanted(NamedTuple):
 
 def sums_apart(head: Head) -> bool:
     """Whether a product of 16-bit matrices can be added to a float32 one only after they are made float32."""
-    at_once = head.weight.device.type == "cuda" and torch.version.hip is None
+    half = head.weight.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
+    at_once = head.weight.device.type == "cuda" and torch.version.hip is None and not half
     return head.weight.dtype.itemsize < 4 and not at_once
 
 

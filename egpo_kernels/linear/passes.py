@@ -1,5 +1,6 @@
 """Passes over the rows: log-probs, gradients, or both from one product, by the kernels of a backend."""
 
+import math
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
 ONE_EACH = PolicyLossConfig(reduction="sum")
 """On-policy, with every advantage -1: the derivative of this loss by each log-prob is 1."""
+
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 class Layer(NamedTuple):
@@ -29,7 +32,8 @@ class Layer(NamedTuple):
         """The rows that count, and how many of them go together."""
         places = active_rows(rows.mask, self.host_mask, self.num_active)
         total = (rows.mask if places is None else places).shape[0]
-        return Plan(places, total, chunk_rows(self.head, wanted, self.max_chunk_bytes, total))
+        scratch = self.package.scratch_bytes(self.hidden.device)
+        return Plan(places, total, chunk_rows(self.head, wanted, self.max_chunk_bytes, scratch, total))
 
     def chunks(self, rows: Rows, plan: Plan) -> Iterator[Chunk]:
         """Walk over the planned rows, with their logits."""
@@ -52,7 +56,7 @@ class Gradients:
         """Take what flows back from ``chunk.gradient``."""
         self.head.uncap_(chunk.gradient, chunk.logits)
         if self.hidden is not None:
-            flat = self.hidden.view(-1, self.hidden.shape[-1])
+            flat = self.hidden.flatten(0, 1)
             if isinstance(chunk.place, slice):
                 self.head.hidden_gradient(chunk.gradient, flat[chunk.place])
             else:
@@ -100,15 +104,25 @@ def loss_gradient(
         if own_entropy is not None:
             entropy[chunk.place] = own_entropy
         gradients.add(chunk)
+        del chunk  # its memory must be free when the sums are rounded
     return log_probs, entropy, gradients.tensors()
+
+
+def coefficients(count: int, like: Tensor) -> Tensor:
+    """What each row's gradient is multiplied by while its own coefficient is not known: numbers all over [1, 2).
+
+    With the same for all, ``onehot - p`` would be rounded alike in every row, and the errors would add up.
+    """
+    rows = torch.arange(count, dtype=torch.float64, device=like.device)
+    return (1 + (rows * GOLDEN_RATIO).frac()).to(like.dtype)
 
 
 def log_prob_gradient(
     layer: Layer, rows: Rows, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Log-prob, entropy, and the gradient of each row's log-prob by its hidden states: two products."""
+    """Log-prob, entropy, and the gradient of each row's log-prob by its hidden states, times `coefficients`."""
     ones = torch.ones_like(rows.mask, dtype=compute_dtype(layer.hidden.dtype))
-    bare = Rows(rows.mask, rows.tokens, rows.temperature, -ones, ones)
+    bare = Rows(rows.mask, rows.tokens, rows.temperature, -ones, coefficients(ones.shape[0], ones))
     return loss_gradient(layer, bare, ONE_EACH, temperature, 1.0, want_entropy, Wanted.only_hidden())
 
 
@@ -141,4 +155,5 @@ def gradient(
         given = [None if values is None else values[chunk.place] for values in upstream]
         layer.package.logits_gradient(chunk.logits[None], chunk.rows, known, given, temperature, chunk.gradient[None])
         gradients.add(chunk)
+        del chunk  # its memory must be free when the sums are rounded
     return gradients.tensors()

@@ -11,6 +11,8 @@ from egpo_kernels import losses, reference
 from egpo_kernels.autograd import anchor
 from egpo_kernels.fields import check_number
 from egpo_kernels.linear import autograd
+
+# ops registers the operators that autograd calls by name.
 from egpo_kernels.linear import ops as ops
 from egpo_kernels.linear.chunks import check_num_active
 from egpo_kernels.linear.head import Head
@@ -123,6 +125,11 @@ def read_hidden(
         layout = layouts.make_layout("hidden", shape, cu_seqlens, device)
     host_mask = None
     if isinstance(mask, Tensor) and mask.device.type == "cpu" != device.type:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "mask is on the CPU while a CUDA graph is captured, which would copy from memory that is gone by then; "
+                "it must be on hidden's device there: pass it so, with num_active"
+            )
         host_mask = check_tensor("mask", mask, "real", {"tokens' shape": shape}, mask.device).reshape(-1) != 0
         mask = (host_mask.pin_memory() if device.type == "cuda" else host_mask).to(device, non_blocking=True)
         mask = mask.view(shape)
@@ -139,7 +146,7 @@ def _read_head(given: Given, hidden: Tensor) -> tuple[Tensor, Head]:
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != width or hasattr(weight, "full_tensor"):
         raise ValueError(
             f"weight is a {type(weight).__name__} of shape {list(weight.shape)}; it must be a whole [V, H] with H = "
-            f"{width}, as in hidden: where it is sharded, call this inside the model's forward, which gathers it"
+            f"{width}, as in hidden: transpose it, or, where it is sharded, call this inside the model's forward"
         )
     vocab = weight.shape[0]
     lora_a, lora_b, lora_scale = (None, None, 1.0) if given.lora is None else _read_lora(given.lora, vocab, width)
@@ -147,7 +154,7 @@ def _read_head(given: Given, hidden: Tensor) -> tuple[Tensor, Head]:
     if given.bias is not None:
         check_tensor("bias", given.bias, "floating", {"[V]": (vocab,)}, hidden.device)
     dtype, kind = hidden.dtype, hidden.device.type
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         tensors = {name: None if tensor is None else tensor.to(dtype) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
@@ -156,7 +163,7 @@ def _read_head(given: Given, hidden: Tensor) -> tuple[Tensor, Head]:
             if tensor.dtype != dtype:
                 raise TypeError(f"{name} has dtype {tensor.dtype}; it must be {dtype} like hidden: convert one of them")
     weight = tensors["weight"]
-    # They divide the temperature: within these bounds float32 has room for both.
+    # They divide the temperature: within these bounds float32 holds an ordinary one afterwards.
     scale = check_number("logit_scale", given.logit_scale, low=1e-6, high=1e6)
     cap = check_number("logit_softcap", given.logit_softcap, low=1e-6, high=1e6, optional=True)
     assert scale is not None

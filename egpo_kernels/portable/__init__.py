@@ -4,6 +4,7 @@ from egpo_kernels.advantages import group_advantages
 from egpo_kernels.portable.logits import logits_gradient, logits_loss_gradient, row_statistics
 from egpo_kernels.portable.policy_loss import policy_loss, policy_loss_gradient
 from egpo_kernels.portable.rescale import rescale_
+from egpo_kernels.portable.softmax import scratch_bytes
 
 __all__ = [
     "group_advantages",
@@ -13,4 +14,5 @@ __all__ = [
     "policy_loss_gradient",
     "rescale_",
     "row_statistics",
+    "scratch_bytes",
 ]

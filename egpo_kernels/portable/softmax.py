@@ -18,6 +18,11 @@ DEVICE_CHUNK_BYTES = 256 << 20
 """Elsewhere: rows enough to fill the device."""
 
 
+def scratch_bytes(device: torch.device) -> int:
+    """What a walk over rows holds beside logits and gradient, at most: ``p`` and ``spare``."""
+    return 2 * (CPU_CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES)
+
+
 class Chunk(NamedTuple):
     """Consecutive rows: ``logits`` and ``out`` ``[R, V]`` where they lie; in the compute dtype ``p``, which is ``out``
     where that can hold it, and scratch ``spare``; ``rows`` of those ``[R]``, the logits of their tokens, their

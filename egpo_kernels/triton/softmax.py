@@ -45,6 +45,11 @@ def matrix(tensor: torch.Tensor) -> tuple[Matrix, int]:
     return Matrix(tensor, tensor.stride(0), tensor.stride(1)), length
 
 
+def scratch_bytes(device: torch.device) -> int:
+    """What a launch over rows holds beside logits and gradient: nothing."""
+    return 0
+
+
 def launch_options(vocab: int, dtype: torch.dtype) -> dict[str, int]:
     """Block and warps from vocabulary and dtype alone, so that a row's bits do not depend on the rows beside it."""
     # 32 elements a thread share the cost of a block's maximum and of the loop. Where a row starts anywhere each element
