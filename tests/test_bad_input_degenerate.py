@@ -14,6 +14,7 @@ from tests.support.batches import (
     Result,
     assert_agree,
     differentiate,
+    frozen_head,
     make_batch,
     one_pass,
     only_log_probs,
@@ -60,6 +61,16 @@ def test_nothing_in_the_batch(path, layout, backend, sequences, tokens):
     if path is only_log_probs and layout == "packed":
         batch = batch._replace(mask=batch.counts)
     assert_nothing(differentiate(path, batch, backend))
+
+
+@pytest.mark.parametrize("config", [ek.PolicyLossConfig(ratio="sequence"), ek.recipes.GMPO.loss], ids=["gspo", "gmpo"])
+@EVERY_LAYOUT
+@EVERY_BACKEND
+def test_no_sequences_to_share_a_ratio(config, layout, backend):
+    """Without a KL term beside it, nothing else would tie the loss to the logits."""
+    batch = cut(make_batch(layout), 0, 4)
+    assert_nothing(differentiate(one_pass, batch, backend, config=config))
+    assert_nothing(differentiate(frozen_head, batch, backend, config=config))
 
 
 @EVERY_WAY

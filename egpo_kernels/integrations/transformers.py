@@ -36,8 +36,8 @@ def fuse_policy_loss(model: Model) -> Model:
     but input_ids is passed by name. Without ``policy`` the model is what it was.
 
     The head is read inside its own forward, where FSDP2 and ZeRO-3 have gathered it. Fuse last, after peft and
-    ``fully_shard``; twice is as good as once. What the model makes of its head's output (Granite's scale, Gemma's
-    softcap) is found by trying its forward on a few numbers.
+    ``fully_shard``, and again where its config changes. What the model makes of its head's output (Granite's scale,
+    Gemma's softcap) is found by trying its forward on a few numbers.
 
     Args:
         model: A ``PreTrainedModel`` with a linear output layer, or a ``PeftModel`` of one; changed in place.
@@ -60,8 +60,9 @@ def fuse_policy_loss(model: Model) -> Model:
         )
     for head in head_modules(inner):
         head_arguments(head)
+    inner._policy_curve = measured_curve(inner)
     _fuse_heads(inner)
-    _replace_forward(inner, _model_forward, measured_curve(inner))
+    _replace_forward(inner, _model_forward)
     if "_policy_hook" in given.__dict__:
         given._policy_hook.remove()  # fully_shard may have put its own before it
     given._policy_hook = given.register_forward_pre_hook(_seal_inputs, prepend=True, with_kwargs=True)
@@ -97,9 +98,7 @@ def _seal_inputs(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, An
     return inputs, named
 
 
-def _model_forward(
-    model: Any, forward: Callable[..., Any], curve: Curve, *inputs: Any, policy: Any = None, **named: Any
-) -> Any:
+def _model_forward(model: Any, forward: Callable[..., Any], *inputs: Any, policy: Any = None, **named: Any) -> Any:
     """The forward of a fused model."""
     if policy is None:
         return forward(*inputs, **named)
@@ -108,14 +107,15 @@ def _model_forward(
         raise TypeError(f"{len(inputs)} positional arguments go with policy; all but input_ids must be named")
     if named.pop("labels", None) is not None:
         raise ValueError("labels and policy are both given; the loss must be one of them: leave out labels")
-    keep = named.pop("logits_to_keep", 0)
+    keep = named.pop("logits_to_keep", None)
+    keep = 0 if keep is None else keep
     hidden = model.base_model(*inputs, **{**named, "return_dict": True}).last_hidden_state
     hidden = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
     tokens = arguments.get("tokens")
     if isinstance(tokens, Tensor) and tokens.dim() == 1 and hidden.shape[0] == 1:
         hidden = hidden[0]
     _fuse_heads(model)  # peft may have put another head there
-    return model.get_output_embeddings()(hidden, policy=_Sealed(arguments, curve))
+    return model.get_output_embeddings()(hidden, policy=_Sealed(arguments, model._policy_curve))
 
 
 def _head_forward(head: nn.Module, forward: Callable[..., Any], *inputs: Any, policy: Any = None, **named: Any) -> Any:
@@ -127,7 +127,12 @@ def _head_forward(head: nn.Module, forward: Callable[..., Any], *inputs: Any, po
         function = linear_egpo_loss
     elif "advantages" in policy.policy:
         function = linear_policy_loss
-    return function(*inputs, **head_arguments(head), **policy.curve._asdict(), **policy.policy, **named)
+    known = {**head_arguments(head), **policy.curve._asdict()}
+    allowed = set(inspect.signature(function).parameters) - {"hidden", "weight", "bias", "lora", *known}
+    for name in [name for name in policy.policy if name not in allowed] + ["tokens"] * ("tokens" not in policy.policy):
+        what = "has" if name in policy.policy else "lacks"
+        raise TypeError(f"policy {what} {name!r}; its keys must be arguments of {function.__name__}, tokens among them")
+    return function(*inputs, **known, **policy.policy, **named)
 
 
 def _fuse_heads(model: Any) -> None:
@@ -135,12 +140,13 @@ def _fuse_heads(model: Any) -> None:
         _replace_forward(head, _head_forward)
 
 
-def _replace_forward(module: Any, function: Callable[..., Any], *more: Any) -> None:
+def _replace_forward(module: Any, function: Callable[..., Any]) -> None:
     """Make ``function`` a module's forward and hand it the one before; a partial of a function can be pickled."""
-    if getattr(module.forward, "func", None) is function:
+    if module.__dict__.get("_policy_forward") and "forward" in module.__dict__:  # others may have wrapped it since
         return
+    module._policy_forward = True
     signature = inspect.signature(module.forward)
     parameters = [*signature.parameters.values(), inspect.Parameter("policy", inspect.Parameter.KEYWORD_ONLY)]
-    module.forward = functools.partial(function, module, module.forward, *more)
+    module.forward = functools.partial(function, module, module.forward)
     # generate and the Trainer look for the names that the model takes.
     module.forward.__signature__ = signature.replace(parameters=sorted(parameters, key=lambda each: each.kind))

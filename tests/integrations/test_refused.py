@@ -73,10 +73,11 @@ def test_models_that_cannot_be_fused(model):
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"epsilon": 0.2}, TypeError, "epsilon"),
-        ({"logit_scale": 2.0}, TypeError, "multiple values .* 'logit_scale'"),
-        ({"weight": 2.0}, TypeError, "multiple values .* 'weight'"),
-        ({"groups": 2, "rewards": torch.zeros(4)}, TypeError, "advantages"),
+        ({"epsilon": 0.2}, TypeError, "policy has 'epsilon'; its keys must be arguments of linear_policy_loss"),
+        ({"logit_scale": 2.0}, TypeError, "policy has 'logit_scale'"),
+        ({"lora": None}, TypeError, "policy has 'lora'"),
+        ({"weight": 2.0}, TypeError, "policy has 'weight'"),
+        ({"groups": 2, "rewards": torch.zeros(4)}, TypeError, "policy has 'advantages'.* linear_egpo_loss"),
         (
             {"old_log_probs": torch.zeros(4, 9).bfloat16()},
             TypeError,
@@ -93,7 +94,7 @@ def test_bad_policies(model, batch, change, error, message):
 
 def test_bad_calls(model, batch):
     fuse_policy_loss(model)
-    with pytest.raises(TypeError, match="tokens"):
+    with pytest.raises(TypeError, match="policy lacks 'tokens'; its keys must be arguments of linear_token_log_probs"):
         model(batch.ids, policy={})
     with pytest.raises(TypeError, match=r"policy is \[1\]; it must be a dict"):
         model(batch.ids, policy=[1])

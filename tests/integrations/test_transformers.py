@@ -1,6 +1,7 @@
 """A fused model's losses and gradients are those of its own logits."""
 
 import copy
+import functools
 import inspect
 import pickle
 
@@ -223,3 +224,39 @@ def test_accelerate(model, batch, precision):
     assert isinstance(output, ek.LossOutput)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         assert_bits(output.loss, model(batch.ids, attention_mask=batch.attention, policy=batch.policy).loss, "loss")
+
+
+def test_forwards_wrapped_after_fusing():
+    """As accelerate wraps those of a model, and of each of its modules."""
+    model = make_model("Gemma2")
+    batch = make_batch(model)
+    expected = from_logits(model, batch)
+    fuse_policy_loss(model)
+    seen = []
+    for module in (model, model.lm_head):
+        inner = module.forward
+
+        def wrapped(*inputs, inner=inner, **named):
+            seen.append(inner)
+            return inner(*inputs, **named)
+
+        module.forward = functools.update_wrapper(wrapped, inner, assigned=(), updated=("__dict__",))
+    for _ in range(2):
+        assert_same(fused(model, batch), expected)
+    assert len(seen) == 4
+
+
+def test_a_changed_config_is_seen_by_fusing_again():
+    model = make_model("Gemma2")
+    batch = make_batch(model)
+    fuse_policy_loss(model)
+    model.config.final_logit_softcapping = 1.5
+    expected = from_logits(model, batch)
+    assert_same(fused(model, batch), expected)
+
+
+def test_all_positions_are_kept_where_none_are_named():
+    model = make_model()
+    batch = make_batch(model)
+    expected = from_logits(model, batch)
+    assert_same(fused(model, batch, logits_to_keep=None), expected)
