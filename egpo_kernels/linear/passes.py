@@ -32,7 +32,7 @@ class Layer(NamedTuple):
         """The rows that count, and how many of them go together."""
         places = active_rows(rows.mask, self.host_mask, self.num_active)
         total = (rows.mask if places is None else places).shape[0]
-        scratch = self.package.scratch_bytes(self.hidden.device)
+        scratch = self.package.scratch_bytes(self.hidden)
         return Plan(places, total, chunk_rows(self.head, wanted, self.max_chunk_bytes, scratch, total))
 
     def chunks(self, rows: Rows, plan: Plan) -> Iterator[Chunk]:

@@ -18,9 +18,10 @@ DEVICE_CHUNK_BYTES = 256 << 20
 """Elsewhere: rows enough to fill the device."""
 
 
-def scratch_bytes(device: torch.device) -> int:
-    """What a walk over rows holds beside logits and gradient, at most: ``p`` and ``spare``."""
-    return 2 * (CPU_CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES)
+def scratch_bytes(logits: Tensor) -> int:
+    """What a walk over rows of that dtype holds beside logits and gradient: ``spare``, and ``p`` if it is 16-bit."""
+    chunk = CPU_CHUNK_BYTES if logits.device.type == "cpu" else DEVICE_CHUNK_BYTES
+    return chunk if logits.dtype == compute_dtype(logits.dtype) else 2 * chunk
 
 
 class Chunk(NamedTuple):

@@ -45,7 +45,7 @@ def matrix(tensor: torch.Tensor) -> tuple[Matrix, int]:
     return Matrix(tensor, tensor.stride(0), tensor.stride(1)), length
 
 
-def scratch_bytes(device: torch.device) -> int:
+def scratch_bytes(logits: torch.Tensor) -> int:
     """What a launch over rows holds beside logits and gradient: nothing."""
     return 0
 
