@@ -10,6 +10,7 @@ from torch import Tensor
 
 from egpo_kernels.linear.chunks import Chunk, Plan, active_rows, chunk_rows, chunks
 from egpo_kernels.linear.head import Head, HeadGradients, Wanted
+from egpo_kernels.reduction import accumulation_dtype
 from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
 ONE_EACH = PolicyLossConfig(reduction="sum")
@@ -113,7 +114,7 @@ def coefficients(count: int, like: Tensor) -> Tensor:
 
     With the same for all, ``onehot - p`` would be rounded alike in every row, and the errors would add up.
     """
-    rows = torch.arange(count, dtype=torch.float64, device=like.device)
+    rows = torch.arange(count, dtype=accumulation_dtype(like.device), device=like.device)
     return (1 + (rows * GOLDEN_RATIO).frac()).to(like.dtype)
 
 
