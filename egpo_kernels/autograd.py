@@ -14,8 +14,8 @@ NO_DOUBLE = (
     "use backend='reference' for create_graph=True"
 )
 CONSUMED = (
-    "the gradient was handed out by an earlier backward and is gone; use backend='reference', "
-    "or retain_graph=True in every backward but the last, without inplace_grad=True"
+    "the gradient was handed out by an earlier backward and is gone; "
+    "use backend='reference', or inplace_grad=False with retain_graph=True in every backward but the last"
 )
 
 

@@ -245,7 +245,7 @@ def loss_from_log_probs(
             layout.offsets,
             layout.sequence,
             config.json,
-            config.entropy_coef != 0,
+            call.source is None or config.entropy_coef != 0,
             per_token,
             call.vocab,
             call.backend,

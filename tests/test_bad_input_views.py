@@ -43,9 +43,13 @@ def differentiable(arguments):
     return arguments | {key: arguments[key].clone().requires_grad_() for key in names}
 
 
-def assert_equal(found, wanted):
+def assert_equal(name, found, wanted):
+    """Bit for bit; products of matrices depend in their last bits on how those lie in memory."""
     for key in found.keys() & wanted.keys():
-        assert_alike(found[key], wanted[key], key)
+        if name in OF_HIDDEN:
+            assert_rounding(found[key], wanted[key])
+        else:
+            assert_alike(found[key], wanted[key], key)
 
 
 @pytest.mark.parametrize("how", VIEWS)
@@ -61,7 +65,7 @@ def test_views_give_the_same_bits(name, how, layout, backend):
     check = untouched(arguments)
     found = results(name, arguments, backend)
     check(succeeded=True)
-    assert_equal(found, results(name, differentiable(plain), backend))
+    assert_equal(name, found, results(name, differentiable(plain), backend))
 
 
 @pytest.mark.parametrize("name", ["egpo_loss", "logits_policy_loss", "policy_loss", *OF_HIDDEN[:2]])
@@ -77,7 +81,7 @@ def test_constants_made_under_inference_mode(name, layout, backend):
     assert all(value.is_inference() for value in constants.values())
     found, wanted = (results(name, given, backend) for given in (arguments | constants, arguments))
     assert found.keys() == wanted.keys() and any(key.startswith("gradient") for key in found)
-    assert_equal(found, wanted)
+    assert_equal(name, found, wanted)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -86,7 +90,7 @@ def test_constants_made_under_inference_mode(name, layout, backend):
 def test_calls_under_inference_mode(name, layout, backend):
     wanted = results(name, valid(name, layout), backend)
     with torch.inference_mode():
-        assert_equal(results(name, valid(name, layout), backend), wanted)
+        assert_equal(name, results(name, valid(name, layout), backend), wanted)
 
 
 @EVERY_LAYOUT

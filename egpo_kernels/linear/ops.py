@@ -4,6 +4,7 @@ Everywhere ``head`` is weight, bias and both adapters; ``scalars`` are temperatu
 scale and softcap; ``wanted`` says which gradients are asked for, of hidden states and of ``head`` in this order.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,9 @@ def _product_operator(function: Callable) -> CustomOpDef:
 
     @functools.wraps(function)
     def without_autocast(hidden: Tensor, *args: Any) -> Any:
-        with torch.autocast(hidden.device.type, enabled=False):
+        kind = hidden.device.type
+        has_autocast = torch.amp.is_autocast_available(kind)
+        with torch.autocast(kind, enabled=False) if has_autocast else contextlib.nullcontext():
             return function(hidden, *args)
 
     return operator()(without_autocast)

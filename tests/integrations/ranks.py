@@ -24,10 +24,10 @@ def start(rank: int, folder: Path, way: str) -> None:
     """Entry point of a process."""
     os.environ["OMP_NUM_THREADS"] = "1"
     dist.init_process_group("gloo", init_method=f"file://{folder}/{way}", rank=rank, world_size=RANKS)
-    try:
-        WAYS[way](rank)
-    finally:
-        dist.destroy_process_group()
+    WAYS[way](rank)
+    dist.barrier()
+    # A process that ends as usual is now and then aborted by a thread of gloo's that still runs.
+    os._exit(0)
 
 
 def shard(model: nn.Module, way: str, **options: object) -> nn.Module:
@@ -102,11 +102,9 @@ def mixed_precision(rank: int) -> None:
     assert logits.dtype == torch.bfloat16
     expected = ek.logits_policy_loss(logits, backend="reference", **batch.policy)
     assert_rounding(found.loss, expected.loss)
-    # FSDP2 copies what it finds, and cannot copy a config.
-    rounded = {name: value for name, value in batch.policy.items() if name != "config"}
     early = shard(fuse_policy_loss(make_model()), "head", mp_policy=policy)
     with pytest.raises(TypeError, match=r"has dtype torch.bfloat16; .* fuse the model after fully_shard"):
-        early(batch.ids, attention_mask=batch.attention, policy=rounded)
+        early(batch.ids, attention_mask=batch.attention, policy=batch.policy)
     found = early(batch.ids, attention_mask=batch.attention, policy=MappingProxyType(batch.policy))
     assert_rounding(found.loss, expected.loss)
 
