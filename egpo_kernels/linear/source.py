@@ -154,7 +154,7 @@ def _read_head(given: Given, hidden: Tensor) -> tuple[Tensor, Head]:
     if given.bias is not None:
         check_tensor("bias", given.bias, "floating", {"[V]": (vocab,)}, hidden.device)
     dtype, kind = hidden.dtype, hidden.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         tensors = {name: None if tensor is None else tensor.to(dtype) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
