@@ -126,7 +126,7 @@ def test_logits(name):
 def test_hidden_and_weight(name):
     hidden, weight = (valid(name)[key] for key in ("hidden", "weight"))
     assert "[S, T, H]" in refused(name, "hidden", hidden[0, 0])
-    assert "[4, 4, 3]" in refused(name, "weight", weight[:, :3]) or "H = 4" in refused(name, "weight", weight[:, :3])
+    assert "H = 4" in refused(name, "weight", weight[:, :3])
     for value in (hidden.long(), hidden.to(torch.float8_e4m3fn)):
         assert "must be a floating" in refused(name, "hidden", value)
     for value in (weight[:0], weight[0], weight[None], weight[..., :0], weight.new_empty(0)):

@@ -105,7 +105,7 @@ class _Output(tuple[Tensor]):
 def measured_curve(model: Any) -> Curve:
     """What a model's forward does to its head's output, found by calling it with decoder and head replaced.
 
-    Config fields are named alike and used in different ways; and no table of models is complete. Costs one row.
+    Config fields are named alike and used in different ways; and no table of models is complete. Costs three rows.
 
     Raises:
         ValueError: It is no `Curve`, or something happens before the head.

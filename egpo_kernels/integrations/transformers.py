@@ -15,6 +15,12 @@ from egpo_kernels.types import LossOutput, TokenLogProbs
 Model = TypeVar("Model", bound=nn.Module)
 PRECISE = ("advantages", "old_log_probs", "ref_log_probs", "rewards", "rollout_weights", "temperature")
 """Arguments that 16 bits would change."""
+POLICY_KEYS = {
+    function.__name__: frozenset(inspect.signature(function).parameters)
+    - {"hidden", "weight", "bias", "lora", *Curve._fields}
+    for function in (linear_egpo_loss, linear_policy_loss, linear_token_log_probs)
+}
+"""What a policy may hold for each function: all but what the model knows."""
 
 
 def fuse_policy_loss(model: Model) -> Model:
@@ -132,7 +138,7 @@ def _head_forward(head: nn.Module, forward: Callable[..., Any], *inputs: Any, po
     elif "advantages" in policy.policy:
         function = linear_policy_loss
     known = {**head_arguments(head), **policy.curve._asdict()}
-    allowed = set(inspect.signature(function).parameters) - {"hidden", "weight", "bias", "lora", *known}
+    allowed = POLICY_KEYS[function.__name__]
     for name in [name for name in policy.policy if name not in allowed] + ["tokens"] * ("tokens" not in policy.policy):
         what = "has" if name in policy.policy else "lacks"
         raise TypeError(f"policy {what} {name!r}; its keys must be arguments of {function.__name__}, tokens among them")

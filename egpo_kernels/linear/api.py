@@ -71,7 +71,7 @@ def linear_egpo_loss(
         group_size: Members every group must have.
         grad_scale: The upstream gradient to expect.
         metrics: ``all``, ``active`` or ``none``.
-        num_active: Rows that count, at most.
+        num_active: Rows that count, or more.
         max_chunk_bytes: Memory of a chunk.
         backend: ``auto``, ``triton``, ``portable`` or ``reference``.
 
