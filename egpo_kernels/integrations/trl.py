@@ -1,0 +1,177 @@
+"""TRL's GRPOTrainer with the advantages and the loss of a recipe (written for TRL 1.16)."""
+
+import inspect
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from egpo_kernels import recipes
+from egpo_kernels.api import policy_loss
+from egpo_kernels.groups import group_advantages
+from egpo_kernels.integrations.transformers import fuse_policy_loss
+from egpo_kernels.integrations.trl_options import adjusted, nearest_loss_type
+from egpo_kernels.metrics import combine_metrics
+from egpo_kernels.types import Metrics, Recipe
+
+FORWARD = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+
+
+class EGPOTrainer(GRPOTrainer):
+    """``GRPOTrainer`` with the advantages and the loss of EGPO (arXiv 2602.22751), or of another recipe.
+
+    Takes what `trl.GRPOTrainer` takes. Rewards of all processes are compared within whole groups, once a generation
+    batch, by log-probs that are the batch's own, else the sampler's, else those of one more forward. A micro-batch's
+    loss is divided as TRL divides it, and TRL's own code reports its metrics; ours stand beside them, under ``egpo/``.
+    The model's own forward gives the log-probs (`fuse_policy_loss`), so that logits never exist; with images, an
+    auxiliary loss or ``cast_lm_head_to_fp32``, TRL's head does.
+
+    Args:
+        *inputs: See `trl.GRPOTrainer`.
+        recipe: The method, or its name. Options of ``args`` that are not at their default change it (``epsilon``,
+            ``beta``, ``loss_type``, ``scale_rewards``, ...); the attribute ``recipe`` is the outcome.
+        **named: See `trl.GRPOTrainer`.
+
+    Raises:
+        ValueError: An option that does not go with the recipe, or a model that cannot be fused.
+    """
+
+    def __init__(self, *inputs: Any, recipe: Recipe | str = recipes.EGPO, **named: Any) -> None:
+        super().__init__(*inputs, **named)
+        self.recipe = adjusted(recipe, self.args)
+        self._seen: dict[str, list[Metrics]] = {"train": [], "eval": []}
+        self._fused = not (self._is_vlm or self.aux_loss_enabled or self.args.cast_lm_head_to_fp32)
+        if self._fused:
+            fuse_policy_loss(self.model)
+        loss = self.recipe.loss
+        self.loss_type = nearest_loss_type(loss, self.args)
+        self.importance_sampling_level = "token" if loss.ratio == "token" else "sequence"
+        self.epsilon_low, self.epsilon_high = loss.clip_low, loss.clip_high
+        if loss.surrogate == "cispo":
+            self.epsilon_high = 1 + loss.clip_high if loss.ratio_cap is None else loss.ratio_cap
+
+    def _calculate_rewards(self, *inputs: Any) -> Tensor:
+        found = super()._calculate_rewards(*inputs)
+        rewards = (found * self.reward_weights.to(found.device)).nansum(1)
+        self._rewards = torch.where(found.isnan().all(1), torch.nan, rewards)
+        return found
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        config, mask, entropy = self.recipe.advantage, _mask(output), None
+        old = output.get("old_per_token_logps", output.get("sampling_per_token_logps"))
+        if config.weight != "none" and (old is None or config.statistic == "shannon"):
+            with torch.no_grad():
+                now, entropy, _ = self._log_probs(self.model, output, self.args.per_device_train_batch_size)
+            old = now if old is None else old
+        # NaN is a token that the sampler did not score.
+        scored = None if old is None else mask * ~old.isnan()
+        whole = {"old_log_probs": old, "mask": mask, "entropy": entropy, "entropy_mask": scored}
+        for name, value in whole.items():
+            if value is not None:
+                whole[name] = self.accelerator.gather(self.accelerator.pad_across_processes(value, dim=1))
+        mode, size = self._mode_and_size()
+        found = group_advantages(size, self._rewards, config=config, group_size=size, **whole)
+        self._seen[mode].append(found.metrics)
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), len(found.advantages))):
+            logged.pop()
+        logged.extend(found.advantages.tolist())
+        first = self.accelerator.process_index * len(mask)
+        return output | {"advantages": found.advantages[first : first + len(mask)]}
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None = None,
+        compute_entropy: bool = False, **named: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        if isinstance(model, tuple):  # found already: see _compute_loss
+            return model
+        if not self._fused or model is self.ref_model:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **named
+            )
+        parts = []
+        size = batch_size or len(input_ids)
+        for ids, attended in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            tokens, mask = ids[:, -logits_to_keep:], attended[:, -logits_to_keep:]
+            policy = {
+                "tokens": tokens,
+                "mask": mask,
+                "temperature": self.temperature,
+                "return_entropy": compute_entropy,
+            }
+            scored = slice(-logits_to_keep - 1, -1)
+            with self.accelerator.autocast():
+                # FSDP2's mixed precision leaves a mapping proxy alone.
+                parts.append(
+                    model(ids, attention_mask=attended, logits_to_keep=scored, policy=MappingProxyType(policy))
+                )
+        log_probs, entropies = zip(*parts, strict=True)
+        return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
+
+    def _log_probs(self, model: Any, inputs: dict[str, Any], batch_size: int | None = None, **named: Any) -> Any:
+        ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+        named |= {name: inputs[name] for name in FORWARD if name in inputs}  # images
+        width = inputs["completion_ids"].shape[1]
+        return self._get_per_token_logps_and_entropies(model, ids, mask, width, batch_size, True, **named)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        mode, _ = self._mode_and_size()
+        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+        adapting = self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target
+        entropy_coef = 0.0 if adapting else self.entropy_coef
+        found = log_probs, entropy, aux_loss = self._log_probs(model, inputs, compute_aux_loss=self.aux_loss_enabled)
+        with torch.no_grad():
+            super()._compute_loss(tuple(x if x is None else x.detach() for x in found), inputs)  # for its metrics
+        mask, old, advantages = _mask(inputs), inputs.get("old_per_token_logps"), inputs["advantages"]
+        kept, weights = mask, inputs.get("importance_sampling_ratio", torch.ones_like(log_probs))
+        if self.top_entropy_quantile < 1:
+            kept = mask * self.get_high_entropy_mask(entropy.detach(), mask, 1 - self.top_entropy_quantile)
+        if self.off_policy_mask_threshold is not None:
+            sampled = inputs.get("sampling_per_token_logps", log_probs.detach() if old is None else old)
+            far = self.off_policy_mask_threshold
+            weights = weights * self.get_off_policy_mask(advantages[:, None], log_probs, sampled, mask, far)
+        tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        if mode == "train":
+            tokens = tokens * steps / self.args.steps_per_generation
+        if self.loss_type == "bnpo":
+            tokens = mask.sum().clamp(min=1) * steps
+        loss, seen = policy_loss(
+            log_probs,
+            old,
+            advantages,
+            mask,
+            ref_log_probs=inputs.get("ref_per_token_logps"),
+            entropy=entropy,
+            rollout_weights=weights * kept,
+            config=self.recipe.loss,
+            num_tokens=tokens,
+            num_sequences=len(mask) * steps,
+        )
+        vectors = self.accelerator.gather(torch.stack([*seen.values()])[None])
+        self._seen[mode] += [dict(zip(seen, vector.unbind(), strict=True)) for vector in vectors]
+        if self._entropy_bonus_enabled:
+            loss = loss - entropy_coef * (entropy * kept).sum() / kept.sum().clamp(min=1) / steps
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss / steps
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics of the library, merged over micro-batches and processes, to TRL's."""
+        mode, _ = self._mode_and_size()
+        if self._seen[mode]:
+            merged = combine_metrics(self._seen[mode])
+            for key, value in zip(merged, torch.stack([*merged.values()]).tolist(), strict=True):
+                self._metrics[mode][key if key.startswith("egpo/") else f"egpo/{key}"] = [value]
+            self._seen[mode].clear()
+        super().log(logs, start_time)
+
+    def _mode_and_size(self) -> tuple[str, int]:
+        """Whether it trains, and the members of a group then."""
+        return ("train", self.num_generations) if self.model.training else ("eval", self.num_generations_eval)
+
+
+def _mask(inputs: dict[str, Any]) -> Tensor:
+    return inputs["completion_mask"] * inputs.get("tool_mask", 1)
