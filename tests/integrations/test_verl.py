@@ -316,6 +316,15 @@ def test_refused_engine_losses(options, message):
         engine(ours.engine_loss, BATCH, actor(**options), False, entropy=entropy)
 
 
+def test_a_step_of_verls_worker(tmp_path):
+    (tmp_path / "model").mkdir()
+    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | one | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    command = [sys.executable, "-m", "tests.integrations.verl_worker", str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and done.stdout.endswith("the same step\n"), done.stderr
+
+
 # Advantages.
 
 
