@@ -57,7 +57,7 @@ def registered_loss(
         response_mask: Nonzero counts.
         loss_agg_mode: A key of `MODES`.
         config: verl's ``ActorConfig`` or a ``DictConfig`` with its keys.
-        rollout_is_weights: Weights on the surrogate.
+        rollout_is_weights: On the surrogate.
 
     Returns:
         The 0-d loss and verl's metrics, with ours under ``egpo/``.
@@ -73,9 +73,7 @@ def registered_loss(
 
 
 def engine_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None) -> tuple[Tensor, dict[str, Any]]:
-    """In place of verl's ``ppo_loss``: surrogate, entropy bonus and KL to the reference in one call.
-
-    ``worker_group.set_loss_fn(functools.partial(engine_loss, config=actor_config))``
+    """In place of verl's ``ppo_loss``, by ``set_loss_fn``: surrogate, entropy bonus and KL in one call.
 
     Args:
         config: verl's ``ActorConfig``; ``policy_loss.loss_mode`` is a key of `LOSSES`.
@@ -121,10 +119,8 @@ def engine_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None)
             metrics["kl_loss"] = agg_loss(estimate, mask, mode, **info)
     # verl's rule: losses over global counts are parts of a sum.
     whole = info.pop("dp_size") > 1 or any(value is not None for value in info.values())
-    reported: dict[str, Any] = {
-        key: Metric("sum" if whole and key.endswith("_loss") else "mean", value)
-        for key, value in _numbers(metrics).items()
-    }
+    kinds = {key: "sum" if whole and key.endswith("_loss") else "mean" for key in metrics}
+    reported: dict[str, Any] = {key: Metric(kinds[key], value) for key, value in _numbers(metrics).items()}
     return loss, reported | ({"kl_coef": config.kl_loss_coef} if config.use_kl_loss else {})
 
 
@@ -139,12 +135,14 @@ def _settings(
     given |= {name: config.clip_ratio for name in ("clip_low", "clip_high") if name in names and given[name] is None}
     given["reduction"] = MODES[mode]
     if mode == "seq-mean-token-sum-norm":
-        given["norm_length"] = info.get("loss_scale_factor") or width
+        factor = info.get("loss_scale_factor")
+        given["norm_length"] = width if factor is None else factor
+    # A sum needs no count.
     count = {"token-mean": "batch_num_tokens", "token-sum": "dp_size"}.get(mode, "global_batch_size")
     if info.get("dp_size", 1) > 1 and info.get(count) is None:
         raise ValueError(
-            f"global_batch_info[{count!r}] is None with dp_size {info['dp_size']} and mode {mode!r}; it must be "
-            "the number in the batches of all processes"
+            f"global_batch_info[{count!r}] is None with dp_size {info['dp_size']} and {mode}; it must be the "
+            "number in the batches of all processes"
         )
     try:
         return PolicyLossConfig(**given)
@@ -246,8 +244,7 @@ def _wrap_compute_advantage(trainer: Any) -> None:
     def compute_advantage(*inputs: Any, **named: Any) -> Any:
         given = signature.bind(*inputs, **named).arguments
         estimator, config, data = given["adv_estimator"], given.get("config"), given["data"]
-        configured = config is not None and config.get("egpo") is not None
-        if estimator != "egpo" and not configured:
+        if estimator != "egpo" and (config is None or config.get("egpo") is None):
             return original(*inputs, **named)
         if estimator not in ("egpo", "grpo"):
             raise ValueError(f"algorithm.adv_estimator is {estimator!r} beside algorithm.egpo; it must be egpo or grpo")
@@ -298,7 +295,6 @@ def _execute(execute: Any, module: Any) -> None:
     _attach(module)
 
 
-for _name in HOOKS:
-    if _name in sys.modules:
-        _attach(sys.modules[_name])
+for _name in HOOKS.keys() & sys.modules.keys():
+    _attach(sys.modules[_name])
 sys.meta_path.insert(0, _Finder)

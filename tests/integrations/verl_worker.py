@@ -7,8 +7,21 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import verl.models.transformers.monkey_patch
+import verl.workers.engine.fsdp
+from transformers import LlamaConfig, LlamaForCausalLM
 from verl.plugin.platform.platform_cuda import PlatformCUDA
 from verl.plugin.platform.platform_manager import set_platform
+from verl.trainer.config import CheckpointConfig
+from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.dataset_utils import DatasetPadMode
+from verl.workers import config as settings
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine_workers import TrainingWorker
+from verl.workers.utils.losses import ppo_loss
+
+from egpo_kernels.integrations.verl import engine_loss
+from tests.support.accuracy import assert_rounding
 
 
 def nothing(*_: object, **__: object) -> int:
@@ -34,22 +47,6 @@ class PlatformCPU(PlatformCUDA):
     communication_backend_name = lambda self: "gloo"  # noqa: E731
     set_device = synchronize = empty_cache = nothing
 
-
-set_platform(PlatformCPU())
-
-import verl.models.transformers.monkey_patch
-import verl.workers.engine.fsdp
-from transformers import LlamaConfig, LlamaForCausalLM
-from verl.trainer.config import CheckpointConfig
-from verl.utils import tensordict_utils as tu
-from verl.utils.dataset.dataset_utils import DatasetPadMode
-from verl.workers import config as settings
-from verl.workers.engine.base import EngineRegistry
-from verl.workers.engine_workers import TrainingWorker
-from verl.workers.utils.losses import ppo_loss
-
-from egpo_kernels.integrations.verl import engine_loss
-from tests.support.accuracy import assert_rounding
 
 VOCAB, PROMPTS, RESPONSES = 64, [2, 3, 2, 4, 3, 2, 3, 3], [5, 3, 6, 4, 1, 6, 2, 5]
 
@@ -91,7 +88,9 @@ def make_data():
     def noise(length):
         return 0.3 * torch.randn(length, generator=generator)
 
-    prompts, responses = ([torch.randint(VOCAB, (n,), generator=generator) for n in all] for all in (PROMPTS, RESPONSES))
+    prompts, responses = (
+        [torch.randint(VOCAB, (n,), generator=generator) for n in all] for all in (PROMPTS, RESPONSES)
+    )
     pairs = list(zip(PROMPTS, RESPONSES, strict=True))
     tensors = {
         "prompts": nested(prompts),
@@ -127,6 +126,7 @@ def step(worker, start, loss, loss_mode):
 
 
 def main(folder: str) -> None:
+    set_platform(PlatformCPU())
     dist.init_process_group("gloo", init_method=f"file://{folder}/gloo", rank=0, world_size=1)
     engines = EngineRegistry._engines["language_model"]["fsdp2"]
     engines["cpu"] = engines["cuda"]
@@ -135,7 +135,9 @@ def main(folder: str) -> None:
     start = {name: value.clone() for name, value in worker.engine.module.state_dict().items()}
     metrics, gradient = step(worker, start, engine_loss, "egpo")
     assert gradient.abs().max() > 1e-3 and metrics["actor/pg_clipfrac"]
-    moved = [(value - start[name]).full_tensor().abs().max() for name, value in worker.engine.module.state_dict().items()]
+    moved = [
+        (value - start[name]).full_tensor().abs().max() for name, value in worker.engine.module.state_dict().items()
+    ]
     assert max(moved) > 0
     for loss_mode in ("egpo", "vanilla"):
         theirs, expected = step(worker, start, ppo_loss, loss_mode)
