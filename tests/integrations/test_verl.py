@@ -36,6 +36,7 @@ from verl.workers.utils.losses import ppo_loss
 
 import egpo_kernels as ek
 from egpo_kernels.integrations import verl as ours
+from egpo_kernels.integrations import verl_losses as losses
 from tests.parity.batch import Answer, Batch, differentiated, make_batch
 from tests.support.accuracy import assert_bits, assert_rounding
 
@@ -100,13 +101,13 @@ def size_of(batch, expected):
 # The registered losses.
 
 
-@pytest.mark.parametrize("mode", ours.MODES)
+@pytest.mark.parametrize("mode", losses.MODES)
 @pytest.mark.parametrize("loss_mode", DIRECT)
 def test_registered_losses_are_our_own(loss_mode, mode):
     config = actor(loss_mode=loss_mode)
     found, metrics = registered(BATCH, loss_mode, mode, config, BATCH.weights)
     length = {"norm_length": 24.0} if mode.endswith("norm") else {}
-    direct = ek.PolicyLossConfig(reduction=ours.MODES[mode], **length, **DIRECT[loss_mode])
+    direct = ek.PolicyLossConfig(reduction=losses.MODES[mode], **length, **DIRECT[loss_mode])
     expected = differentiated(
         lambda log_probs: (
             ek.policy_loss(
@@ -127,7 +128,7 @@ def test_registered_losses_are_our_own(loss_mode, mode):
 
 
 @pytest.mark.parametrize("info", [WHOLE, PART], ids=["whole", "part"])
-@pytest.mark.parametrize("mode", ours.MODES)
+@pytest.mark.parametrize("mode", losses.MODES)
 @pytest.mark.parametrize("loss_mode", SAME)
 def test_registered_losses_are_verls(loss_mode, mode, info):
     config = actor(ActorConfig, loss_mode, info)
@@ -152,7 +153,7 @@ def test_one_clip_ratio_stands_for_both():
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.sampled_from(sorted(ours.MODES)),
+    st.sampled_from(sorted(losses.MODES)),
     st.sampled_from(sorted(DIRECT)),
     st.permutations(range(8)),
     st.lists(st.integers(0, 8), min_size=3, max_size=3),
@@ -278,7 +279,7 @@ def test_engine_loss_is_verls_ppo_loss(mode, options, counts, padded, theirs):
     assert_rounding(bonus, their_bonus)
     # verl's own loss knows nothing of the means that come with ours.
     assert their_metrics.keys() == metrics.keys() - (
-        set() if theirs == "egpo" else {f"egpo/{key}" for key in ours.MEANS}
+        set() if theirs == "egpo" else {f"egpo/{key}" for key in losses.MEANS}
     )
     size = max(1.0, float(expected.loss.abs()), float(size_of(BATCH, expected)))
     for key, value in their_metrics.items():
