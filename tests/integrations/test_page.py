@@ -1,7 +1,4 @@
-"""The page's code runs, and leaves gradients."""
-
-import re
-from pathlib import Path
+"""The code of pages that need another package runs, and leaves gradients."""
 
 import pytest
 import torch
@@ -10,17 +7,61 @@ pytest.importorskip("transformers", reason="transformers is not installed (make 
 
 from tests.integrations.models import make_batch, make_model
 from tests.support.accuracy import assert_bits
+from tests.support.page import at_hand, blocks, run
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "transformers.md"
 
-
-def test_every_block_runs():
+def test_transformers():
     model = make_model()
     batch = make_batch(model)
     names = {"torch": torch, "model": model, "input_ids": batch.ids, "attention_mask": batch.attention}
     names |= {"response_mask": batch.attention.bool(), "advantages": batch.policy["advantages"]}
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    exec(block, names)
+    names = run("docs/transformers.md", names)
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
     assert_bits(names["metrics"]["policy/tokens/sum"].long(), names["mask"].sum(), "tokens")
     assert names["logits"].shape == (*batch.ids.shape, model.config.vocab_size)
+
+
+class Table(torch.nn.Module):
+    """The model that readers have at hand, as a module."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = torch.nn.Parameter(table.detach().clone())
+
+    def forward(self, ids):
+        return self.table[ids]
+
+
+def test_own_loop_and_accelerate():
+    pytest.importorskip("accelerate", reason="accelerate is not installed (make parity installs it)")
+    names = at_hand()
+    model = Table(names["table"])
+    names |= {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    plain, spread = blocks("docs/pytorch.md")
+    before = model.table.detach().clone()
+    exec(plain, names)
+    between = model.table.detach().clone()
+    exec(spread, names)
+    assert (between - before).abs().max() > 0 and (model.table - between).abs().max() > 0
+    assert_bits(names["num_tokens"].long(), names["mask"].sum(), "tokens")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_trl(tmp_path):
+    pytest.importorskip("trl", reason="trl is not installed (make parity installs it)")
+    from tests.integrations.trl_runs import tokenizer
+
+    here = {
+        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [], "save_strategy": "no",
+        "max_steps": 2, "logging_steps": 1, "disable_tqdm": True, "max_completion_length": 4,
+    }  # fmt: skip
+    (block,) = blocks("docs/trl.md")
+    block = block.replace("max_completion_length=64, ", "").replace('"egpo-out"', repr(str(tmp_path)))
+    model = make_model().train()
+    before = model.lm_head.weight.detach().clone()
+    names = {"model": model, "tokenizer": tokenizer(), "here": here}
+    exec(block, names)
+    trainer = names["trainer"]
+    assert trainer.recipe.loss.clip_high == 0.28 and trainer.state.global_step == 2
+    # Nobody answers right: that teaches too.
+    assert not torch.equal(model.lm_head.weight, before)

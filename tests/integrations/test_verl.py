@@ -499,7 +499,12 @@ def test_verl_finds_the_plugin(tmp_path):
         [sys.executable, "-c", DISCOVERY], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["False", "True", "egpo_kernels.integrations.verl", "verl.trainer.ppo.ray_trainer"]
+    assert done.stdout.split() == [
+        "False",
+        "True",
+        "egpo_kernels.integrations.verl_losses",
+        "verl.trainer.ppo.ray_trainer",
+    ]
 
 
 def test_importing_twice_changes_nothing():

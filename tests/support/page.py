@@ -1,0 +1,64 @@
+"""What a reader of the documentation has at hand, and the code of its pages."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+
+
+def blocks(page: str, language: str = "python") -> list[str]:
+    """The fenced code of a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
+    """All blocks of a page, in order, with ``names`` at hand; the names that they leave."""
+    space = dict(names)
+    for number, block in enumerate(blocks(page)):
+        exec(compile(block, f"{page}, block {number}", "exec"), space)
+    return space
+
+
+def at_hand() -> dict[str, Any]:
+    """Sixteen answers of six tokens in two groups, a model that is a table, and what a trainer knows of them."""
+    generator = torch.Generator().manual_seed(0)
+    sequences, length, vocab = 16, 6, 50
+    table = torch.randn(vocab, vocab, dtype=torch.float64, generator=generator).requires_grad_()
+    input_ids = torch.randint(0, vocab, (sequences, length), generator=generator)
+    mask = torch.rand(sequences, length, generator=generator) > 0.2
+    mask[:, 0] = True
+
+    def model(ids: torch.Tensor) -> torch.Tensor:
+        return table[ids]
+
+    logits = model(input_ids).detach().requires_grad_()
+    now = logits.detach().log_softmax(-1).gather(-1, input_ids[..., None])[..., 0]
+    rewards = torch.tensor([1.0, 0, 0, 0, 0, 1, 0, 1] + [0.0] * 8, dtype=torch.float64)
+
+    def near(spread: float) -> torch.Tensor:
+        return now + spread * torch.randn(now.shape, dtype=torch.float64, generator=generator)
+
+    return {
+        "torch": torch,
+        "table": table,
+        "model": model,
+        "optimizer": torch.optim.SGD([table], lr=0.1),
+        "logits": logits,
+        "hidden": torch.randn(sequences, length, 4, dtype=torch.float64, generator=generator).requires_grad_(),
+        "lm_head": torch.nn.Linear(4, vocab, bias=False, dtype=torch.float64),
+        "tokens": input_ids,
+        "input_ids": input_ids,
+        "response_mask": mask,
+        "mask": mask,
+        "micro_batches": torch.arange(sequences).split(4),
+        "groups": torch.arange(sequences) // 8,
+        "rewards": rewards,
+        "advantages": rewards - rewards.mean(),
+        "old_log_probs": near(0.3),
+        "sampler_log_probs": near(0.1),
+        "ref_log_probs": near(0.3),
+    }
