@@ -1,0 +1,70 @@
+"""The page on NeMo-RL, with stand-ins for what it imports."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.functional import pad
+
+from egpo_kernels import group_advantages, recipes
+from tests.integrations.pages import run_page, stand_in
+from tests.parity.batch import assert_same, differentiated, make_batch, ours
+from tests.support.accuracy import assert_rounding
+
+BATCH = make_batch()
+DATA = {
+    "token_mask": pad(BATCH.mask.float(), (1, 0)),
+    "sample_mask": torch.ones(8),
+    "prev_logprobs": pad(BATCH.old_log_probs, (1, 0)),
+    "advantages": pad(BATCH.advantages[:, None].expand(8, 24), (1, 0)),
+}
+
+
+@pytest.fixture
+def page(monkeypatch):
+    names = {
+        "LossType": SimpleNamespace(TOKEN_LEVEL="token_level"),
+        "LossInputType": SimpleNamespace(LOGPROB="logprob"),
+    }
+    stand_in(monkeypatch, "nemo_rl.algorithms.loss.interfaces", **names)
+    return run_page("nemo_rl")
+
+
+@pytest.mark.parametrize("recipe", ["egpo", "grpo", "gspo"])
+def test_micro_batches_add_up_to_the_step(page, recipe):
+    page["RECIPE"] = recipes.get(recipe)
+    counts = torch.tensor(8.0), BATCH.mask.sum()
+
+    def step(log_probs):
+        total = 0.0
+        for rows in (slice(0, 3), slice(3, 8)):
+            found, metrics = page["EGPOLoss"]()(
+                log_probs[rows], {name: each[rows] for name, each in DATA.items()}, *counts
+            )
+            assert metrics == {"loss": found.item(), "num_valid_samples": len(log_probs[rows])}
+            total = total + found
+        return total
+
+    expected = ours(BATCH, **page["RECIPE"].loss.to_dict())
+    assert_same(expected, differentiated(step, BATCH.log_probs))
+
+
+def test_a_sample_that_is_masked_does_not_count(page):
+    data = DATA | {"sample_mask": torch.tensor([1.0, 0, 1, 1, 1, 1, 1, 1])}
+
+    def loss(log_probs):
+        return page["EGPOLoss"]()(log_probs, data, torch.tensor(7.0), BATCH.mask.sum())[0]
+
+    gradient = differentiated(loss, BATCH.log_probs).gradient
+    assert gradient[1].abs().sum() == 0 and gradient[0].abs().sum() > 0
+
+
+def test_groups_are_equal_prompts(page):
+    prompts = torch.tensor([[5, 6, 0], [5, 6, 0], [5, 7, 1], [5, 6, 0], [5, 7, 1], [5, 7, 1], [5, 7, 1], [5, 6, 0]])
+    rewards = torch.tensor([0.0, 1, 0, 0, 0, 1, 1, 0])
+    mask = DATA["token_mask"]
+    found = page["EGPOEstimator"]().compute_advantage(
+        prompts, rewards, mask, logprobs_policy=DATA["prev_logprobs"], logprobs_reference=None, repeated_batch=None
+    )
+    expected = group_advantages((prompts[:, 1] == 7).long(), rewards, BATCH.old_log_probs, BATCH.mask).advantages
+    assert_rounding(found, expected[:, None] * mask)

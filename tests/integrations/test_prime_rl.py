@@ -1,0 +1,59 @@
+"""The page on prime-rl, with stand-ins for what it imports."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from egpo_kernels import group_advantages
+from tests.integrations.pages import run_page, stand_in
+from tests.parity.batch import assert_same, differentiated, make_batch, ours
+from tests.support.accuracy import assert_rounding
+
+BATCH = make_batch()
+
+
+@pytest.fixture
+def page(monkeypatch):
+    stand_in(monkeypatch, "prime_rl.orchestrator.algo.grpo", GRPOAlgorithm=object)
+    stand_in(monkeypatch, "prime_rl.trainer.rl.loss", LossOutputs=SimpleNamespace)
+    return run_page("prime_rl")
+
+
+def test_samples_add_up_to_the_step(page):
+    def step(log_probs):
+        total = 0.0
+        for row in range(8):
+            inputs = SimpleNamespace(
+                trainer_logprobs=log_probs[row],
+                inference_logprobs=BATCH.old_log_probs[row],
+                advantages=BATCH.advantages[row].expand(24),
+                loss_mask=BATCH.mask[row],
+            )
+            found = page["egpo_loss"](inputs)
+            assert found.metrics["ratio"].dim() == 0
+            total = total + found.loss
+        return total / BATCH.mask.sum()  # rl_scale
+
+    assert_same(ours(BATCH), differentiated(step, BATCH.log_probs))
+
+
+def test_a_group_gets_its_advantages(page):
+    rewards, found = [0.0, 1.0, 0.0, 0.0], {}
+
+    def sample(row, start, end):
+        mask, log_probs = BATCH.mask[row, start:end], BATCH.old_log_probs[row, start:end]
+        return SimpleNamespace(mask=mask.tolist(), logprobs=log_probs.tolist())
+
+    group = [
+        SimpleNamespace(
+            reward=rewards[row],
+            samples=[sample(row, 0, 10), sample(row, 10, 24)],
+            assign_advantages=lambda value, row=row: found.__setitem__(row, value),
+        )
+        for row in range(4)
+    ]
+    asyncio.run(page["EGPOAlgorithm"]().score_group(group))
+    expected = group_advantages(4, torch.tensor(rewards), BATCH.old_log_probs[:4], BATCH.mask[:4]).advantages
+    assert_rounding(torch.tensor([found[row] for row in range(4)]), expected)

@@ -1,0 +1,125 @@
+"""The adapters for slime on lists of the form that its source has; slime itself needs Megatron."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from egpo_kernels import PolicyLossConfig, group_advantages, policy_loss, recipes
+from egpo_kernels.integrations.slime import samples_advantages, samples_policy_loss
+from tests.integrations.pages import run_page, stand_in
+from tests.parity.batch import assert_same, differentiated, make_batch, ours
+from tests.support.accuracy import assert_bits, assert_rounding
+
+BATCH = make_batch()
+LENGTHS = [24, 3, 17, 1, 24, 9, 20, 12]
+PER_SEQUENCE = {"reduction": "seq_mean_token_mean"}
+
+
+def lists(values, rows=range(8)):
+    """One tensor a sample, without padding."""
+    return [values[row, : LENGTHS[row]] for row in rows]
+
+
+def micro_batch(rows=range(8)):
+    masks = lists(BATCH.mask.long(), rows)
+    return {
+        "advantages": [BATCH.advantages[row].expand(LENGTHS[row]) for row in rows],
+        "loss_masks": masks,
+        "log_probs": lists(BATCH.old_log_probs, rows),
+        "rollout_log_probs": lists(BATCH.old_log_probs, rows),
+        "ref_log_probs": lists(BATCH.ref_log_probs, rows),
+        "unconcat_tokens": None,
+        "total_lengths": None,
+        "response_lengths": [LENGTHS[row] for row in rows],
+    }
+
+
+def reducer(batch, per_token=False):
+    """What slime's `get_sum_of_sample_mean` returns without context parallelism."""
+
+    def reduce(values):
+        parts = zip(values.split(batch["response_lengths"]), batch["loss_masks"], strict=True)
+        return sum((part * mask).sum() / (1 if per_token else mask.sum().clamp(min=1)) for part, mask in parts)
+
+    return reduce
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"ratio": "sequence"}, {"kl_coef": 0.1}, {"surrogate": "gmpo", "clip_low": 0.4, "clip_high": 0.4}]
+)
+def test_micro_batches_add_up_to_the_step(settings, per_token):
+    """slime divides what the micro-batches return by the step's rollouts or tokens."""
+
+    def step(log_probs):
+        total = 0.0
+        for rows in (range(0, 3), range(3, 8)):
+            batch = micro_batch(rows)
+            found = samples_policy_loss(
+                lists(log_probs, rows),
+                batch["log_probs"],
+                batch,
+                reducer(batch, per_token),
+                PolicyLossConfig(**settings),
+            )
+            assert_bits(found[1]["loss"], found[0].detach(), "logged loss")
+            total = total + found[0]
+        return total / (BATCH.mask.sum() if per_token else len(LENGTHS))
+
+    reduction = "token_mean" if per_token else "seq_mean_token_mean"
+    assert_same(ours(BATCH, reduction=reduction, **settings), differentiated(step, BATCH.log_probs))
+
+
+def test_masks_that_context_parallelism_does_not_cut_are_refused():
+    batch = micro_batch()
+    with pytest.raises(ValueError, match="mask has shape"):
+        samples_policy_loss([each[: len(each) // 2] for each in lists(BATCH.log_probs)], None, batch, reducer(batch))
+
+
+def samples(lonely=False):
+    return [
+        SimpleNamespace(
+            group_index=row // 4,
+            response_length=LENGTHS[row],
+            loss_mask=BATCH.mask[row, : LENGTHS[row]].long().tolist() if row in (2, 6) else None,
+            rollout_log_probs=None if lonely and row == 3 else BATCH.old_log_probs[row, : LENGTHS[row]].tolist(),
+            get_reward_value=lambda args, row=row: float(row in (1, 6)),
+        )
+        for row in range(8)
+    ]
+
+
+def test_the_page_puts_both_halves_in(monkeypatch):
+    def get_log_probs_and_entropy(logits, *, args, unconcat_tokens, total_lengths, response_lengths, with_entropy):
+        return None, {"log_probs": list(logits.split(response_lengths))}
+
+    name = "slime.backends.megatron_utils.loss"
+    stand_in(monkeypatch, name, get_log_probs_and_entropy=get_log_probs_and_entropy)
+    page = run_page("slime")
+
+    raw, found = page["post_process"](None, samples())
+    assert raw == [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    expected = group_advantages(torch.arange(8) // 4, torch.tensor(raw), BATCH.old_log_probs, BATCH.mask).advantages
+    assert_rounding(torch.tensor(found), expected)
+
+    batch, flat = micro_batch(), torch.cat(lists(BATCH.log_probs))
+    for use_rollout_logprobs in (False, True):
+        args = SimpleNamespace(use_rollout_logprobs=use_rollout_logprobs)
+        loss, _ = page["egpo_loss"](args, batch, flat, reducer(batch))
+        assert_bits(
+            loss, samples_policy_loss(lists(BATCH.log_probs), batch["log_probs"], batch, reducer(batch))[0], "loss"
+        )
+    del batch["log_probs"]
+    loss, _ = page["egpo_loss"](SimpleNamespace(use_rollout_logprobs=False), batch, flat, reducer(batch))
+    config = recipes.GRPO.loss
+    direct = policy_loss(BATCH.log_probs, None, BATCH.advantages, BATCH.mask, config=config).loss
+    assert_rounding(loss, direct * len(LENGTHS))
+
+
+def test_samples_without_log_probs_are_refused_where_the_weight_needs_them():
+    rewards = [1.0, 0, 0, 0, 0, 0, 1, 0]
+    with pytest.raises(ValueError, match="old_log_probs is None"):
+        samples_advantages(samples(lonely=True), rewards)
+    found = samples_advantages(samples(lonely=True), rewards, recipes.GRPO.advantage)
+    assert_rounding(found, group_advantages(4, torch.tensor(rewards), config=recipes.GRPO.advantage).advantages)
