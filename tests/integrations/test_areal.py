@@ -1,4 +1,4 @@
-"""AReaL's actor and loss beside ours; areal needs some 100 MB of packages, so CI does not have it."""
+"""AReaL's actor and loss beside ours; it runs in an environment of its own (make apart)."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-pytest.importorskip("areal", reason="areal is not installed (docs/areal.md says which version was tried)")
+pytest.importorskip("areal", reason="areal is not installed (make apart runs this)")
 
 from areal.api.cli_args import PPOActorConfig
 from areal.trainer.ppo.actor import grpo_loss_fn
@@ -14,9 +14,9 @@ from areal.utils.data import pack_tensor_dict
 from areal.utils.functional import ppo_actor_loss_fn, sapo_loss_fn
 
 from egpo_kernels import PolicyLossConfig, Recipe, group_advantages, policy_loss
-from tests.integrations.pages import run_page
 from tests.parity.batch import assert_same, differentiated, make_batch, ours
 from tests.support.accuracy import assert_bits, assert_rounding
+from tests.support.page import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:Transformer Engine and Apex are not installed:UserWarning")
 BATCH = make_batch()
@@ -26,7 +26,7 @@ WIDTH = 26
 
 @pytest.fixture(scope="module")
 def page():
-    return run_page("areal")
+    return run("docs/areal.md")
 
 
 def rolled(values):

@@ -1,4 +1,4 @@
-"""ms-swift's GRPO trainer and loss beside ours; it needs another TRL than tests/parity, so CI does not have it."""
+"""ms-swift's GRPO trainer and loss beside ours; it needs a TRL, and so an environment, of its own (make apart)."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("swift", reason="ms-swift is not installed (docs/ms_swift.md says which version was tried)")
-pytest.importorskip("trl.experimental.ppo", reason="this TRL has no PPO, which ms-swift imports (docs/ms_swift.md)")
+pytest.importorskip("swift", reason="ms-swift is not installed (make apart runs this)")
+pytest.importorskip("trl.experimental.ppo", reason="this TRL has no PPO, which ms-swift imports (make apart)")
 
 from swift.rl_core.data import GRPOBatch
 from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
 
 from egpo_kernels import PolicyLossConfig, Recipe, group_advantages, policy_loss
-from tests.integrations.pages import run_page
 from tests.parity.batch import assert_same, differentiated, make_batch, ours
 from tests.support.accuracy import assert_bits, assert_rounding
+from tests.support.page import run
 
 BATCH = make_batch()
 STEPS = 2
@@ -23,7 +23,7 @@ STEPS = 2
 
 @pytest.fixture(scope="module")
 def page():
-    return run_page("ms_swift")
+    return run("docs/ms_swift.md")
 
 
 def trainer_of(kind, **options):

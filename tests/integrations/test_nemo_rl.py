@@ -7,9 +7,10 @@ import torch
 from torch.nn.functional import pad
 
 from egpo_kernels import group_advantages, recipes
-from tests.integrations.pages import run_page, stand_in
+from tests.integrations.stand_ins import stand_in
 from tests.parity.batch import assert_same, differentiated, make_batch, ours
 from tests.support.accuracy import assert_rounding
+from tests.support.page import run
 
 BATCH = make_batch()
 DATA = {
@@ -27,7 +28,7 @@ def page(monkeypatch):
         "LossInputType": SimpleNamespace(LOGPROB="logprob"),
     }
     stand_in(monkeypatch, "nemo_rl.algorithms.loss.interfaces", **names)
-    return run_page("nemo_rl")
+    return run("docs/nemo_rl.md")
 
 
 @pytest.mark.parametrize("recipe", ["egpo", "grpo", "gspo"])

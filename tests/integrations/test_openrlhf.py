@@ -15,9 +15,9 @@ pytest.importorskip("openrlhf", reason="openrlhf is not installed (make parity i
 
 from egpo_kernels import PolicyLossConfig, group_advantages, recipes
 from egpo_kernels.integrations.openrlhf import actor_policy_loss, rollout_advantages
-from tests.integrations.pages import run_page
 from tests.parity.batch import Answer, assert_same, differentiated, make_batch, ours
 from tests.support.accuracy import assert_bits, assert_rounding
+from tests.support.page import run
 
 BATCH = make_batch(empty=True)
 TOKENS = BATCH.advantages[:, None] * BATCH.mask
@@ -105,7 +105,7 @@ def test_micro_batches_add_up_to_the_step(stack, reduction):
 
 
 def test_the_page_puts_both_halves_in(stack):
-    page = run_page("openrlhf")
+    page = run("docs/openrlhf.md")
     maker = object.__new__(page["ExperienceMaker"])
     maker.advantage_estimator, maker.kl_ctl = "group_norm", SimpleNamespace(value=0.0)
     advantage = SimpleNamespace(estimator="group_norm", gamma=1.0)

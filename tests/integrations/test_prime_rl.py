@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from egpo_kernels import group_advantages
-from tests.integrations.pages import run_page, stand_in
+from tests.integrations.stand_ins import stand_in
 from tests.parity.batch import assert_same, differentiated, make_batch, ours
 from tests.support.accuracy import assert_rounding
+from tests.support.page import run
 
 BATCH = make_batch()
 
@@ -18,7 +19,7 @@ BATCH = make_batch()
 def page(monkeypatch):
     stand_in(monkeypatch, "prime_rl.orchestrator.algo.grpo", GRPOAlgorithm=object)
     stand_in(monkeypatch, "prime_rl.trainer.rl.loss", LossOutputs=SimpleNamespace)
-    return run_page("prime_rl")
+    return run("docs/prime_rl.md")
 
 
 def test_samples_add_up_to_the_step(page):

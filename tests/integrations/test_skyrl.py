@@ -24,9 +24,10 @@ with pytest.MonkeyPatch.context() as patch:
 import cloudpickle
 
 from egpo_kernels import PolicyLossConfig, group_advantages, policy_loss, recipes
-from tests.integrations.pages import run_page, stand_in
+from tests.integrations.stand_ins import stand_in
 from tests.parity.batch import assert_same, differentiated, make_batch, ours
 from tests.support.accuracy import assert_bits, assert_rounding
+from tests.support.page import run
 
 BATCH = make_batch()
 TOKENS = BATCH.advantages[:, None] * BATCH.mask
@@ -45,7 +46,7 @@ def page():
     with pytest.MonkeyPatch.context() as patch:
         if "skyrl.train.trainer" not in sys.modules:
             stand_in(patch, "skyrl.train.trainer", RayPPOTrainer=Trainer)
-        yield run_page("skyrl")
+        yield run("docs/skyrl.md")
 
 
 def scaled(loss_reduction, max_seq_len=None):

@@ -7,9 +7,10 @@ import torch
 
 from egpo_kernels import PolicyLossConfig, group_advantages, policy_loss, recipes
 from egpo_kernels.integrations.slime import samples_advantages, samples_policy_loss
-from tests.integrations.pages import run_page, stand_in
+from tests.integrations.stand_ins import stand_in
 from tests.parity.batch import assert_same, differentiated, make_batch, ours
 from tests.support.accuracy import assert_bits, assert_rounding
+from tests.support.page import run
 
 BATCH = make_batch()
 LENGTHS = [24, 3, 17, 1, 24, 9, 20, 12]
@@ -96,7 +97,7 @@ def test_the_page_puts_both_halves_in(monkeypatch):
 
     name = "slime.backends.megatron_utils.loss"
     stand_in(monkeypatch, name, get_log_probs_and_entropy=get_log_probs_and_entropy)
-    page = run_page("slime")
+    page = run("docs/slime.md")
 
     raw, found = page["post_process"](None, samples())
     assert raw == [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]

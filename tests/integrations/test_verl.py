@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import itertools
 import os
-import re
 import subprocess
 import sys
 import types
@@ -39,6 +38,7 @@ from egpo_kernels.integrations import verl as ours
 from egpo_kernels.integrations import verl_losses as losses
 from tests.parity.batch import Answer, Batch, differentiated, make_batch
 from tests.support.accuracy import assert_bits, assert_rounding
+from tests.support.page import PAGES, run
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = make_batch(empty=True)
@@ -555,8 +555,7 @@ def test_command_line():
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
         "actor_rollout_ref.actor.clip_ratio_high=0.28",
     ]
-    page = (ROOT / "docs" / "verl.md").read_text()
-    assert all(override in page for override in overrides[:5])
+    assert all(override in PAGES["docs/verl.md"] for override in overrides[:5])
     with hydra.initialize_config_module("verl.trainer.config", version_base=None):
         config = hydra.compose("ppo_trainer", overrides)
     data = advantages(rollout(), config.algorithm, "v1")
@@ -572,17 +571,9 @@ def test_command_line():
 
 
 def test_page():
-    page = (ROOT / "docs" / "verl.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert blocks
     losses = []
-    names = {
-        "actor_config": actor(),
-        "worker_group": types.SimpleNamespace(set_loss_fn=losses.append),
-        "data": rollout(),
-    }
-    for block in blocks:
-        exec(compile(block, "docs/verl.md", "exec"), names)
+    group = types.SimpleNamespace(set_loss_fn=losses.append)
+    names = run("docs/verl.md", {"actor_config": actor(), "worker_group": group, "data": rollout()})
     data, output = micro_batch(BATCH, padded=False)
     loss, _ = losses[0](model_output={"log_probs": output(BATCH.log_probs)}, data=data, dp_group=None)
     expected, _ = registered(BATCH, "egpo", "token-mean", actor(), BATCH.weights)

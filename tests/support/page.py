@@ -15,9 +15,10 @@ def blocks(page: str, language: str = "python") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
 
 
-def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
+def run(page: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
     """All blocks of a page, in order, with ``names`` at hand; the names that they leave."""
-    space = dict(names)
+    assert blocks(page), page
+    space = {"__name__": Path(page).stem, **(names or {})}
     for number, block in enumerate(blocks(page)):
         exec(compile(block, f"{page}, block {number}", "exec"), space)
     return space
