@@ -7,6 +7,7 @@ import pytest
 import egpo_kernels as ek
 from tests.support.accuracy import assert_bits
 from tests.support.page import PAGES, ROOT, at_hand, blocks, run
+from tests.support.stack_table import STACKS, shown, stack_table
 
 pytestmark = pytest.mark.cpu
 # Pages of a stack, and those that need one, are run by the tests of that stack.
@@ -27,6 +28,12 @@ def test_every_page_is_linked_from_the_readme_and_links_exist():
         assert page == "README.md" or f"({page})" in PAGES["README.md"], page
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
+
+
+def test_stacks_are_those_of_the_table():
+    assert shown() == stack_table(), "run python -m tests.support.stack_table"
+    adapters = {path.name for path in (ROOT / "egpo_kernels" / "integrations").glob("[!_]*.py")}
+    assert adapters == {file for stack in STACKS for file in stack.files}
 
 
 @pytest.mark.parametrize("page", HERE)
@@ -63,16 +70,11 @@ def test_every_recipe_of_the_page_exists():
     assert named | {f"egpo_c{i}" for i in range(2, 6)} == set(ek.recipes.RECIPES)
 
 
-def loop(page):
-    """The blocks of the page of own loops that need nothing else."""
-    return [block for block in blocks(page) if "accelerate" not in block]
-
-
 def test_own_loop():
     names = at_hand()
     before = names["table"].detach().clone()
-    (block,) = loop("docs/pytorch.md")
-    exec(block, names)
+    plain, _ = blocks("docs/pytorch.md")  # the other needs accelerate
+    exec(plain, names)
     assert (names["table"] - before).abs().max() > 0
     assert names["metrics"]["policy/ratio/max"] > 1.0001  # the second epoch is off-policy
     assert names["metrics"]["policy/tokens/sum"] == names["mask"].sum()
