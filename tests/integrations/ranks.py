@@ -1,6 +1,7 @@
 """What each of two processes does in `test_sharding`: its half of a batch, under the names of ways to wrap a model."""
 
 import os
+import socket
 from pathlib import Path
 from types import MappingProxyType
 
@@ -20,14 +21,30 @@ from tests.support.accuracy import assert_rounding
 RANKS = 2
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def announce(rank: int, port: int) -> None:
+    """Say which process this is, to libraries that start torch.distributed themselves."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def leave() -> None:
+    """End a process: one that ends as usual is now and then aborted by a thread of gloo's that still runs."""
+    dist.barrier()
+    os._exit(0)
+
+
 def start(rank: int, folder: Path, way: str) -> None:
     """Entry point of a process."""
     os.environ["OMP_NUM_THREADS"] = "1"
     dist.init_process_group("gloo", init_method=f"file://{folder}/{way}", rank=rank, world_size=RANKS)
     WAYS[way](rank)
-    dist.barrier()
-    # A process that ends as usual is now and then aborted by a thread of gloo's that still runs.
-    os._exit(0)
+    leave()
 
 
 def shard(model: nn.Module, way: str, **options: object) -> nn.Module:

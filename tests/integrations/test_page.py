@@ -7,7 +7,7 @@ pytest.importorskip("transformers", reason="transformers is not installed (make 
 
 from tests.integrations.models import make_batch, make_model
 from tests.support.accuracy import assert_bits
-from tests.support.page import at_hand, blocks, run
+from tests.support.page import blocks, run
 
 
 def test_transformers():
@@ -19,31 +19,6 @@ def test_transformers():
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
     assert_bits(names["metrics"]["policy/tokens/sum"].long(), names["mask"].sum(), "tokens")
     assert names["logits"].shape == (*batch.ids.shape, model.config.vocab_size)
-
-
-class Table(torch.nn.Module):
-    """The model that readers have at hand, as a module."""
-
-    def __init__(self, table):
-        super().__init__()
-        self.table = torch.nn.Parameter(table.detach().clone())
-
-    def forward(self, ids):
-        return self.table[ids]
-
-
-def test_own_loop_and_accelerate():
-    pytest.importorskip("accelerate", reason="accelerate is not installed (make parity installs it)")
-    names = at_hand()
-    model = Table(names["table"])
-    names |= {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
-    plain, spread = blocks("docs/pytorch.md")
-    before = model.table.detach().clone()
-    exec(plain, names)
-    between = model.table.detach().clone()
-    exec(spread, names)
-    assert (between - before).abs().max() > 0 and (model.table - between).abs().max() > 0
-    assert_bits(names["num_tokens"].long(), names["mask"].sum(), "tokens")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -1,8 +1,5 @@
 """EGPOTrainer's update does not depend on how a batch is split over micro-batches, steps and processes."""
 
-import os
-import socket
-
 import pytest
 import torch
 
@@ -11,6 +8,7 @@ pytest.importorskip("trl", reason="trl is not installed (make parity installs it
 import trl.trainer.grpo_trainer
 
 from egpo_kernels.integrations.trl import EGPOTrainer
+from tests.integrations.ranks import RANKS, announce, free_port, leave
 from tests.integrations.trl_runs import rollout, run, steps
 from tests.support.accuracy import assert_rounding
 
@@ -70,29 +68,20 @@ SPREAD = [WAYS["the method"], WAYS["mean of sequences"], {"num_iterations": 2, "
 
 def process(rank, port, folder):
     """One of two processes; the first keeps the weights after each step, and what was logged."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    announce(rank, port)
     trl.trainer.grpo_trainer.shuffle_sequence_dict = in_order(...)
     found = []
     for options in SPREAD:
         trainer = run(EGPOTrainer, folder, ddp_backend="gloo", **HALVES, **options)
-        assert trainer.accelerator.num_processes == 2
+        assert trainer.accelerator.num_processes == RANKS
         found.append((trainer.weights, steps(trainer)))
     if rank == 0:
         torch.save(found, folder / "found.pt")
-    torch.distributed.barrier()
-    # A process that ends as usual is now and then aborted by a thread of gloo's that still runs.
-    os._exit(0)
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    leave()
 
 
 def test_two_processes(tmp_path, monkeypatch):
-    torch.multiprocessing.spawn(process, (free_port(), tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(process, (free_port(), tmp_path), nprocs=RANKS)
     for options, (weights, logged) in zip(SPREAD, torch.load(tmp_path / "found.pt"), strict=True):
         # A step takes half of what each process has.
         count = options.get("steps_per_generation", 1)
