@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 import warnings
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import verl
@@ -38,7 +38,9 @@ def egpo_advantages(data: Any, config: Any = None) -> Any:
     """
     from omegaconf import OmegaConf
 
-    given = OmegaConf.to_container(OmegaConf.create((config or {}).get("egpo") or {}), resolve=True)
+    given = OmegaConf.to_container(OmegaConf.create({"egpo": (config or {}).get("egpo")}), resolve=True)["egpo"] or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"algorithm.egpo is {given!r}; it must be settings by name: +algorithm.egpo.nsr_scale=0.5")
     try:
         base = recipes.get(given.pop("recipe", "egpo")).advantage
         settings = AdvantageConfig.from_dict(base.to_dict() | given)
@@ -87,7 +89,7 @@ def _wrap_compute_advantage(trainer: Any) -> None:
         return egpo_advantages(data, config)
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("verl.") and vars(module).get("compute_advantage") is original:
+        if name.startswith("verl.") and getattr(module, "compute_advantage", None) is original:
             module.compute_advantage = compute_advantage  # type: ignore[attr-defined]
 
 
@@ -113,7 +115,10 @@ class _Finder:
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """The spec that would be found anyway, its module attached to once it has run."""
-        spec = PathFinder.find_spec(name, path, target) if name in HOOKS else None
+        if name not in HOOKS:
+            return None
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not _Finder)
+        spec = next(filter(None, others), None)
         loader: Any = spec and spec.loader
         if loader:
             loader.exec_module = functools.partial(_execute, loader.exec_module)

@@ -122,6 +122,8 @@ def _settings(
     fixed, names = LOSSES[loss_mode]
     given: dict[str, Any] = {**fixed, **{name: config.get(KEYS[name]) for name in names}, **(more or {})}
     given |= {name: config.clip_ratio for name in ("clip_low", "clip_high") if name in names and given[name] is None}
+    if "dual_clip" in names:
+        given["dual_clip"] = config.get("clip_ratio_c", 3.0)  # verl's default where a mapping lacks it
     given["reduction"] = MODES[mode]
     if mode == "seq-mean-token-sum-norm":
         factor = info.get("loss_scale_factor")

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # verl warns of engines that are not installed
-    WHY = "verl or a package that its trainers import is not installed (make parity installs verl)"
-    ray_trainer = pytest.importorskip("verl.trainer.ppo.ray_trainer", reason=WHY, exc_type=ImportError)
-    v1 = pytest.importorskip("verl.trainer.ppo.v1.utils", reason=WHY, exc_type=ImportError)
+    pytest.importorskip("verl", reason="verl is not installed (make parity installs it)")
+    from verl.trainer.ppo import ray_trainer
+    from verl.trainer.ppo.v1 import utils as v1
 
 from omegaconf import OmegaConf
 from verl import DataProto
@@ -54,6 +54,7 @@ SETTINGS = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.28, "clip_ratio_c": 1.5,
 SAME = {"egpo": "vanilla", "egpo_gspo": "gspo"}
 # What verl divides by, in a batch that is everything, and in a part of a larger one.
 WHOLE, PART = {}, {"dp_size": 2, "batch_num_tokens": 400, "global_batch_size": 32, "loss_scale_factor": 32}
+COUNTED = {"batch_num_tokens": 400}
 
 
 def actor(kind=FSDPActorConfig, loss_mode="egpo", info=None, **options):
@@ -149,6 +150,28 @@ def test_one_clip_ratio_stands_for_both():
     as_mapping = OmegaConf.create(SETTINGS | {"clip_ratio": 0.05, "global_batch_info": {}})
     as_mapping.clip_ratio_low = as_mapping.clip_ratio_high = None
     assert_bits(registered(BATCH, "egpo", "token-mean", as_mapping)[0].loss, found.loss, "DictConfig")
+
+
+def test_what_a_mapping_lacks_is_what_verl_takes():
+    config = OmegaConf.create({"clip_ratio": 0.2, "clip_ratio_low": None, "global_batch_info": {}})
+    config.clip_ratio_high = None
+    far = BATCH._replace(log_probs=BATCH.log_probs + 2.0)
+    found, metrics = registered(far, "egpo", "token-mean", config)
+    expected, theirs = registered(far, "vanilla", "token-mean", config)
+    assert_same(found, expected, size_of(far, expected))
+    assert metrics["actor/pg_clipfrac_lower"] == theirs["actor/pg_clipfrac_lower"] > 0
+
+
+def test_metrics_of_far_log_ratios_are_verls():
+    far = BATCH._replace(old_log_probs=BATCH.old_log_probs - 50.0)
+    (_, metrics), (_, theirs) = (registered(far, mode, "token-mean", actor()) for mode in ("egpo", "vanilla"))
+    assert_rounding(torch.tensor(metrics["actor/ppo_kl"]), torch.tensor(theirs["actor/ppo_kl"]))
+
+
+def test_a_sum_needs_no_count():
+    config = actor(info={"dp_size": 2})
+    found, expected = (registered(BATCH, mode, "token-sum", config)[0] for mode in ("egpo", "vanilla"))
+    assert_same(found, expected, size_of(BATCH, expected))
 
 
 @settings(max_examples=15, deadline=None)
@@ -258,7 +281,7 @@ def engine(loss, batch, config, padded, counts=WHOLE, entropy=True, **more):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["nested", "padded"])
-@pytest.mark.parametrize("counts", [WHOLE, PART], ids=["whole", "part"])
+@pytest.mark.parametrize("counts", [WHOLE, PART, COUNTED], ids=["whole", "part", "counted"])
 @pytest.mark.parametrize(
     "mode, options",
     [
@@ -418,11 +441,25 @@ def test_correctness_is_of_the_scores(through):
     data = advantages(rollout(rewards, scores=REWARDS), algorithm(), through)
     assert_bits(data.batch["advantages"], expected_advantages(rewards, correct=REWARDS > 0.5), "advantages")
     assert not torch.equal(data.batch["advantages"], expected_advantages(rewards))
+    unscored = rollout(rewards)
+    del unscored.batch["token_level_scores"]
+    assert_bits(advantages(unscored, algorithm()).batch["advantages"], expected_advantages(rewards), "advantages")
+
+
+def test_all_wrong_with_a_kl_in_the_rewards():
+    """Such rewards differ, and the rule for groups that agree does not see them; the page names the one that does."""
+    assert "+algorithm.egpo.all_wrong=negative_no_correct" in PAGES["docs/verl.md"]
+    wrong = torch.zeros(8)
+    data = advantages(rollout(-torch.arange(8) / 100, scores=wrong), algorithm(all_wrong="negative_no_correct"))
+    assert_bits(data.batch["advantages"], expected_advantages(wrong), "advantages")
 
 
 def test_log_probs_of_the_sampler_do():
     data = advantages(rollout(log_probs="rollout_log_probs"), algorithm())
     assert_bits(data.batch["advantages"], expected_advantages(), "advantages")
+    both = rollout()
+    both.batch["rollout_log_probs"] = -torch.rand(BATCH.mask.shape)
+    assert_bits(advantages(both, algorithm()).batch["advantages"], expected_advantages(), "advantages")
     without = advantages(rollout(log_probs=None), algorithm(weight="none"))
     config = ek.recipes.EGPO.replace(weight="none").advantage
     assert_bits(without.batch["advantages"], expected_advantages(config=config), "advantages")
@@ -458,6 +495,17 @@ def test_a_mask_is_made_where_there_is_none():
         (algorithm(recipe="edge_grpo"), {}, r"entropy is None with weight .* statistic 'shannon'; it must be given"),
         (algorithm(), {"log_probs": None}, r"neither old_log_probs nor rollout_log_probs.*calculate_log_probs=True"),
         (algorithm("rloo", nsr_scale=0.5), {}, r"algorithm\.adv_estimator is 'rloo' beside algorithm\.egpo"),
+        (algorithm("gae", nsr_scale=0.5), {}, r"algorithm\.adv_estimator is 'gae' beside algorithm\.egpo"),
+        (
+            OmegaConf.create({"adv_estimator": "egpo", "egpo": [1]}),
+            {},
+            r"algorithm\.egpo is \[1\]; it must be settings",
+        ),
+        (
+            OmegaConf.create({"adv_estimator": "egpo", "egpo": True}),
+            {},
+            r"algorithm\.egpo is True; it must be settings",
+        ),
     ],
 )
 def test_refused_advantages(config, given, message):
