@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
 
 from egpo_kernels import recipes
 from egpo_kernels.api import policy_loss
@@ -14,8 +15,12 @@ from egpo_kernels.groups import group_advantages
 from egpo_kernels.integrations.transformers import fuse_policy_loss
 from egpo_kernels.integrations.trl_options import adjusted, nearest_loss_type
 from egpo_kernels.metrics import combine_metrics
-from egpo_kernels.types import Metrics, Recipe
+from egpo_kernels.types import Recipe
 
+PAPER = {
+    "title": "Know What You Know: Metacognitive Entropy Calibration for Verifiable RL Reasoning",
+    "id": "2602.22751",
+}
 FORWARD = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
 
 
@@ -38,10 +43,14 @@ class EGPOTrainer(GRPOTrainer):
         ValueError: An option that does not go with the recipe, or a model that cannot be fused.
     """
 
+    _tag_names = ("trl", "egpo_kernels")
+
     def __init__(self, *inputs: Any, recipe: Recipe | str = recipes.EGPO, **named: Any) -> None:
         super().__init__(*inputs, **named)
         self.recipe = adjusted(recipe, self.args)
-        self._seen: dict[str, list[Metrics]] = {"train": [], "eval": []}
+        # What the model card says.
+        self._name, self._paper = self.recipe.name, PAPER if self.recipe.name.startswith("EGPO") else {}
+        self._seen: dict[str, list[tuple[tuple[str, ...], Tensor]]] = {"train": [], "eval": []}
         self._fused = not (self._is_vlm or self.aux_loss_enabled or self.args.cast_lm_head_to_fp32)
         if self._fused:
             fuse_policy_loss(self.model)
@@ -63,8 +72,9 @@ class EGPOTrainer(GRPOTrainer):
         config, mask, entropy = self.recipe.advantage, _mask(output), None
         old = output.get("old_per_token_logps", output.get("sampling_per_token_logps"))
         if config.weight != "none" and (old is None or config.statistic == "shannon"):
-            with torch.no_grad():
-                now, entropy, _ = self._log_probs(self.model, output, self.args.per_device_train_batch_size)
+            wanted, size = config.statistic == "shannon", self.args.per_device_train_batch_size
+            with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                now, entropy, _ = self._log_probs(self.model, output, wanted, size)
             old = now if old is None else old
         # NaN is a token that the sampler did not score.
         scored = None if old is None else mask * ~old.isnan()
@@ -74,7 +84,7 @@ class EGPOTrainer(GRPOTrainer):
                 whole[name] = self.accelerator.gather(self.accelerator.pad_across_processes(value, dim=1))
         mode, size = self._mode_and_size()
         found = group_advantages(size, self._rewards, config=config, group_size=size, **whole)
-        self._seen[mode].append(found.metrics)
+        self._seen[mode].append((tuple(found.metrics), torch.stack([*found.metrics.values()])[None]))
         logged = self._logs["advantages"]
         for _ in range(min(len(logged), len(found.advantages))):
             logged.pop()
@@ -111,11 +121,13 @@ class EGPOTrainer(GRPOTrainer):
         log_probs, entropies = zip(*parts, strict=True)
         return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
 
-    def _log_probs(self, model: Any, inputs: dict[str, Any], batch_size: int | None = None, **named: Any) -> Any:
+    def _log_probs(
+        self, model: Any, inputs: dict[str, Any], entropy: bool = True, batch_size: int | None = None, **named: Any
+    ) -> Any:
         ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
         named |= {name: inputs[name] for name in FORWARD if name in inputs}  # images
         width = inputs["completion_ids"].shape[1]
-        return self._get_per_token_logps_and_entropies(model, ids, mask, width, batch_size, True, **named)
+        return self._get_per_token_logps_and_entropies(model, ids, mask, width, batch_size, entropy, **named)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode, _ = self._mode_and_size()
@@ -150,8 +162,9 @@ class EGPOTrainer(GRPOTrainer):
             num_tokens=tokens,
             num_sequences=len(mask) * steps,
         )
-        vectors = self.accelerator.gather(torch.stack([*seen.values()])[None])
-        self._seen[mode] += [dict(zip(seen, vector.unbind(), strict=True)) for vector in vectors]
+        # TRL logs the loss; its parts would be those of a process, and add up over steps.
+        seen = {key: value for key, value in seen.items() if not key.startswith("policy/loss/")}
+        self._seen[mode].append((tuple(seen), self.accelerator.gather(torch.stack([*seen.values()])[None])))
         if self._entropy_bonus_enabled:
             loss = loss - entropy_coef * (entropy * kept).sum() / kept.sum().clamp(min=1) / steps
         if self.aux_loss_enabled:
@@ -159,13 +172,12 @@ class EGPOTrainer(GRPOTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of the library, merged over micro-batches and processes, to TRL's."""
+        """Add our metrics, merged over micro-batches and processes, to TRL's; this waits for the device."""
         mode, _ = self._mode_and_size()
-        if self._seen[mode]:
-            merged = combine_metrics(self._seen[mode])
-            for key, value in zip(merged, torch.stack([*merged.values()]).tolist(), strict=True):
-                self._metrics[mode][key if key.startswith("egpo/") else f"egpo/{key}"] = [value]
-            self._seen[mode].clear()
+        seen, self._seen[mode] = self._seen[mode], []
+        parts = [dict(zip(keys, row.unbind(), strict=True)) for keys, rows in seen for row in rows.cpu()]
+        for key, value in combine_metrics(parts).items():
+            self._metrics[mode][key if key.startswith("egpo/") else f"egpo/{key}"] = [value.item()]
         super().log(logs, start_time)
 
     def _mode_and_size(self) -> tuple[str, int]:

@@ -25,7 +25,13 @@ RENAMED = {
     "sapo_temperature_pos": "tau_positive",
     "sapo_temperature_neg": "tau_negative",
 }
-"""Options that are a setting by another name."""
+"""Options that are a setting by another name; those below are not as simple."""
+NAMES = {**RENAMED, "epsilon": "clip_low", "epsilon_high": "clip_high", "beta": "kl_coef", "loss_type": "surrogate"}
+CHOICES = {
+    "loss_type": tuple(LOSSES),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize",),
+}
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
 
 
@@ -35,9 +41,9 @@ def adjusted(recipe: Recipe | str, args: GRPOConfig) -> Recipe:
     Raises:
         ValueError: An option that no recipe has, or settings that do not go together.
     """
-    check_choice("args.loss_type", args.loss_type, tuple(LOSSES))
-    check_choice("args.multi_objective_aggregation", args.multi_objective_aggregation, ("sum_then_normalize",))
-    made = recipes.get(recipe)
+    for name, choices in CHOICES.items():
+        check_choice(f"args.{name}", getattr(args, name), choices)
+    base = recipes.get(recipe)
     given = {name: value for name, value in vars(args).items() if value != DEFAULTS.get(name)}
     changed: dict[str, Any] = {ours: given[theirs] for theirs, ours in RENAMED.items() if theirs in given}
     if "loss_type" in given:
@@ -47,25 +53,46 @@ def adjusted(recipe: Recipe | str, args: GRPOConfig) -> Recipe:
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     if "epsilon" in given:
         changed["clip_low"] = args.epsilon
-    if changed.get("surrogate", made.loss.surrogate) != "cispo":
+    if changed.get("surrogate", base.loss.surrogate) != "cispo":
         changed |= {"clip_high": high} if given.keys() & {"epsilon", "epsilon_high"} else {}
-    elif given.keys() & {"loss_type", "epsilon_high"}:
+    elif "epsilon_high" in given or base.loss.surrogate != "cispo":
         changed["ratio_cap"] = high  # TRL's bound is the ratio's own
     if "beta" in given:
-        changed |= {"kl_coef": args.beta, "kl_times_ratio": args.use_bias_correction_kl}
-    made = made.replace(**changed)
+        changed["kl_coef"] = args.beta
+        if base.loss.kl_coef == 0 or "use_bias_correction_kl" in given:
+            changed["kl_times_ratio"] = args.use_bias_correction_kl
+    made = _replaced(base, changed)
     if made.loss.reduction == "seq_mean_token_sum_norm" and made.loss.norm_length is None:
         made = made.replace(norm_length=float(args.max_completion_length))
-    if made.loss.kl_coef != args.beta:
+    _check(made, args, given)
+    return made
+
+
+def _replaced(recipe: Recipe, changed: dict[str, Any]) -> Recipe:
+    try:
+        return recipe.replace(**changed)
+    except (ValueError, TypeError) as error:
+        message = str(error)
+        for theirs, ours in NAMES.items():
+            if ours in changed:
+                message = message.replace(f"PolicyLossConfig.{ours} ", f"args.{theirs} ")
+        raise ValueError(f"{message} (recipe {recipe.name})") from error
+
+
+def _check(recipe: Recipe, args: GRPOConfig, given: dict[str, Any]) -> None:
+    loss = recipe.loss
+    if loss.kl_coef != args.beta:
         raise ValueError(
-            f"args.beta is {args.beta} with kl_coef {made.loss.kl_coef} in the recipe; they must be equal, because TRL "
+            f"args.beta is {args.beta} with kl_coef {loss.kl_coef} in the recipe; they must be equal, because TRL "
             "loads a reference only for beta"
         )
-    if made.loss.reduction in ("sum", "none"):
+    if loss.reduction in ("sum", "none"):
+        raise ValueError(f"recipe has reduction {loss.reduction!r}; it must be a mean, for micro-batches to add up")
+    if "delta" in given and args.delta < 1 + loss.clip_high:
         raise ValueError(
-            f"recipe has reduction {made.loss.reduction!r}; it must be a mean, for micro-batches to add up"
+            f"args.delta is {args.delta}; it must be at least 1 + clip_high, {1 + loss.clip_high}: below that it caps "
+            "positive advantages in TRL, and negative ones in dual clip"
         )
-    return made
 
 
 def nearest_loss_type(loss: PolicyLossConfig, args: GRPOConfig) -> str:

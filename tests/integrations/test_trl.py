@@ -9,6 +9,7 @@ import transformers
 import trl.trainer.utils
 from trl import GRPOTrainer
 
+import egpo_kernels as ek
 from egpo_kernels.integrations.trl import EGPOTrainer
 from egpo_kernels.integrations.trl_options import LOSSES
 from tests.integrations.models import SHARED, make_model
@@ -50,8 +51,7 @@ OPTIONS = {
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_every_loss_type(loss_type, how, tmp_path):
     options = OPTIONS[how] | {"loss_type": loss_type}
-    recipe = STOCK.replace(**LOSSES[loss_type])
-    ours = run(EGPOTrainer, tmp_path, recipe=recipe, **options)
+    ours = run(EGPOTrainer, tmp_path, recipe=STOCK, **options)
     theirs = run(GRPOTrainer, tmp_path, **options)
     assert any(step["grad_norm"] > 0.01 for step in steps(theirs))
     assert_same_runs(ours, theirs)
@@ -75,14 +75,19 @@ MORE = {
         "entropy_coef_max": 1.0,
     },
     "truncated completions": {"mask_truncated_completions": True, "loss_type": "grpo"},
+    "truncated completions, accumulated": {
+        "mask_truncated_completions": True, "loss_type": "dr_grpo", "gradient_accumulation_steps": 2,
+    },
+    "no upper bound": {"epsilon": 0.1, "epsilon_high": 0.0} | OFF_POLICY,
     "off-policy sequences": {"off_policy_mask_threshold": 0.01} | OFF_POLICY,
     "sampler's log-probs": {"rollout_func": rollout, "off_policy_mask_threshold": 3.0},
     "tool mask": {"rollout_func": rollout_with_tools},
     "temperature": {"temperature": 0.7} | OFF_POLICY,
     "several rewards": {"reward_funcs": [even, lengths], "reward_weights": [1.0, 0.5]},
+    "answers without reward": {"reward_funcs": lengths},
     "evaluation": {
-        "eval_strategy": "steps", "eval_steps": 1, "eval_dataset": prompts(4), "num_generations_eval": 2,
-        "per_device_eval_batch_size": 4,
+        "gradient_accumulation_steps": 2, "steps_per_generation": 4, "eval_strategy": "steps", "eval_steps": 1,
+        "eval_dataset": prompts(4), "num_generations_eval": 2, "per_device_eval_batch_size": 4,
     },
     "generated": {"rollout_func": None},
     "padded": {"pad_to_multiple_of": 8},
@@ -91,8 +96,32 @@ MORE = {
 
 @pytest.mark.parametrize("options", MORE.values(), ids=MORE)
 def test_options(options, tmp_path):
-    ours = run(EGPOTrainer, tmp_path, recipe=STOCK, **options)
-    assert_same_runs(ours, run(GRPOTrainer, tmp_path, **options))
+    ours, theirs = run(EGPOTrainer, tmp_path, recipe=STOCK, **options), run(GRPOTrainer, tmp_path, **options)
+    assert any(step.get("grad_norm", 0.0) > 0.01 for step in steps(theirs))
+    assert_same_runs(ours, theirs)
+
+
+def test_metrics_are_of_a_step_and_apart_from_those_of_evaluation(tmp_path):
+    trainer = run(EGPOTrainer, tmp_path, **MORE["evaluation"])
+    assert [step["egpo/sequences/sum"] for step in steps(trainer) if "egpo/sequences/sum" in step] == [32, 32]
+    assert [step["eval_egpo/sequences/sum"] for step in steps(trainer) if "eval_loss" in step] == [8, 8, 8]
+    assert not any(name.startswith("egpo/policy/loss") for step in steps(trainer) for name in step)
+
+
+ALIKE = {
+    "gspo": {"importance_sampling_level": "sequence", "loss_type": "grpo", "epsilon": 3e-4, "epsilon_high": 4e-4},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.01},
+    "dapo": {"epsilon_high": 0.28},
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_recipe_reports_as_the_same_options_do(name, tmp_path):
+    more = {"clip_high": 0.01} if name == "cispo" else {}
+    recipe = ek.recipes.get(name).replace(std_eps=1e-4, **more)
+    assert_same_runs(
+        run(EGPOTrainer, tmp_path, recipe=recipe, **OFF_POLICY), run(GRPOTrainer, tmp_path, **OFF_POLICY, **ALIKE[name])
+    )
 
 
 def saved(folder, name="Llama"):
@@ -140,7 +169,19 @@ def mixture():
     return transformers.Qwen3MoeForCausalLM(config).train()
 
 
-@pytest.mark.parametrize("options", [{"model": mixture}, {"cast_lm_head_to_fp32": True, "loss_type": "grpo"}])
+def rounded():
+    """A model of 16 bits, whose output layer ``cast_lm_head_to_fp32`` multiplies in 32."""
+    return make_model().train().bfloat16()
+
+
+KEPT = {
+    "mixture": {"model": mixture},
+    "cast": {"cast_lm_head_to_fp32": True, "loss_type": "grpo"},
+    "cast from 16 bits": {"model": rounded, "cast_lm_head_to_fp32": True, "max_steps": 1, "num_iterations": 1},
+}
+
+
+@pytest.mark.parametrize("options", KEPT.values(), ids=KEPT)
 def test_what_keeps_the_head_of_trl(options, tmp_path):
     options = {"num_iterations": 2, "gradient_accumulation_steps": 2, **options}
     make = options.pop("model", lambda: make_model().train())

@@ -49,20 +49,20 @@ def unscored(prompts, trainer):
     return output
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"num_iterations": 2},
-        {"temperature": 0.7},
-        {"rollout_func": rollout_with_tools},
-        {"recipe": "edge_grpo"},
-        {"recipe": "edge_grpo", "num_iterations": 2},
-        {"recipe": "reinforce_pp_baseline"},
-        {"recipe": "rloo"},
-    ],
-    ids=str,
-)
+ROLLOUTS = {
+    "default": {},
+    "iterations": {"num_iterations": 2},
+    "temperature": {"temperature": 0.7},
+    "tools": {"rollout_func": rollout_with_tools},
+    "both log-probs": {"rollout_func": rollout, "num_iterations": 2},
+    "entropy": {"recipe": "edge_grpo"},
+    "entropy, iterations": {"recipe": "edge_grpo", "num_iterations": 2},
+    "whitened": {"recipe": "reinforce_pp_baseline"},
+    "leave one out": {"recipe": "rloo"},
+}
+
+
+@pytest.mark.parametrize("options", ROLLOUTS.values(), ids=ROLLOUTS)
 def test_whole_groups_are_weighted_by_the_policy(options, tmp_path):
     given = {"max_steps": 1, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "recipe": "egpo"}
     trainer = run(Watched, tmp_path, **given | options)
@@ -70,15 +70,11 @@ def test_whole_groups_are_weighted_by_the_policy(options, tmp_path):
     if options.get("rollout_func") is rollout_with_tools:
         log_probs = trainer.first["sampling_per_token_logps"]
         assert not torch.equal(mask, trainer.first["completion_mask"])
-    rewards = torch.tensor(even([ids[m > 0].tolist() for ids, m in zip(*completions(trainer.first), strict=True)]))
+    rewards = torch.tensor(even(trainer.first["completion_ids"].tolist()))
     wanted = ek.group_advantages(GROUP, rewards, log_probs, mask, entropy=entropy, config=trainer.recipe.advantage)
     assert_rounding(trainer.first["advantages"], wanted.advantages)
     assert trainer.recipe.advantage.weight == "none" or wanted.weights.unique().numel() > 3
     assert steps(trainer)[0]["egpo/groups/sum"] == 3
-
-
-def completions(batch):
-    return batch["completion_ids"], batch["completion_mask"]
 
 
 @pytest.mark.parametrize("sampler", [rollout, unscored])
@@ -86,7 +82,7 @@ def test_the_sampler_saves_a_forward(sampler, tmp_path):
     trainer = run(Watched, tmp_path, max_steps=1, rollout_func=sampler)
     assert trainer.forwards == (8, True)
     sampled, mask = trainer.first["sampling_per_token_logps"], trainer.first["completion_mask"]
-    rewards = torch.tensor(even([ids[m > 0].tolist() for ids, m in zip(*completions(trainer.first), strict=True)]))
+    rewards = torch.tensor(even(trainer.first["completion_ids"].tolist()))
     assert sampled.isnan().any() == (sampler is unscored)
     wanted = ek.group_advantages(GROUP, rewards, sampled, mask, entropy_mask=mask * ~sampled.isnan())
     assert_rounding(trainer.first["advantages"], wanted.advantages)
@@ -96,6 +92,17 @@ def test_the_sampler_saves_a_forward(sampler, tmp_path):
 def test_a_recipe_without_weights_costs_no_forward(tmp_path):
     assert run(Watched, tmp_path, max_steps=1, recipe="grpo").forwards == (8, True)
     assert run(Watched, tmp_path, max_steps=1, recipe="egpo").forwards == (8, False, 8, True)
+
+
+def test_a_forward_has_no_more_rows_than_a_micro_batch(tmp_path):
+    rows = []
+
+    def watch(trainer):
+        trainer.model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 8}
+    run(EGPOTrainer, tmp_path, num_iterations=2, before=watch, **options)
+    assert set(rows) == {2}
 
 
 def test_groups_that_are_all_wrong_teach(tmp_path):
@@ -111,12 +118,10 @@ def test_groups_that_are_all_wrong_teach(tmp_path):
 
 
 def test_learning_raises_the_reward(tmp_path):
-    trainer = run(
-        EGPOTrainer, tmp_path, rollout_func=None, max_steps=40, optim="adamw_torch", learning_rate=3e-2,
-        per_device_train_batch_size=16,
-    )  # fmt: skip
+    options = {"optim": "adamw_torch", "learning_rate": 3e-2, "max_grad_norm": 1.0, "rollout_func": None}
+    trainer = run(EGPOTrainer, tmp_path, max_steps=60, per_device_train_batch_size=16, **options)
     rewards = [step["reward"] for step in steps(trainer)]
-    assert sum(rewards[:5]) / 5 < 0.75 and sum(rewards[-5:]) / 5 > 0.95
+    assert sum(rewards[:5]) / 5 < 0.7 and sum(rewards[-5:]) / 5 > 0.9
 
 
 @pytest.mark.parametrize("recipe", ek.recipes.RECIPES)

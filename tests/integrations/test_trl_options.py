@@ -66,6 +66,9 @@ def test_default_options_leave_a_recipe_alone(recipe):
     assert adjusted(recipe, config()) == wanted
 
 
+KL = ek.recipes.EGPO.replace(kl_coef=0.1, kl="k2")
+
+
 @pytest.mark.parametrize(
     ("recipe", "options", "wanted"),
     [
@@ -76,6 +79,9 @@ def test_default_options_leave_a_recipe_alone(recipe):
         ("egpo", {"loss_type": "cispo", "epsilon_high": 3.0}, {**LOSSES["cispo"], "ratio_cap": 3.0}),
         ("egpo", {"beta": 0.1, "use_bias_correction_kl": False}, {"kl_coef": 0.1}),
         ("egpo", {"scale_rewards": False}, {"scale": "none"}),
+        ("cispo", {"loss_type": "cispo"}, {}),
+        (KL, {"beta": 0.1}, {}),
+        (KL, {"beta": 0.1, "use_bias_correction_kl": False}, {"kl_times_ratio": False}),
     ],
 )
 def test_options_change_recipes(recipe, options, wanted):
@@ -97,8 +103,17 @@ def test_options_change_recipes(recipe, options, wanted):
             "args.beta is 0.0 with kl_coef 0.1 in the recipe; they must be equal",
         ),
         (ek.recipes.EGPO.replace(reduction="sum"), {}, "recipe has reduction 'sum'; it must be a mean"),
-        ("gspo", {"loss_type": "cispo"}, "ratio is 'sequence' with surrogate 'cispo'"),
-        ("sapo", {"delta": 2.0}, "dual_clip is 2.0 with surrogate 'sapo'"),
+        ("gspo", {"loss_type": "cispo"}, "ratio is 'sequence' with surrogate 'cispo'.*recipe GSPO"),
+        ("sapo", {"delta": 2.0}, "args.delta is 2.0 with surrogate 'sapo'.*recipe SAPO"),
+        ("egpo", {"delta": 0.9}, "args.delta is 0.9; it must be"),
+        ("egpo", {"delta": 1.1}, "args.delta is 1.1; it must be at least 1 . clip_high, 1.2"),
+        ("egpo", {"epsilon": 1.5}, "args.epsilon is 1.5; it must be"),
+        ("egpo", {"importance_sampling_level": "turn"}, "args.importance_sampling_level is 'turn'; it must be one of"),
+        (
+            "egpo",
+            {"scale_rewards": "bogus"},
+            "args.scale_rewards is 'bogus'; it must be one of 'group', 'batch', 'none'",
+        ),
         ("egpoo", {}, "recipe is 'egpoo'; it must be a Recipe or one of egpo, "),
     ],
 )
@@ -133,6 +148,7 @@ def test_autocast(tmp_path):
     runs = [steps(run(kind, tmp_path, max_steps=1, **own))[0] for kind, own in kinds]
     for name, terms in (("loss", 4.0), ("grad_norm", 10.0), ("entropy", 4.0)):
         ours, theirs, exact = (torch.tensor(step[name], dtype=torch.float32) for step in runs)
+        assert ours != exact
         assert_accurate(ours, theirs, exact.double(), terms, name)
 
 

@@ -27,7 +27,14 @@ TWELVE = {"per_device_train_batch_size": 12}
 # Groups of four: a micro-batch of two or of six rows cuts through them.
 PAIRS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 6}
 HALVES = {"per_device_train_batch_size": 6}
-REPORTED = ("egpo/weight/mean", "egpo/groups/mixed/sum", "egpo/policy/tokens/sum", "egpo/policy/entropy/mean")
+REPORTED = (
+    "loss",
+    "grad_norm",
+    "egpo/weight/mean",
+    "egpo/groups/mixed/sum",
+    "egpo/policy/tokens/sum",
+    "egpo/policy/entropy/mean",
+)
 
 
 def in_order(rows):
@@ -47,13 +54,18 @@ def assert_same_updates(found, wanted):
             assert_rounding(ours[name.removeprefix("module.")], value)
 
 
+def assert_same_reports(found, wanted):
+    for name in REPORTED:
+        # 1 is about the size of the terms that a loss sums.
+        ours, theirs = ([1.0, *(step[name] for step in each if name in step)] for each in (found, wanted))
+        assert_rounding(torch.tensor(ours), torch.tensor(theirs))
+
+
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 def test_accumulation(options, tmp_path):
     whole, pairs = (run(EGPOTrainer, tmp_path, **split, **options) for split in (TWELVE, PAIRS))
     assert_same_updates(pairs.weights, whole.weights)
-    for name in REPORTED:
-        found, wanted = ([step[name] for step in steps(each) if name in step] for each in (pairs, whole))
-        assert_rounding(torch.tensor(found), torch.tensor(wanted))
+    assert_same_reports(steps(pairs), steps(whole))
 
 
 def test_several_steps_a_generation(tmp_path, monkeypatch):
@@ -89,6 +101,4 @@ def test_two_processes(tmp_path, monkeypatch):
         monkeypatch.setattr(trl.trainer.grpo_trainer, "shuffle_sequence_dict", in_order(places))
         whole = run(EGPOTrainer, tmp_path, **TWELVE, **options)
         assert_same_updates(weights, whole.weights)
-        for name in REPORTED:
-            found, wanted = ([step[name] for step in each if name in step] for each in (logged, steps(whole)))
-            assert_rounding(torch.tensor(found), torch.tensor(wanted))
+        assert_same_reports(logged, steps(whole))

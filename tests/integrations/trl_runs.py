@@ -32,23 +32,24 @@ def prompts(count: int = 16) -> Dataset:
 
 
 def even(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """1 for a completion whose last word is an even one."""
-    return [float(ids[-1] % 2 == 0) for ids in completion_ids]
+    """1 for a completion whose first word is an even one."""
+    return [float(ids[0] % 2 == 0) for ids in completion_ids]
 
 
 def lengths(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
     """A reward that is missing for some."""
-    return [None if ids[0] % 5 == 0 else 0.25 * len(ids) for ids in completion_ids]
+    return [None if ids[0] % 3 == 0 else 0.25 * len(ids) for ids in completion_ids]
 
 
 def sampled(trainer: Any, count: int) -> dict[str, list]:
-    """Completions that are a function of their place in the global batch and of how many batches came before."""
+    """Completions, short ones with an end, by their place in the global batch and by how many batches came before."""
     batch = trainer.__dict__.setdefault("batches", itertools.count())
     generator = torch.Generator().manual_seed(next(batch))
     size = count * trainer.accelerator.num_processes
     ids = torch.randint(3, VOCAB, (size, 8), generator=generator)
     sizes = torch.randint(1, 9, (size,), generator=generator)
     log_probs = -3 * torch.rand(size, 8, generator=generator)
+    ids[torch.arange(size), sizes - 1] = torch.where((sizes > 1) & (sizes < 6), 2, ids[torch.arange(size), sizes - 1])
     first = trainer.accelerator.process_index * count
     rows = range(first, first + count)
     return {
@@ -90,8 +91,9 @@ def run(kind: type[GRPOTrainer], folder: Any, model: nn.Module | None = None, **
     given = {
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [],
         "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False, "optim": "sgd", "seed": 3,
-        "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_steps": 3, "logging_steps": 1,
-        "num_generations": GROUP, "per_device_train_batch_size": 2 * GROUP, "max_completion_length": 8,
+        "learning_rate": 0.02, "max_grad_norm": 1e9, "lr_scheduler_type": "constant", "max_steps": 3,
+        "logging_steps": 1, "num_generations": GROUP, "per_device_train_batch_size": 2 * GROUP,
+        "max_completion_length": 8,
     }  # fmt: skip
     before = own.pop("before", lambda trainer: None)
     weights = Weights()
