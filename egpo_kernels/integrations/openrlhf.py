@@ -11,6 +11,7 @@ from egpo_kernels import recipes
 from egpo_kernels.api import policy_loss
 from egpo_kernels.groups import group_advantages
 from egpo_kernels.types import AdvantageConfig, PolicyLossConfig
+from egpo_kernels.validation import check_instance
 
 
 def actor_policy_loss(
@@ -46,6 +47,10 @@ def actor_policy_loss(
         ValueError: A wrong shape, device or value; a KL or an entropy bonus, which OpenRLHF adds itself.
         TypeError: A wrong type or dtype.
     """
+    check_instance("config", config, PolicyLossConfig)
+    for name, option in (("kl_coef", "algo.kl.use_loss"), ("entropy_coef", "actor.entropy_coef")):
+        if value := getattr(config, name):
+            raise ValueError(f"config.{name} is {value}; it must be 0, as OpenRLHF adds that term itself: set {option}")
     tokens, sequences = (None if count is None else count / dp_size for count in (batch_num_tokens, global_batch_size))
     counts: dict[str, Any] = {"num_tokens": tokens, "num_sequences": sequences}
     loss, metrics = policy_loss(log_probs, old_log_probs, advantages, action_mask, config=config, **counts)
@@ -68,9 +73,14 @@ def rollout_advantages(
         Advantages ``[B, A]`` of each, 0 where the mask is.
 
     Raises:
-        ValueError: A prompt without all its samples, or a wrong shape.
+        ValueError: A prompt without all its samples, an experience without log-probs, or a wrong shape.
         TypeError: A wrong type or dtype.
     """
+    bare = [place for place, each in enumerate(experiences) if each.action_log_probs is None]
+    if bare:
+        raise ValueError(
+            f"experiences[{bare[0]}].action_log_probs is None; it must be [B, A]: ask the actor for it first"
+        )
     masks = [experience.action_mask.bool() for experience in experiences]
     lengths = torch.cat([mask.sum(-1) for mask in masks])
     found = group_advantages(

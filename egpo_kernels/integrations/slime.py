@@ -12,6 +12,7 @@ from egpo_kernels import recipes
 from egpo_kernels.api import policy_loss
 from egpo_kernels.groups import group_advantages
 from egpo_kernels.types import AdvantageConfig, PolicyLossConfig
+from egpo_kernels.validation import check_instance
 
 
 def samples_policy_loss(
@@ -34,11 +35,22 @@ def samples_policy_loss(
         ``(loss, {"loss": loss})``, 0-d, the second detached.
 
     Raises:
-        ValueError: A wrong length, device or value: context parallelism cuts log-probs, not masks.
+        ValueError: A wrong length, device or value (context parallelism cuts log-probs, not masks); a lacking source.
         TypeError: A wrong type or dtype.
     """
+    check_instance("config", config, PolicyLossConfig)
+    if config.entropy_coef:
+        raise ValueError(
+            f"config.entropy_coef is {config.entropy_coef}; it must be 0, as a batch has no entropies: subtract the "
+            "bonus from the loss, with those of get_log_probs_and_entropy(with_entropy=True)"
+        )
+    ref = batch.get("ref_log_probs") if config.kl_coef else None
+    if config.kl_coef and ref is None:
+        raise ValueError(
+            f"batch['ref_log_probs'] is None with config.kl_coef {config.kl_coef}; it must be a list like log_probs: "
+            "start slime with --use-kl-loss and --ref-load, or set kl_coef to 0"
+        )
     flat = torch.cat(list(log_probs))
-    ref = batch["ref_log_probs"] if config.kl_coef > 0 else None
     per_token = policy_loss(
         flat,
         torch.cat(list(old_log_probs)) if old_log_probs else None,
@@ -64,13 +76,19 @@ def samples_advantages(
         config: The settings.
 
     Raises:
-        ValueError: Samples without ``rollout_log_probs`` where the settings need them, or a wrong length.
+        ValueError: Samples without ``group_index``, or ``rollout_log_probs`` that the settings need; a wrong length.
         TypeError: A wrong type.
     """
+    groups = [sample.group_index for sample in samples]
+    if None in groups:
+        raise ValueError(
+            f"samples[{groups.index(None)}].group_index is None; it must be the number of its prompt: "
+            "set it where your rollout function makes samples itself, as slime's data source does"
+        )
     scored = [sample.rollout_log_probs for sample in samples]
     masks = [[1] * each.response_length if each.loss_mask is None else each.loss_mask for each in samples]
     return group_advantages(
-        torch.tensor([sample.group_index for sample in samples]),
+        torch.tensor(groups),
         torch.tensor(rewards, dtype=torch.float32),
         None if None in scored else torch.tensor([each for row in scored for each in row], dtype=torch.float32),
         torch.tensor([each for row in masks for each in row]),

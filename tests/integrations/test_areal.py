@@ -20,6 +20,7 @@ from tests.support.page import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:Transformer Engine and Apex are not installed:UserWarning")
 BATCH = make_batch()
+SAMPLER = BATCH.sampler_log_probs.nan_to_num()
 LENGTHS = BATCH.mask.long().cumsum(1).argmax(1) + 3  # a prompt of two tokens
 WIDTH = 26
 
@@ -40,7 +41,7 @@ def packed(rows=slice(None)):
         "attention_mask": (torch.arange(WIDTH) < LENGTHS[:, None]).long(),
         "loss_mask": rolled(BATCH.mask.float()),
         "advantages": rolled(BATCH.advantages[:, None] * BATCH.mask),
-        "logprobs": rolled(BATCH.old_log_probs),
+        "logprobs": rolled(SAMPLER),
         "prox_logp": rolled(BATCH.old_log_probs),
         "now": rolled(BATCH.log_probs),
     }
@@ -107,29 +108,33 @@ def test_sapo(page, monkeypatch):
 
     def theirs(logprobs, entropy, data, **_):
         mask = data["loss_mask"].bool()
-        return sapo_loss_fn(logprobs, data["logprobs"], data["advantages"], 1.0, 1.05, mask)[0]
+        return sapo_loss_fn(logprobs, data["prox_logp"], data["advantages"], 1.0, 1.05, mask)[0]
 
     assert_same(ours(BATCH, surrogate="sapo"), step(theirs))
     assert_same(ours(BATCH, surrogate="sapo"), step(page["egpo_loss"]))
 
 
-def test_the_actor_gives_groups_their_advantages(page, monkeypatch):
-    monkeypatch.setitem(page, "GROUP_SIZE", 4)
-    config = PPOActorConfig(experiment_name="test", trial_name="test", path="", use_decoupled_loss=False)
+@pytest.mark.parametrize("decoupled, recompute, old", [(0, 0, SAMPLER), (0, 1, BATCH.old_log_probs), (1, 0, SAMPLER)])
+def test_the_actor_gives_groups_their_advantages(page, decoupled, recompute, old):
+    options = {"use_decoupled_loss": bool(decoupled), "recompute_logprob": bool(recompute)}
+    config = PPOActorConfig(experiment_name="test", trial_name="test", path="", **options)
     actor = page["GroupActor"](config, SimpleNamespace())
     rewards = torch.tensor([0.0, 1, 0, 0, 0, 0, 0, 0])
     data = {
         "input_ids": torch.zeros(8, WIDTH, dtype=torch.long),
         "attention_mask": (torch.arange(WIDTH) < LENGTHS[:, None]).long(),
         "loss_mask": pad(BATCH.mask.long(), (2, 0)),
-        "logprobs": pad(BATCH.old_log_probs, (2, 0)),
+        "logprobs": pad(SAMPLER, (2, 0)),
         "rewards": rewards,
     }
-    if config.recompute_logprob:
+    if decoupled or recompute:
         data["prox_logp"] = rolled(BATCH.old_log_probs)
-    found = actor._compute_advantages(data)
-    expected = group_advantages(4, rewards, BATCH.old_log_probs, BATCH.mask).advantages
-    assert_rounding(found["advantages"], rolled(expected[:, None] * BATCH.mask))
+    prompts = slice(0, 3), slice(3, 8)  # a sample of the first has failed
+    found = actor.compute_advantages([{name: value[rows] for name, value in data.items()} for rows in prompts])
+    expected = group_advantages(torch.tensor([0] * 3 + [1] * 5), rewards, old, BATCH.mask).advantages
+    for prompt, rows in zip(found, prompts, strict=True):
+        assert prompt.keys() >= data.keys() and "group" not in prompt
+        assert_rounding(prompt["advantages"], rolled(expected[:, None] * BATCH.mask)[rows])
 
 
 def test_the_engine_gets_our_loss(page, monkeypatch):

@@ -18,7 +18,7 @@ from tests.support.accuracy import assert_bits, assert_rounding
 from tests.support.page import run
 
 BATCH = make_batch()
-STEPS = 2
+STEPS = PROCESSES = 2
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,10 @@ def page():
 
 
 def trainer_of(kind, **options):
-    """As much of a trainer on one process as the two methods look at."""
+    """As much of a trainer on one of the processes as the two methods look at."""
     trainer = object.__new__(kind)
     gather = SimpleNamespace(gather_for_metrics=lambda values: values[None] if values.dim() == 0 else values)
-    trainer.accelerator = SimpleNamespace(num_processes=1, **vars(gather))
+    trainer.accelerator = SimpleNamespace(num_processes=PROCESSES, **vars(gather))
     trainer.args = SimpleNamespace(
         delta=None, top_entropy_quantile=1.0, log_entropy=False, gradient_accumulation_steps=STEPS
     )
@@ -73,19 +73,20 @@ def grpo_batch(rows=slice(None)):
 
 
 def step(trainer, rows):
-    """What an accumulation of the Trainer backpropagates: each loss over the accumulation steps."""
+    """What accumulations on all processes backpropagate: each loss over the steps, the mean of the processes."""
 
     def loss(log_probs):
         found = [
             trainer._compute_loss_and_metrics(None, {"log_probs": log_probs[row]}, grpo_batch(row))[0] for row in rows
         ]
-        return sum(found) / STEPS
+        return sum(found) / STEPS / PROCESSES
 
     return differentiated(loss, BATCH.log_probs)
 
 
 def test_same_as_a_direct_call(page):
-    trainer, log_probs, tokens = trainer_of(page["EGPOTrainer"]), BATCH.log_probs, BATCH.mask.sum()
+    trainer, log_probs = trainer_of(page["EGPOTrainer"]), BATCH.log_probs
+    tokens = BATCH.mask.sum() / PROCESSES
     loss, logged = trainer._compute_loss_and_metrics(None, {"log_probs": log_probs}, grpo_batch())
     direct = policy_loss(log_probs, BATCH.old_log_probs, BATCH.advantages, BATCH.mask, num_tokens=tokens).loss
     assert_bits(loss, STEPS * direct, "loss")
@@ -105,27 +106,30 @@ def test_same_as_a_direct_call(page):
 )
 def test_same_numbers_as_theirs(page, monkeypatch, settings, options):
     monkeypatch.setitem(page, "RECIPE", Recipe(loss=PolicyLossConfig(**settings)))
-    rows, expected = (slice(0, 3), slice(3, 8)), ours(BATCH, **settings)
+    rows, expected = (slice(0, 2), slice(2, 3), slice(3, 6), slice(6, 8)), ours(BATCH, **settings)
     assert_same(expected, step(trainer_of(page["EGPOTrainer"], **options), rows))
     assert_same(expected, step(trainer_of(GRPOTrainer, **options), rows))
 
 
-def test_groups_get_their_advantages(page):
+@pytest.mark.parametrize("mode, group_size", [("train", 4), ("eval", 2)])
+def test_groups_get_their_advantages(page, mode, group_size):
     trainer = trainer_of(
         page["EGPOTrainer"],
         num_generations=4,
+        num_generations_eval=2,
         dynamic_num_samples=False,
         reward_weights=torch.tensor([1.0, 0.5]),
         advantage_estimator="grpo",
         scale_rewards="group",
         reward_func_names=["right", "form"],
     )
-    trainer._metrics = {"train": defaultdict(list)}
+    trainer.model.training = mode == "train"
+    trainer._metrics = {mode: defaultdict(list)}
     trainer._logs = {"rewards": defaultdict(list)}
     rewards = torch.tensor([[0.0, 0], [1, 0.5], [0, 1], [0, 0], [0, 0], [0, torch.nan], [0, 0], [0, 0]])
     batches = [{"grpo_batch": grpo_batch(rows)} for rows in (slice(0, 5), slice(5, 8))]
     found = trainer._compute_advantages([], rewards, batches)
     weighted = (rewards * trainer.reward_weights).nansum(1)
-    expected = group_advantages(4, weighted, BATCH.old_log_probs, BATCH.mask).advantages
+    expected = group_advantages(group_size, weighted, BATCH.old_log_probs, BATCH.mask).advantages
     assert_rounding(found, expected)
-    assert trainer._metrics["train"]["reward"]
+    assert trainer._metrics[mode]["reward"]

@@ -60,12 +60,27 @@ def test_a_sample_that_is_masked_does_not_count(page):
     assert gradient[1].abs().sum() == 0 and gradient[0].abs().sum() > 0
 
 
+PROMPTS = torch.tensor([[5, 6, 0], [5, 6, 0], [5, 7, 1], [5, 6, 0], [5, 7, 1], [5, 7, 1], [5, 7, 1], [5, 6, 0]])
+REWARDS = torch.tensor([0.0, 1, 0, 0, 0, 1, 1, 0])
+
+
 def test_groups_are_equal_prompts(page):
-    prompts = torch.tensor([[5, 6, 0], [5, 6, 0], [5, 7, 1], [5, 6, 0], [5, 7, 1], [5, 7, 1], [5, 7, 1], [5, 6, 0]])
-    rewards = torch.tensor([0.0, 1, 0, 0, 0, 1, 1, 0])
     mask = DATA["token_mask"]
     found = page["EGPOEstimator"]().compute_advantage(
-        prompts, rewards, mask, logprobs_policy=DATA["prev_logprobs"], logprobs_reference=None, repeated_batch=None
+        PROMPTS, REWARDS, mask, logprobs_policy=DATA["prev_logprobs"], logprobs_reference=None, repeated_batch=None
     )
-    expected = group_advantages((prompts[:, 1] == 7).long(), rewards, BATCH.old_log_probs, BATCH.mask).advantages
+    expected = group_advantages((PROMPTS[:, 1] == 7).long(), REWARDS, BATCH.old_log_probs, BATCH.mask).advantages
     assert_rounding(found, expected[:, None] * mask)
+
+
+def test_a_sample_that_is_not_valid_stays_out_of_its_group(page):
+    """The right answer of the first group: without it the group is all wrong."""
+    valid, mask = torch.tensor([1.0, 0, 1, 1, 1, 1, 1, 1]), DATA["token_mask"]
+    found = page["EGPOEstimator"]().compute_advantage(
+        PROMPTS, REWARDS, mask, logprobs_policy=DATA["prev_logprobs"], valid_mask=valid
+    )
+    kept = valid.bool()
+    given = (PROMPTS[:, 1] == 7).long(), REWARDS, BATCH.old_log_probs, BATCH.mask
+    expected = group_advantages(*(each[kept] for each in given)).advantages
+    assert_rounding(found[kept], expected[:, None] * mask[kept])
+    assert found[1].abs().sum() == 0

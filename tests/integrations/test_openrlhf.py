@@ -137,6 +137,34 @@ def test_the_page_puts_both_halves_in(stack):
     assert_same(ours(BATCH, **recipes.EGPO.loss.to_dict()), loss_of(trainer.actor_loss_fn, counts)[0])
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"kl_coef": 0.1}, r"config\.kl_coef is 0\.1; it must be 0, .* set algo\.kl\.use_loss"),
+        ({"entropy_coef": -0.01}, r"config\.entropy_coef is -0\.01; it must be 0, .* set actor\.entropy_coef"),
+    ],
+)
+def test_terms_that_openrlhf_adds_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        actor_policy_loss(BATCH.log_probs, BATCH.old_log_probs, TOKENS, BATCH.mask, config=PolicyLossConfig(**settings))
+
+
+def test_a_recipe_is_not_its_half():
+    with pytest.raises(TypeError, match="config is Recipe; it must be PolicyLossConfig"):
+        actor_policy_loss(BATCH.log_probs, BATCH.old_log_probs, TOKENS, BATCH.mask, config=recipes.EGPO)
+
+
+def test_experiences_without_log_probs_are_refused():
+    given = [
+        SimpleNamespace(index=[place], rewards=torch.zeros(1), action_log_probs=log_probs, action_mask=torch.ones(1, 2))
+        for place, log_probs in enumerate((-torch.ones(1, 2), None))
+    ]
+    with pytest.raises(
+        ValueError, match=r"experiences\[1\]\.action_log_probs is None; it must be \[B, A\]: ask the actor"
+    ):
+        rollout_advantages(given, 1)
+
+
 def test_a_prompt_has_all_its_samples():
     lonely = SimpleNamespace(
         index=[0, 1, 2],

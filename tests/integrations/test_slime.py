@@ -13,6 +13,7 @@ from tests.support.accuracy import assert_bits, assert_rounding
 from tests.support.page import run
 
 BATCH = make_batch()
+SAMPLER = BATCH.sampler_log_probs.nan_to_num()
 LENGTHS = [24, 3, 17, 1, 24, 9, 20, 12]
 PER_SEQUENCE = {"reduction": "seq_mean_token_mean"}
 
@@ -28,7 +29,7 @@ def micro_batch(rows=range(8)):
         "advantages": [BATCH.advantages[row].expand(LENGTHS[row]) for row in rows],
         "loss_masks": masks,
         "log_probs": lists(BATCH.old_log_probs, rows),
-        "rollout_log_probs": lists(BATCH.old_log_probs, rows),
+        "rollout_log_probs": lists(SAMPLER, rows),
         "ref_log_probs": lists(BATCH.ref_log_probs, rows),
         "unconcat_tokens": None,
         "total_lengths": None,
@@ -78,13 +79,34 @@ def test_masks_that_context_parallelism_does_not_cut_are_refused():
         samples_policy_loss([each[: len(each) // 2] for each in lists(BATCH.log_probs)], None, batch, reducer(batch))
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"entropy_coef": 0.01},
+            r"config\.entropy_coef is 0\.01; it must be 0, .* subtract the bonus",
+        ),
+        (
+            {"kl_coef": 0.1},
+            r"batch\['ref_log_probs'\] is None with config\.kl_coef 0\.1; .* --use-kl-loss and --ref-load",
+        ),
+    ],
+)
+@pytest.mark.parametrize("absent", [{}, {"ref_log_probs": None}])
+def test_terms_without_what_they_need_are_refused(settings, message, absent):
+    batch = micro_batch()
+    del batch["ref_log_probs"]
+    with pytest.raises(ValueError, match=message):
+        samples_policy_loss(lists(BATCH.log_probs), None, batch | absent, reducer(batch), PolicyLossConfig(**settings))
+
+
 def samples(lonely=False):
     return [
         SimpleNamespace(
             group_index=row // 4,
             response_length=LENGTHS[row],
             loss_mask=BATCH.mask[row, : LENGTHS[row]].long().tolist() if row in (2, 6) else None,
-            rollout_log_probs=None if lonely and row == 3 else BATCH.old_log_probs[row, : LENGTHS[row]].tolist(),
+            rollout_log_probs=None if lonely and row == 3 else SAMPLER[row, : LENGTHS[row]].tolist(),
             get_reward_value=lambda args, row=row: float(row in (1, 6)),
         )
         for row in range(8)
@@ -101,16 +123,15 @@ def test_the_page_puts_both_halves_in(monkeypatch):
 
     raw, found = page["post_process"](None, samples())
     assert raw == [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
-    expected = group_advantages(torch.arange(8) // 4, torch.tensor(raw), BATCH.old_log_probs, BATCH.mask).advantages
+    expected = group_advantages(torch.arange(8) // 4, torch.tensor(raw), SAMPLER, BATCH.mask).advantages
     assert_rounding(torch.tensor(found), expected)
 
     batch, flat = micro_batch(), torch.cat(lists(BATCH.log_probs))
-    for use_rollout_logprobs in (False, True):
+    for use_rollout_logprobs, name in ((False, "log_probs"), (True, "rollout_log_probs")):
         args = SimpleNamespace(use_rollout_logprobs=use_rollout_logprobs)
         loss, _ = page["egpo_loss"](args, batch, flat, reducer(batch))
-        assert_bits(
-            loss, samples_policy_loss(lists(BATCH.log_probs), batch["log_probs"], batch, reducer(batch))[0], "loss"
-        )
+        direct, _ = samples_policy_loss(lists(BATCH.log_probs), batch[name], batch, reducer(batch))
+        assert_bits(loss, direct, name)
     del batch["log_probs"]
     loss, _ = page["egpo_loss"](SimpleNamespace(use_rollout_logprobs=False), batch, flat, reducer(batch))
     config = recipes.GRPO.loss
@@ -124,3 +145,10 @@ def test_samples_without_log_probs_are_refused_where_the_weight_needs_them():
         samples_advantages(samples(lonely=True), rewards)
     found = samples_advantages(samples(lonely=True), rewards, recipes.GRPO.advantage)
     assert_rounding(found, group_advantages(4, torch.tensor(rewards), config=recipes.GRPO.advantage).advantages)
+
+
+def test_samples_without_a_group_are_refused():
+    given = samples()
+    given[2].group_index = None
+    with pytest.raises(ValueError, match=r"samples\[2\]\.group_index is None; it must be the number of its prompt"):
+        samples_advantages(given, [0.0] * 8)
