@@ -1,5 +1,6 @@
 """SkyRL's registry, batch, trainer and losses, with ours in them."""
 
+import importlib
 import typing
 from types import SimpleNamespace
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 import typing_extensions
 
+pytest.importorskip("skyrl", reason="skyrl is not installed (make parity installs it)")
+
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(typing, "TypedDict", typing_extensions.TypedDict)  # pydantic wants that below Python 3.12
-    WHY = "skyrl or a package that its trainer imports is not installed (make parity installs them)"
-    pytest.importorskip("skyrl.train.trainer", reason=WHY, exc_type=ImportError)
+    importlib.import_module("skyrl.train.trainer")
 
 import cloudpickle
 from skyrl.backends.skyrl_train.training_batch import TrainingInputBatch, pad_training_input_batch

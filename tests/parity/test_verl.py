@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import inspect
 import re
-import warnings
 
 import pytest
 import torch
@@ -14,10 +13,7 @@ pytest.importorskip("verl", reason="verl is not installed (make parity installs 
 from verl.trainer.config import AlgoConfig, RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY, get_policy_loss_fn
 from verl.workers.config import ActorConfig, PolicyLossConfig
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # where aiohttp is installed, verl imports a name that ray deprecates
-    from verl.workers.reward_manager.dapo import DAPORewardManager
+from verl.workers.reward_manager.dapo import DAPORewardManager
 
 import egpo_kernels as ek
 from tests.parity import verl_actor

@@ -35,7 +35,7 @@ STACKS = (
         ("transformers.py", "heads.py"),
     ),
     Stack("OpenRLHF", "openrlhf", "0.11.2", "its `PolicyLoss`, its experience maker", ("openrlhf.py",)),
-    Stack("SkyRL", "skyrl", "0.3.0", "its registry, its losses and reductions, its batch"),
+    Stack("SkyRL", "skyrl", "0.3.0", "its registry, its losses and reductions, its trainer and batch"),
     Stack("AReaL", "areal", "1.0.4", "its actor, its losses, its packing (`make apart`)"),
     Stack("ms-swift", "ms_swift", "4.6.0", "methods of its `GRPOTrainer` (`make apart`)"),
     Stack("slime", "slime", "source", "the adapter, on lists of slime's form; slime itself was not run", ("slime.py",)),
