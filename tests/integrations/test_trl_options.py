@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 import egpo_kernels as ek
 from egpo_kernels.integrations.trl import EGPOTrainer
 from egpo_kernels.integrations.trl_options import LOSSES, adjusted
+from tests.integrations.models import make_model
 from tests.integrations.test_trl import assert_same_runs
 from tests.integrations.trl_runs import GROUP, STOCK, rollout, run, steps
 from tests.parity.facts import arguments
@@ -159,3 +160,11 @@ def test_logged_completions_have_their_advantages(tmp_path):
     recipe = ek.recipes.EGPO.replace(weight="none")
     trainer = run(EGPOTrainer, tmp_path, max_steps=2, log_completions=True, reward_funcs=wrong, recipe=recipe)
     assert list(trainer._logs["advantages"]) == [-1.0] * 2 * GROUP
+
+
+@pytest.mark.parametrize(("recipe", "paper"), [("egpo_c5", True), ("rloo", False)])
+def test_model_cards_name_the_method(recipe, paper, tmp_path):
+    run(EGPOTrainer, tmp_path, make_model().train(), max_steps=1, save_strategy="steps", save_steps=1, recipe=recipe)
+    card = (tmp_path / "README.md").read_text()
+    assert recipe.upper() in card and "egpo_kernels" in card and "2402.03300" not in card
+    assert ("2602.22751" in card) == paper
