@@ -133,7 +133,8 @@ print(*sorted(set(sys.modules) - before))
     assert done.returncode == 0, done.stderr
     new = done.stdout.split()
     assert "egpo_kernels" in new
-    heavy = {"triton", "transformers", "peft", "trl", "verl", "matplotlib", "sklearn", "scipy"}
+    heavy = {"triton", "transformers", "peft", "accelerate", "trl", "verl", "skyrl", "openrlhf", "areal", "swift"}
+    heavy |= {"matplotlib", "sklearn", "scipy"}
     ours = ("egpo_kernels.triton", "egpo_kernels.diagnostics", "egpo_kernels.integrations")
     found = [name for name in new if name.split(".")[0] in heavy or name.startswith(ours)]
     assert not found
