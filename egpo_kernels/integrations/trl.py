@@ -49,7 +49,8 @@ class EGPOTrainer(GRPOTrainer):
         super().__init__(*inputs, **named)
         self.recipe = adjusted(recipe, self.args)
         # What the model card says.
-        self._name, self._paper = self.recipe.name, PAPER if self.recipe.name.startswith("EGPO") else {}
+        ours = self.recipe.advantage.weight == "inverse_uncertainty" and self.recipe.advantage.statistic == "nll"
+        self._name, self._paper = self.recipe.name, PAPER if ours else {}
         self._seen: dict[str, list[tuple[tuple[str, ...], Tensor]]] = {"train": [], "eval": []}
         self._fused = not (self._is_vlm or self.aux_loss_enabled or self.args.cast_lm_head_to_fp32)
         if self._fused:
