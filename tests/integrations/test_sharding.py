@@ -10,9 +10,8 @@ from tests.integrations.models import assert_same, differentiated, fused, make_b
 from tests.integrations.ranks import RANKS, WAYS, start
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_ranks_together_compute_the_same(way, tmp_path):
-    torch.multiprocessing.spawn(start, (tmp_path, way), nprocs=RANKS)
+def test_ranks_together_compute_the_same(tmp_path):
+    torch.multiprocessing.spawn(start, (tmp_path, list(WAYS)), nprocs=RANKS)
 
 
 def keep_apart(module):
