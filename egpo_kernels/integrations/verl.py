@@ -38,7 +38,8 @@ def egpo_advantages(data: Any, config: Any = None) -> Any:
     """
     from omegaconf import OmegaConf
 
-    given = OmegaConf.to_container(OmegaConf.create({"egpo": (config or {}).get("egpo")}), resolve=True)["egpo"] or {}
+    held: Any = OmegaConf.to_container(OmegaConf.create({"egpo": (config or {}).get("egpo")}), resolve=True)
+    given = held["egpo"] or {}
     if not isinstance(given, dict):
         raise ValueError(f"algorithm.egpo is {given!r}; it must be settings by name: +algorithm.egpo.nsr_scale=0.5")
     try:
