@@ -11,7 +11,8 @@ import egpo_kernels as ek
 from egpo_kernels.recipes import RECIPES
 from tests.support.batches import FAST
 from tests.support.device import DEVICE
-from tests.support.recipe_table import BEGIN, END, recipe_table
+from tests.support.page import shown
+from tests.support.recipe_table import recipe_table
 from tests.support.runs import advantages, check, whole
 from tests.support.strategies import PUBLISHED, make_case
 from tests.support.terms import group_terms
@@ -275,6 +276,4 @@ def test_recipes_names_decide_nothing():
 
 
 def test_recipes_of_the_readme_are_rendered_from_the_presets():
-    readme = (ROOT / "README.md").read_text()
-    shown = readme.split(BEGIN)[1].split(END)[0].strip()
-    assert shown == recipe_table(), "run python -m tests.support.recipe_table"
+    assert shown("recipes") == recipe_table(), "run python -m tests.support.recipe_table"

@@ -10,9 +10,32 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 
 
-def blocks(page: str, language: str = "python") -> list[str]:
-    """The fenced code of a page."""
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+def blocks(page: str) -> list[str]:
+    """The fenced Python of a page."""
+    return re.findall(r"^```python\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table, its header first."""
+    head, *body = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body))
+
+
+def _cut(name: str) -> tuple[str, str, str]:
+    before, rest = PAGES["README.md"].split(f"<!-- {name} -->")
+    table, after = rest.split(f"<!-- end of {name} -->")
+    return before, table.strip(), after
+
+
+def shown(name: str) -> str:
+    """A table of the README that is drawn from data."""
+    return _cut(name)[1]
+
+
+def draw(name: str, table: str) -> None:
+    """Put a table into the README."""
+    before, _, after = _cut(name)
+    (ROOT / "README.md").write_text(f"{before}<!-- {name} -->\n{table}\n<!-- end of {name} -->{after}")
 
 
 def run(page: str, names: dict[str, Any] | None = None) -> dict[str, Any]:

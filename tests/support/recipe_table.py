@@ -7,9 +7,8 @@ from pathlib import Path
 
 from egpo_kernels import recipes
 from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Recipe
+from tests.support.page import draw, markdown
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-BEGIN, END = "<!-- recipes -->", "<!-- end of recipes -->"
 HEADER = ["recipe", "source", "advantage", "weight", "all wrong", "loss", "reduction"]
 
 
@@ -82,11 +81,8 @@ def row(recipe: Recipe, source: str) -> list[str]:
 def recipe_table() -> str:
     """Markdown, a row for each preset."""
     papers = sources()
-    lines = [HEADER, ["---"] * len(HEADER), *(row(it, papers[it.name]) for it in recipes.RECIPES.values())]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown([HEADER, *(row(it, papers[it.name]) for it in recipes.RECIPES.values())])
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    before, after = readme.read_text().split(BEGIN)[0], readme.read_text().split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{recipe_table()}\n{END}{after}")
+    draw("recipes", recipe_table())

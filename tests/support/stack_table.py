@@ -2,14 +2,13 @@
 
 from typing import NamedTuple
 
-from tests.support.page import PAGES, ROOT
+from tests.support.page import ROOT, draw, markdown
 
-BEGIN, END = "<!-- stacks -->", "<!-- end of stacks -->"
 HEADER = ["stack", "version", "what was run, on a CPU", "adapter", "lines"]
 
 
 class Stack(NamedTuple):
-    """A training stack; its adapter is every file of ``egpo_kernels/integrations`` that starts with ``files``."""
+    """A training stack; its adapter is ``files`` of ``egpo_kernels/integrations``."""
 
     name: str
     page: str
@@ -51,26 +50,13 @@ def lines(file: str) -> int:
 
 def stack_table() -> str:
     """The table in Markdown."""
-    rows = [HEADER, ["---"] * len(HEADER)]
+    rows = [HEADER]
     for stack in STACKS:
         files = ", ".join(f"`integrations/{file}`" for file in stack.files) or "none: the page's code"
         count = " + ".join(str(lines(file)) for file in stack.files)
         rows.append([f"[{stack.name}](docs/{stack.page}.md)", stack.version, stack.ran, files, count or "-"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def cut(text: str) -> tuple[str, str, str]:
-    """The README before the table, the table, and what comes after it."""
-    before, rest = text.split(BEGIN)
-    table, after = rest.split(END)
-    return before + BEGIN, table.strip(), END + after
-
-
-def shown() -> str:
-    """The table as it stands in the README."""
-    return cut(PAGES["README.md"])[1]
+    return markdown(rows)
 
 
 if __name__ == "__main__":
-    before, _, after = cut(PAGES["README.md"])
-    (ROOT / "README.md").write_text(f"{before}\n{stack_table()}\n{after}")
+    draw("stacks", stack_table())
