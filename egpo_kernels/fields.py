@@ -25,6 +25,14 @@ def number(
     return dataclasses.field(default=default, metadata=bounds)
 
 
+def renamed(error: Exception, names: Mapping[str, str]) -> str:
+    """The message of a setting of `PolicyLossConfig` that was refused, by the name that a training stack has for it."""
+    message = str(error)
+    for name, theirs in names.items():
+        message = message.replace(f"PolicyLossConfig.{name} ", f"{theirs} ")
+    return message
+
+
 def fits_float32(value: float) -> bool:
     """Whether float32 holds the number: it neither overflows nor becomes 0, or too small to divide by."""
     limits = torch.finfo(torch.float32)

@@ -1,6 +1,7 @@
 """TRL's GRPOTrainer with the advantages and the loss of a recipe (written for TRL 1.16)."""
 
 import inspect
+import math
 from types import MappingProxyType
 from typing import Any
 
@@ -73,9 +74,9 @@ class EGPOTrainer(GRPOTrainer):
         config, mask, entropy = self.recipe.advantage, _mask(output), None
         old = output.get("old_per_token_logps", output.get("sampling_per_token_logps"))
         if config.weight != "none" and (old is None or config.statistic == "shannon"):
-            wanted, size = config.statistic == "shannon", self.args.per_device_train_batch_size
+            wanted, rows = config.statistic == "shannon", self.args.per_device_train_batch_size
             with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                now, entropy, _ = self._log_probs(self.model, output, wanted, size)
+                now, entropy, _ = self._log_probs(self.model, output, wanted, rows)
             old = now if old is None else old
         # NaN is a token that the sampler did not score.
         scored = None if old is None else mask * ~old.isnan()
@@ -139,13 +140,14 @@ class EGPOTrainer(GRPOTrainer):
         with torch.no_grad():
             super()._compute_loss(tuple(x if x is None else x.detach() for x in found), inputs)  # for its metrics
         mask, old, advantages = _mask(inputs), inputs.get("old_per_token_logps"), inputs["advantages"]
-        kept, weights = mask, inputs.get("importance_sampling_ratio", torch.ones_like(log_probs))
+        kept, weights = mask, [inputs[name] for name in ("importance_sampling_ratio",) if name in inputs]
         if self.top_entropy_quantile < 1:
             kept = mask * self.get_high_entropy_mask(entropy.detach(), mask, 1 - self.top_entropy_quantile)
+            weights.append(kept)
         if self.off_policy_mask_threshold is not None:
             sampled = inputs.get("sampling_per_token_logps", log_probs.detach() if old is None else old)
             far = self.off_policy_mask_threshold
-            weights = weights * self.get_off_policy_mask(advantages[:, None], log_probs, sampled, mask, far)
+            weights.append(self.get_off_policy_mask(advantages[:, None], log_probs, sampled, mask, far))
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         if mode == "train":
             tokens = tokens * steps / self.args.steps_per_generation
@@ -158,7 +160,7 @@ class EGPOTrainer(GRPOTrainer):
             mask,
             ref_log_probs=inputs.get("ref_per_token_logps"),
             entropy=entropy,
-            rollout_weights=weights * kept,
+            rollout_weights=math.prod(weights) if weights else None,
             config=self.recipe.loss,
             num_tokens=tokens,
             num_sequences=len(mask) * steps,

@@ -6,6 +6,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from egpo_kernels import recipes
+from egpo_kernels.fields import renamed
 from egpo_kernels.types import PolicyLossConfig, Recipe
 from egpo_kernels.validation import check_choice
 
@@ -26,7 +27,9 @@ RENAMED = {
     "sapo_temperature_neg": "tau_negative",
 }
 """Options that are a setting by another name; those below are not as simple."""
-NAMES = {**RENAMED, "epsilon": "clip_low", "epsilon_high": "clip_high", "beta": "kl_coef", "loss_type": "surrogate"}
+NAMES = {ours: theirs for theirs, ours in RENAMED.items()} | {"clip_low": "epsilon", "clip_high": "epsilon_high"}
+NAMES |= {"ratio_cap": "epsilon_high", "kl_coef": "beta", "surrogate": "loss_type"}
+"""What GRPOConfig calls our settings."""
 CHOICES = {
     "loss_type": tuple(LOSSES),
     "scale_rewards": ("group", "batch", "none"),
@@ -72,11 +75,8 @@ def _replaced(recipe: Recipe, changed: dict[str, Any]) -> Recipe:
     try:
         return recipe.replace(**changed)
     except (ValueError, TypeError) as error:
-        message = str(error)
-        for theirs, ours in NAMES.items():
-            if ours in changed:
-                message = message.replace(f"PolicyLossConfig.{ours} ", f"args.{theirs} ")
-        raise ValueError(f"{message} (recipe {recipe.name})") from error
+        names = {ours: f"args.{theirs}" for ours, theirs in NAMES.items() if ours in changed}
+        raise ValueError(f"{renamed(error, names)} (recipe {recipe.name})") from error
 
 
 def _check(recipe: Recipe, args: GRPOConfig, given: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.api import policy_loss
+from egpo_kernels.fields import renamed
 from egpo_kernels.types import PolicyLossConfig
 
 LOSSES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
@@ -138,10 +139,7 @@ def _settings(
     try:
         return PolicyLossConfig(**given)
     except (ValueError, TypeError) as error:
-        message = str(error)
-        for name, key in KEYS.items():
-            message = message.replace(f"PolicyLossConfig.{name} ", f"actor.{key} ")
-        raise ValueError(message) from error
+        raise ValueError(renamed(error, {name: f"actor.{key}" for name, key in KEYS.items()})) from error
 
 
 def _loss(

@@ -109,6 +109,7 @@ def test_options_change_recipes(recipe, options, wanted):
         ("egpo", {"delta": 0.9}, "args.delta is 0.9; it must be"),
         ("egpo", {"delta": 1.1}, "args.delta is 1.1; it must be at least 1 . clip_high, 1.2"),
         ("egpo", {"epsilon": 1.5}, "args.epsilon is 1.5; it must be"),
+        ("cispo", {"epsilon_high": 0.0}, "args.epsilon_high is 0.0; it must be"),
         ("egpo", {"importance_sampling_level": "turn"}, "args.importance_sampling_level is 'turn'; it must be one of"),
         (
             "egpo",
