@@ -60,8 +60,8 @@ def trainer_of(kind, **options):
     return trainer
 
 
-def grpo_batch(rows=slice(None)):
-    mask = BATCH.mask[rows]
+def grpo_batch(rows=slice(None), batch=BATCH):
+    mask = batch.mask[rows]
     return GRPOBatch(
         completion_mask=mask,
         truncated_mask=torch.zeros(len(mask), dtype=torch.bool),
@@ -111,8 +111,9 @@ def test_same_numbers_as_theirs(page, monkeypatch, settings, options):
     assert_same(expected, step(trainer_of(GRPOTrainer, **options), rows))
 
 
+@pytest.mark.parametrize("batch", [BATCH, make_batch(empty=True)], ids=["whole", "an empty response"])
 @pytest.mark.parametrize("mode, group_size", [("train", 4), ("eval", 2)])
-def test_groups_get_their_advantages(page, mode, group_size):
+def test_groups_get_their_advantages(page, mode, group_size, batch):
     trainer = trainer_of(
         page["EGPOTrainer"],
         num_generations=4,
@@ -127,9 +128,9 @@ def test_groups_get_their_advantages(page, mode, group_size):
     trainer._metrics = {mode: defaultdict(list)}
     trainer._logs = {"rewards": defaultdict(list)}
     rewards = torch.tensor([[0.0, 0], [1, 0.5], [0, 1], [0, 0], [0, 0], [0, torch.nan], [0, 0], [0, 0]])
-    batches = [{"grpo_batch": grpo_batch(rows)} for rows in (slice(0, 5), slice(5, 8))]
+    batches = [{"grpo_batch": grpo_batch(rows, batch)} for rows in (slice(0, 5), slice(5, 8))]
     found = trainer._compute_advantages([], rewards, batches)
     weighted = (rewards * trainer.reward_weights).nansum(1)
-    expected = group_advantages(group_size, weighted, BATCH.old_log_probs, BATCH.mask).advantages
+    expected = group_advantages(group_size, weighted, batch.old_log_probs, batch.mask).advantages
     assert_rounding(found, expected)
     assert trainer._metrics[mode]["reward"]
