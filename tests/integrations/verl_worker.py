@@ -1,4 +1,4 @@
-"""One training step of verl's own worker and FSDP2 engine, on a CPU; a process of its own, started by test_verl.py."""
+"""A training step of verl's own worker and FSDP2 engine, on a CPU; test_verl_engine.py starts it as a process."""
 
 import os
 import sys

@@ -16,6 +16,7 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.reward_manager.dapo import DAPORewardManager
 
 import egpo_kernels as ek
+from egpo_kernels.integrations.verl_losses import LOSSES
 from tests.parity import verl_actor
 from tests.parity.batch import Answer, assert_same, assert_told_apart, make_batch, ours, same, written
 from tests.parity.facts import Same, arguments, combinations, named
@@ -27,7 +28,6 @@ NAMES = BATCH._asdict()
 VANILLA = {"dual_clip": 3.0}
 BY_SEQUENCE = {"reduction": "seq_mean_token_mean"}
 GEO_MEAN = BY_SEQUENCE | {"surrogate": "gmpo"}
-OURS = ("gspo", "cispo", "sapo", "gmpo")
 NAMED = r'(?:loss_mode|adv_estimator)="(\w+)"'
 GROUPS, SINGLE = [0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 2, 3, 3]
 REWARDS = torch.tensor([1.0, 0.0, 0.5, 0.25, 2.0, -1.0, 2.0, 0.1])
@@ -69,7 +69,7 @@ def test_options_exist():
 def test_everything_of_verl_is_in_the_table_or_said_to_be_absent():
     compared = {value for row in (*VERL.losses, *VERL.advantages) for value in re.findall(NAMED, row.theirs)}
     # Our own losses may be there too, by tests/integrations or as a plugin.
-    theirs = {*POLICY_LOSS_REGISTRY, *ADV_ESTIMATOR_REGISTRY} - {"egpo", *(f"egpo_{name}" for name in OURS)}
+    theirs = {*POLICY_LOSS_REGISTRY, *ADV_ESTIMATOR_REGISTRY} - {*LOSSES}
     assert compared | {*VERL.absent} == theirs and not compared & {*VERL.absent}
 
 
