@@ -1,10 +1,9 @@
-"""EGPOTrainer's advantages, and that its update does not depend on how a batch is split."""
+"""EGPOTrainer's advantages: of whole groups, from which log-probs, and that they teach."""
 
 import pytest
 import torch
 
 pytest.importorskip("trl", reason="trl is not installed (make parity installs it)")
-
 
 import egpo_kernels as ek
 from egpo_kernels.integrations.trl import EGPOTrainer
