@@ -66,17 +66,13 @@ def fuse_policy_loss(model: Model) -> Model:
         )
     for head in head_modules(inner):
         head_arguments(head)
-    _fuse(inner)
+    inner._policy_curve = measured_curve(inner)
+    _fuse_heads(inner)
+    _replace_forward(inner, _model_forward)
     if "_policy_hook" in given.__dict__:
         given._policy_hook.remove()  # fully_shard may have put its own before it
     given._policy_hook = given.register_forward_pre_hook(_seal_inputs, prepend=True, with_kwargs=True)
     return model
-
-
-def _fuse(model: Any) -> None:
-    model._policy_curve = measured_curve(model)
-    _fuse_heads(model)
-    _replace_forward(model, _model_forward)
 
 
 class _Sealed:

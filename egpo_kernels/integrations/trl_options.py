@@ -27,8 +27,13 @@ RENAMED = {
     "sapo_temperature_neg": "tau_negative",
 }
 """Options that are a setting by another name; those below are not as simple."""
-NAMES = {ours: theirs for theirs, ours in RENAMED.items()} | {"clip_low": "epsilon", "clip_high": "epsilon_high"}
-NAMES |= {"ratio_cap": "epsilon_high", "kl_coef": "beta", "surrogate": "loss_type"}
+NAMES = {ours: theirs for theirs, ours in RENAMED.items()} | {
+    "clip_low": "epsilon",
+    "clip_high": "epsilon_high",
+    "ratio_cap": "epsilon_high",
+    "kl_coef": "beta",
+    "surrogate": "loss_type",
+}
 """What GRPOConfig calls our settings."""
 CHOICES = {
     "loss_type": tuple(LOSSES),

@@ -17,13 +17,26 @@ LOSSES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "egpo_gmpo": ({"surrogate": "gmpo"}, ("clip_low", "clip_high")),
 }
 """Values of ``loss_mode``: what each is called here, and the settings that it reads."""
-KEYS = {"clip_low": "clip_ratio_low", "clip_high": "clip_ratio_high", "dual_clip": "clip_ratio_c"}
-KEYS |= {"tau_positive": "tau_pos", "tau_negative": "tau_neg", "norm_length": "loss_scale_factor"}
-KEYS |= {"kl_coef": "kl_loss_coef", "entropy_coef": "entropy_coeff"}
+KEYS = {
+    "clip_low": "clip_ratio_low",
+    "clip_high": "clip_ratio_high",
+    "dual_clip": "clip_ratio_c",
+    "tau_positive": "tau_pos",
+    "tau_negative": "tau_neg",
+    "norm_length": "loss_scale_factor",
+    "kl_coef": "kl_loss_coef",
+    "entropy_coef": "entropy_coeff",
+}
 """What verl's actor calls our settings."""
-MODES = {"token-mean": "token_mean", "token-sum": "sum", "seq-mean-token-mean": "seq_mean_token_mean"}
-MODES |= {"seq-mean-token-sum": "seq_mean_token_sum", "seq-mean-token-sum-norm": "seq_mean_token_sum_norm"}
-KL = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+MODES = {
+    "token-mean": "token_mean",
+    "token-sum": "sum",
+    "seq-mean-token-mean": "seq_mean_token_mean",
+    "seq-mean-token-sum": "seq_mean_token_sum",
+    "seq-mean-token-sum-norm": "seq_mean_token_sum_norm",
+}
+"""``loss_agg_mode``: our ``reduction``."""
+KL_TYPES = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 MEANS = ("clip_low", "clip_high", "ratio", "approx_kl")
 
 
@@ -95,9 +108,9 @@ def engine_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None)
     mask, mode = batch["response_mask"].to(bool), config.loss_agg_mode
     more: dict[str, Any] = {"entropy_coef": config.entropy_coeff}
     if config.use_kl_loss:
-        if config.kl_loss_type not in KL:
-            raise ValueError(f"actor.kl_loss_type is {config.kl_loss_type!r}; it must be one of {', '.join(KL)}")
-        kl = KL[config.kl_loss_type]
+        if config.kl_loss_type not in KL_TYPES:
+            raise ValueError(f"actor.kl_loss_type is {config.kl_loss_type!r}; it must be one of {', '.join(KL_TYPES)}")
+        kl = KL_TYPES[config.kl_loss_type]
         more |= {"kl_coef": config.kl_loss_coef, "kl": kl, "kl_max": 10.0 if kl == "k3" else None}
     settings = _settings(config.policy_loss.get("loss_mode"), mode, config, info, log_prob.shape[-1], more)
     loss, metrics = _loss(settings, info, log_prob, mask, batch, entropy)
