@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from egpo_kernels import metrics
-from egpo_kernels.reduction import counts_per_sequence, segment_sum
-from egpo_kernels.types import AdvantageConfig
+from egpo_kernels.reduction import accumulation_dtype, counts_per_sequence, segment_sum
+from egpo_kernels.types import AdvantageConfig, compute_dtype
 
-COLLAPSED = 1e-6
-"""A group is collapsed when its rewards span at most this times max(1, largest |reward|)."""
 WHITEN_EPS = 1e-8
 """Added to the variance that a batch is whitened by."""
 
@@ -78,23 +76,42 @@ class Base(NamedTuple):
     any_correct: Tensor
 
 
-def is_collapsed(rewards: Tensor, groups: Groups) -> Tensor:
-    """Whether the usable rewards of each sequence's group are as good as equal, ``[S]``."""
+def collapse_tolerance(dtype: torch.dtype) -> float:
+    """Share of the largest reward's size up to which rewards of a group are the same number, rounded differently.
+
+    A few units in the last place of the dtype that they were given in; integers and bools are exact.
+    """
+    return 4 * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
+def rewards_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What rewards are computed in: float32 does not tell large integers apart."""
+    wide = dtype in (torch.int32, torch.int64, torch.uint32, torch.uint64)
+    return accumulation_dtype(device) if wide else compute_dtype(dtype)
+
+
+def is_collapsed(rewards: Tensor, groups: Groups, tolerance: float) -> Tensor:
+    """Whether the usable rewards of each sequence's group are as good as equal, ``[S]``; see `collapse_tolerance`."""
     usable = rewards.isfinite()
     high, low = (groups.max(torch.where(usable, sign * rewards, metrics.NOTHING)) for sign in (1, -1))
     largest = groups.max(torch.where(usable, rewards, 0.0).abs())
-    return high + low <= COLLAPSED * largest.clamp(min=1)
+    return high + low <= tolerance * largest
 
 
 def base_advantages(
-    rewards: Tensor, correct: Tensor, lengths: Tensor | None, groups: Groups, config: AdvantageConfig
+    rewards: Tensor,
+    correct: Tensor,
+    lengths: Tensor | None,
+    groups: Groups,
+    tolerance: float,
+    config: AdvantageConfig,
 ) -> Base:
     """Rewards relative to their group; rules in order: group of one, fewer than two usable, collapsed, mixed."""
     usable = rewards.isfinite()
     safe = torch.where(usable, rewards, 0.0)
     size = groups.sum(torch.ones_like(rewards))
     count = groups.sum(usable.to(rewards.dtype))
-    collapsed = is_collapsed(rewards, groups)
+    collapsed = is_collapsed(rewards, groups, tolerance)
     any_correct = groups.sum((correct & usable).to(rewards.dtype)) > 0
     single, unusable = size == 1, (size > 1) & (count < 2)
     penalised, compared = torch.zeros_like(single), usable
@@ -202,6 +219,7 @@ def group_advantages(
     mask: Tensor | None,
     lengths: Tensor | None,
     offsets: Tensor,
+    tolerance: float,
     config: AdvantageConfig,
     group_size: int | None,
 ) -> Advantages:
@@ -209,7 +227,7 @@ def group_advantages(
     groups = make_groups(ids)
     correct = rewards > config.correct_threshold if correct is None else correct
     uncertainty, counts = sequence_uncertainty(values, mask, offsets, ids.shape[0], rewards)
-    base = base_advantages(rewards, correct, lengths, groups, config)
+    base = base_advantages(rewards, correct, lengths, groups, tolerance, config)
     weights = uncertainty_weights(uncertainty, correct, groups, base, config)
     incomplete = torch.zeros_like(correct)
     if group_size is not None:

@@ -5,9 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from egpo_kernels import losses, recipes
+from egpo_kernels.fields import check_bool
 from egpo_kernels.logits import read_logits
 from egpo_kernels.types import LossOutput, PolicyLossConfig, Recipe, TokenLogProbs
-from egpo_kernels.validation import check_bool, check_instance, check_logits
+from egpo_kernels.validation import check_instance, check_logits
 
 
 def egpo_loss(
@@ -94,6 +95,8 @@ def policy_loss(
     backend: str = "auto",
 ) -> LossOutput:
     """Policy loss from log-probabilities (EGPO, arXiv 2602.22751, Eq. 12), differentiable in them and in ``entropy``.
+
+    An entropy without ``entropy_coef`` is only reported: no gradient goes there, not even one of zeros.
 
     Args:
         log_probs: Log-probs of the tokens in nats, ``[S, T]`` or packed ``[N]``, floating.

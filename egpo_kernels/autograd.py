@@ -113,7 +113,6 @@ class PolicyLoss(torch.autograd.Function):
         offsets: Tensor,
         index: Tensor,
         config: str,
-        has_bonus: bool,
         per_token: bool,
         vocab: int,
         backend: str,
@@ -130,7 +129,7 @@ class PolicyLoss(torch.autograd.Function):
             backend,
         )
         ctx.save_for_backward(log_probs, entropy, offsets, index, *rows)
-        ctx.options = (config, has_bonus, backend)
+        ctx.options = (config, backend)
         ctx.mark_non_differentiable(vector)
         return losses if per_token else vector[LOSS_SLOT].clone(), vector
 
@@ -138,7 +137,7 @@ class PolicyLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
         """Gradients with respect to log_probs and entropy."""
         log_probs, entropy, offsets, index, *fields = ctx.saved_tensors
-        config, has_bonus, backend = ctx.options
+        config, backend = ctx.options
         rows = Rows(*fields)
         assert rows.factor is not None
         with torch.no_grad():
@@ -152,9 +151,8 @@ class PolicyLoss(torch.autograd.Function):
                 backend,
             )
         parents = (log_probs, entropy, upstream)
-        # A gradient of zeros would have the source differentiate an entropy that was only reported.
-        grad_entropy = guarded(backend, bonus, *parents) if entropy is not None and has_bonus else None
-        return guarded(backend, slope, *parents), grad_entropy, *[None] * (7 + len(rows))
+        grad_entropy = guarded(backend, bonus, *parents) if ctx.needs_input_grad[1] else None
+        return guarded(backend, slope, *parents), grad_entropy, *[None] * (6 + len(rows))
 
 
 class LogitsPolicyLoss(torch.autograd.Function):

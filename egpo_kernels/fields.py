@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from reprlib import repr as shown
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 Config = TypeVar("Config", bound="Checked")
@@ -48,11 +49,41 @@ def check_number(
         return None
     wanted = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
     wanted += " that float32 holds" + (" or None" if optional else "")
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {shown(value)}; it must be {wanted}")
     if not (low <= value <= high and fits_float32(value)) or (open_low and value == low):
         raise ValueError(f"{name} is {shown(value)}; it must be {wanted}")
     return float(value)
+
+
+def plain(value: Any) -> Any:
+    """A scalar of numpy's as Python's own; anything else as it is."""
+    return value.item() if isinstance(value, (np.number, np.bool_)) else value
+
+
+def entries(value: Any) -> list[Any] | None:
+    """What any sequence holds (those of configuration systems are neither list nor tuple); None of anything else."""
+    array = isinstance(value, np.ndarray) and value.ndim == 1
+    if not array and (not isinstance(value, Sequence) or isinstance(value, (str, bytes))):
+        return None
+    return [plain(entry) for entry in value]
+
+
+def check_pair(name: str, value: Any, wanted: str) -> list[Any]:
+    """Return both entries of ``value``, any sequence of two."""
+    found = entries(value)
+    if found is None or len(found) != 2:
+        raise TypeError(f"{name} is {shown(value)}; it must be {wanted}")
+    return found
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Return ``value`` when it is True or False."""
+    value = plain(value)
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {shown(value)}; it must be True or False")
+    return value
 
 
 class Checked:
@@ -66,14 +97,15 @@ class Checked:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             name, value = f"{type(self).__name__}.{field.name}", getattr(self, field.name)
-            if "choices" in field.metadata:
-                choices = field.metadata["choices"]
+            choices, is_flag = field.metadata.get("choices", ()), isinstance(field.default, bool)
+            if is_flag and not (choices and isinstance(value, str)):
+                object.__setattr__(self, field.name, check_bool(name, value))
+            elif choices:
                 if not isinstance(value, str) or value not in choices:
-                    raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(map(repr, choices))}")
+                    wanted = ("True", "False") * is_flag + tuple(map(repr, choices))
+                    raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(wanted)}")
             elif "low" in field.metadata:
                 object.__setattr__(self, field.name, check_number(name, value, **field.metadata))
-            elif isinstance(field.default, bool) and not isinstance(value, bool):
-                raise TypeError(f"{name} is {shown(value)}; it must be True or False")
         self._check_together()
         # Opaque operators take strings, not objects: the settings travel as JSON, made once.
         object.__setattr__(self, "json", json.dumps(self.to_dict()))

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from egpo_kernels import metrics, recipes, reference
+from egpo_kernels.advantages import collapse_tolerance, rewards_dtype
 from egpo_kernels.dispatch import choose_backend
+from egpo_kernels.fields import plain
 from egpo_kernels.layout import Layout, counted, group_ids, make_layout
 from egpo_kernels.reduction import counts_per_sequence
 from egpo_kernels.types import AdvantageConfig, GroupAdvantages
@@ -99,13 +101,13 @@ def advantages_of_groups(
     backend: str,
 ) -> GroupAdvantages:
     """Advantages ``[S]`` from ids ``[S]`` on the device, checked rewards and the counted rows ``mask [N]``."""
+    group_size = plain(group_size)
     if correct is not None:
         check_tensor("correct", correct, "bool", {"[S]": tuple(rewards.shape)}, rewards.device)
     values = _uncertainty_source(old_log_probs, entropy, layout, config)
-    dtype = torch.float32
-    for tensor in (rewards, values):
-        if tensor is not None and tensor.dtype == torch.float64:
-            dtype = torch.float64
+    in_float64 = torch.float64 in (rewards.dtype, None if values is None else values.dtype)
+    tolerance = collapse_tolerance(rewards.dtype)
+    dtype = torch.float64 if in_float64 else rewards_dtype(rewards.dtype, rewards.device)
     offsets, lengths = ids.new_zeros(ids.shape[0] + 1), None
     if config.scale == "batch_whiten":
         if layout is None or mask is None:
@@ -125,13 +127,15 @@ def advantages_of_groups(
     if backend == "reference":
         check_complete(ids, group_size)
         *results, raw = reference.group_advantages(
-            ids, rewards, correct, values, mask, lengths, offsets, config, group_size
+            ids, rewards, correct, values, mask, lengths, offsets, tolerance, config, group_size
         )
         vector = metrics.finish(raw, metrics.GROUP)
     else:
         *results, vector = torch.ops.egpo_kernels.group_advantages(
-            ids, rewards, [correct, values, mask, lengths], offsets, config.json, group_size, backend
+            ids, rewards, [correct, values, mask, lengths], offsets, tolerance, config.json, group_size, backend
         )
+    if not in_float64:
+        results, vector = [result.float() for result in results], vector.float()
     advantages, weights, base, uncertainty = results
     if layout is not None:
         advantages = advantages * layout.poison

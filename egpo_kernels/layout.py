@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from egpo_kernels.fields import check_number
+from egpo_kernels.fields import check_number, plain
 from egpo_kernels.reduction import per_row, segment_index
 from egpo_kernels.validation import check_complete, check_dense, check_tensor, check_whole
 
@@ -38,13 +38,22 @@ class Layout(NamedTuple):
         """Check a per-token tensor and flatten it to ``[N]``."""
         return check_tensor(name, value, kind, self._token_shapes(), self.sequence.device).reshape(-1)
 
-    def per_token_or_sequence(self, name: str, value: Any, kind: str, columns: bool = False) -> Tensor:
-        """Check a tensor given per sequence (where shapes agree) or per token, and return it per row ``[N]``."""
-        shapes = {"[S]": (self.num_sequences,)} | ({"[S, 1]": (self.num_sequences, 1)} if columns else {})
+    def per_token_or_sequence(self, name: str, value: Any, kind: str) -> tuple[Tensor, Tensor | None]:
+        """Check a tensor given per sequence (where shapes agree) or per token, and return it per row ``[N]``.
+
+        Beside it a 0-d 1.0 where its shape can be read both ways, NaN where they differ and a device may not be asked;
+        else None.
+        """
+        shapes = {"[S]": (self.num_sequences,), "[S, 1]": (self.num_sequences, 1)}
         value = check_tensor(name, value, kind, {**shapes, **self._token_shapes()}, self.sequence.device)
-        if any(value.shape == shape for shape in shapes.values()):
-            return per_row(value.reshape(-1), self.sequence)
-        return value.reshape(-1)
+        flat = value.reshape(-1)
+        if all(value.shape != shape for shape in shapes.values()):
+            return flat, None
+        rows = per_row(flat, self.sequence)
+        if value.shape != self.shape or len(self.shape) == 2:
+            return rows, None
+        inside = torch.arange(self.num_rows, device=flat.device) < self.offsets[-1]
+        return rows, torch.ops.egpo_kernels.read_either_way(rows.detach(), flat.detach(), inside, name)
 
     def _token_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"[S, T]" if len(self.shape) == 2 else "[N]": self.shape}
@@ -93,8 +102,12 @@ def temperature_rows(temperature: Any, layout: Layout, dtype: torch.dtype) -> tu
     """Return the temperature as a float and None, or as 1.0 and a tensor ``[N]`` (NaN where it is not positive)."""
     if not isinstance(temperature, Tensor):
         return check_number("temperature", temperature, low=0.0, high=float("inf"), open_low=True) or 1.0, None
-    rows = layout.per_token_or_sequence("temperature", temperature, "real").detach().to(dtype)
-    return 1.0, rows
+    if temperature.dim() == 0:
+        number = check_tensor("temperature", temperature, "real", {}, layout.sequence.device)
+        return 1.0, number.detach().to(dtype).expand(layout.num_rows)
+    rows, sound = layout.per_token_or_sequence("temperature", temperature, "real")
+    rows = rows.detach().to(dtype)
+    return 1.0, rows if sound is None else rows * sound
 
 
 def group_ids(groups: Any, num_sequences: int, device: torch.device, group_size: int | None) -> Tensor:
@@ -103,7 +116,7 @@ def group_ids(groups: Any, num_sequences: int, device: torch.device, group_size:
     Names are numbered on the host and copied without blocking.
     """
     # Not more: a tensor of counts could not be compared with it.
-    check_whole("group_size", group_size, 1, bits=31)
+    group_size, groups = check_whole("group_size", group_size, 1, bits=31), plain(groups)
     if isinstance(groups, bool) or groups is None:
         raise TypeError(f"groups is {shown(groups)}; it must be ids per sequence (tensor, list, numpy array) or an int")
     if isinstance(groups, int):
@@ -124,6 +137,13 @@ def group_ids(groups: Any, num_sequences: int, device: torch.device, group_size:
     return pinned.to(device, torch.long, non_blocking=True)
 
 
+def _is_name(name: Any) -> bool:
+    """Whether it names a group: (task, prompt) does too."""
+    if isinstance(name, tuple):
+        return all(_is_name(part) for part in name)
+    return isinstance(name, (str, bytes, int, np.integer, uuid.UUID))
+
+
 def _numbered(groups: Any, num_sequences: int) -> Tensor:
     if not isinstance(groups, (list, tuple, np.ndarray)):
         raise TypeError(
@@ -134,8 +154,8 @@ def _numbered(groups: Any, num_sequences: int) -> Tensor:
     names = list(groups)
     if len(names) != num_sequences:
         raise ValueError(f"groups has {len(names)} entries; it must have one name per sequence, {num_sequences}")
-    odd = [name for name in names if not isinstance(name, (str, bytes, int, np.integer, uuid.UUID))]
+    odd = [name for name in names if not _is_name(name)]
     if odd:
-        raise TypeError(f"groups holds {shown(odd[0])}; a group's name must be a string or an integer")
+        raise TypeError(f"groups holds {shown(odd[0])}; a group's name must be a string, an integer or a tuple of them")
     numbers: dict[Any, int] = {}
     return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], dtype=torch.long)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from egpo_kernels import autograd, losses, reference
 from egpo_kernels import layout as layouts
+from egpo_kernels.fields import check_bool
 from egpo_kernels.types import PolicyLossConfig, TokenLogProbs
-from egpo_kernels.validation import check_bool, check_logits, check_not_overlapping
+from egpo_kernels.validation import check_logits, check_not_overlapping
 
 
 class Logits(NamedTuple):

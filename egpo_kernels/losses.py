@@ -125,7 +125,7 @@ def wants_entropy(config: PolicyLossConfig, mode: str) -> bool:
 
 def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: Options) -> Rows:
     """Spread what the loss needs over rows ``[N]``, with the mask of the rows that are looked at."""
-    layout, dtype, mask, device = call.layout, call.dtype, call.rows.mask, call.layout.sequence.device
+    layout, dtype, mask = call.layout, call.dtype, call.rows.mask
     if config.reduction == "seq_mean_token_sum_norm" and config.norm_length is None:
         raise ValueError(
             f"PolicyLossConfig.norm_length is None with reduction {config.reduction!r}; it must be given, a length in "
@@ -137,19 +137,22 @@ def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: O
     def per_token(name: str, value: Any) -> Tensor | None:
         return None if value is None else layout.per_token(name, value, "floating").detach().to(dtype)
 
-    advantages = layout.per_token_or_sequence("advantages", given.advantages, "real").detach().to(dtype)
-    weights = given.rollout_weights
-    if weights is not None:
-        weights = layout.per_token_or_sequence("rollout_weights", weights, "real", columns=True).detach().to(dtype)
-    num_tokens = check_count("num_tokens", options.num_tokens, device)
-    num_sequences = check_count("num_sequences", options.num_sequences, device)
+    spread = {}
+    poison = layout.poison.to(dtype)
+    for name in ("advantages", "rollout_weights"):
+        value = getattr(given, name)
+        if value is not None or name == "advantages":
+            rows, sound = layout.per_token_or_sequence(name, value, "real")
+            spread[name] = rows.detach().to(dtype)
+            poison = poison if sound is None else poison * sound
+    num_tokens = check_count("num_tokens", options.num_tokens, mask)
+    num_sequences = check_count("num_sequences", options.num_sequences, mask)
     factor = reduction_factor(mask, layout.offsets, layout.sequence, config, num_tokens, num_sequences, dtype)
     rows = call.rows._replace(
-        advantages=advantages,
-        factor=factor * layout.poison.to(dtype),
+        factor=factor * poison,
         old_log_probs=per_token("old_log_probs", given.old_log_probs),
         ref_log_probs=per_token("ref_log_probs", given.ref_log_probs),
-        rollout_weights=weights,
+        **spread,
     )
     mode = check_choice("metrics", options.metrics, ("all", "active", "none"))
     return rows if mode == "all" else rows._replace(mask=_active(rows, layout, config))
@@ -202,7 +205,7 @@ def loss_of_groups(call: Call, given: Constants, grouping: Grouping, recipe: Rec
         grouping.group_size,
         call.backend,
     )
-    given = given._replace(advantages=grouped.advantages)
+    given = given._replace(advantages=grouped.advantages[:, None])
     loss, seen = loss_of_tokens(call, given, recipe.loss, options, found)
     return LossOutput(loss, {} if options.metrics == "none" else {**grouped.metrics, **seen})
 
@@ -236,6 +239,9 @@ def loss_from_log_probs(
 ) -> LossOutput:
     """Loss of log-probs ``[N]``, the middle step between statistics and gradient of the logits."""
     layout, per_token = call.layout, config.reduction == "none"
+    if found.entropy is not None and config.entropy_coef == 0:
+        # A gradient of zeros would have the source differentiate an entropy that is only reported.
+        found = found._replace(entropy=found.entropy.detach())
     if call.backend == "reference":
         losses, vector = reference.policy_loss(*found, rows, layout.offsets, config, call.vocab)
         loss = losses if per_token else metrics.total(losses)
@@ -245,7 +251,6 @@ def loss_from_log_probs(
             layout.offsets,
             layout.sequence,
             config.json,
-            call.source is None or config.entropy_coef != 0,
             per_token,
             call.vocab,
             call.backend,

@@ -64,6 +64,7 @@ _TOKEN_SUMS = _keys("policy", "tokens/sum", "loss/sum", "loss/surrogate/sum", "l
 _TOKEN_MEANS = _keys("policy", "clip_low/mean", "clip_high/mean", "ratio/mean", "approx_kl/mean", "ref_kl/mean")
 _TOKEN_MEANS += _keys("policy", "entropy/mean")
 _TOKEN_COUNTS = _keys("policy", "invalid_tokens/sum", "nonfinite_rows/sum", "unscored_tokens/sum")
+_TOKEN_COUNTS += _keys("policy", "uncounted_tokens/sum")
 _TOKEN_MAXIMA = _keys("policy", "ratio/max", "ratio/min")
 
 TOKEN = Table(
@@ -150,6 +151,7 @@ def token_metrics(terms: TokenTerms, log_probs: Tensor, rows: Rows, config: Poli
         mask & invalid,
         mask & ~log_probs.isfinite(),
         terms.unscored,
+        mask & rows.factor.isnan(),
     )
     _, _, highest, lowest = summary(ratio, mask)
     return torch.stack([*(total(values.to(ratio.dtype)) for values in sums), highest, lowest])

@@ -18,7 +18,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from egpo_kernels import metrics
 from egpo_kernels.dispatch import implementation
 from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Rows, compute_dtype
-from egpo_kernels.validation import check_complete, check_cu_seqlens, check_temperatures, check_tokens
+from egpo_kernels.validation import (
+    check_complete,
+    check_cu_seqlens,
+    check_either_way,
+    check_temperatures,
+    check_tokens,
+)
 
 Tensors = list[Tensor]
 OptionalTensors = list[Tensor | None]
@@ -107,6 +113,19 @@ def sequence_offsets(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
 @sequence_offsets.register_fake
 def _(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
     return torch.empty_like(cu_seqlens, dtype=torch.long), cu_seqlens.new_empty((), dtype=torch.float32)
+
+
+@operator()
+def read_either_way(by_sequence: Tensor, by_token: Tensor, inside: Tensor, name: str) -> Tensor:
+    """1.0 where ``name``, with as many tokens as sequences, says the same of rows ``inside`` either way, else NaN."""
+    same = (by_sequence == by_token) | (by_sequence.isnan() & by_token.isnan()) | ~inside
+    check_either_way(name, same)
+    return torch.where(same.all(), 1.0, torch.nan)
+
+
+@read_either_way.register_fake
+def _(by_sequence: Tensor, *_: Any) -> Tensor:
+    return by_sequence.new_empty((), dtype=torch.float32)
 
 
 @operator()
@@ -256,17 +275,18 @@ def group_advantages(
     rewards: Tensor,
     rows: OptionalTensors,
     offsets: Tensor,
+    tolerance: float,
     config: str,
     group_size: int | None,
     backend: str,
 ) -> Tensors5:
     """Advantages, weights, base, uncertainty ``[S]``, metrics.
 
-    ``rows``: correct ``[S]``, values and mask ``[N]``, counted tokens ``[S]``.
+    ``rows``: correct ``[S]``, values and mask ``[N]``, counted tokens ``[S]``. ``tolerance``: see `collapse_tolerance`.
     """
     check_complete(ids, group_size)
     advantages, weights, base, uncertainty, raw = implementation(backend).group_advantages(
-        ids, rewards, *rows, offsets, advantage_config(config), group_size
+        ids, rewards, *rows, offsets, tolerance, advantage_config(config), group_size
     )
     return advantages, weights, base, uncertainty, metrics.finish(raw, metrics.GROUP)
 

@@ -77,8 +77,8 @@ LITE_PPO = GRPO.replace(name="LITE_PPO", scale="batch_std", reduction="token_mea
 MAXRL = GRPO.replace(name="MAXRL", scale="group_mean", reduction="token_mean")
 """Maximum likelihood RL: relative to the group's mean reward (arXiv 2602.02710)."""
 
-CISPO = GRPO.replace(name="CISPO", surrogate="cispo", clip_high=4.0, reduction="token_mean")
-"""A capped, undifferentiated ratio weighs each log-prob (MiniMax-M1, arXiv 2506.13585)."""
+CISPO = GRPO.replace(name="CISPO", surrogate="cispo", clip_low=1.0, clip_high=4.0, reduction="token_mean")
+"""A capped, undifferentiated ratio weighs each log-prob (MiniMax-M1, arXiv 2506.13585); 1.0 is no lower bound."""
 
 SAPO = GRPO.replace(name="SAPO", surrogate="sapo", tau_positive=1.0, tau_negative=1.05)
 """A soft gate in place of the clip (arXiv 2511.20347)."""

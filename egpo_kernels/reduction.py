@@ -75,7 +75,8 @@ def reduction_factor(
 
     ``token_mean`` 1/N_tokens; ``seq_mean_token_mean`` 1/(S n_i); ``seq_mean_token_sum`` 1/S;
     ``seq_mean_token_sum_norm`` 1/(S C); ``sum`` and ``none`` 1. Counts are those of the whole batch unless the
-    caller passes global ones; empty sequences do not count in S; a batch with nothing counted gets 0.
+    caller passes global ones; empty sequences do not count in S. Rows that do not count get 0; those that do, where a
+    global count says that there are none, NaN.
     """
     ones = torch.ones(mask.shape[0], dtype=dtype, device=mask.device)
     if config.reduction in ("sum", "none"):
@@ -89,8 +90,8 @@ def reduction_factor(
             denominator = denominator * per_row(counts.to(dtype), index)
         elif config.norm_length is not None:
             denominator = denominator * config.norm_length
-    factor = torch.where(denominator > 0, 1 / denominator, ones * torch.nan)
-    return torch.where(denominator == 0, 0.0, factor)
+    sound = (denominator > 0) & denominator.isfinite()
+    return torch.where(mask, torch.where(sound, 1 / denominator, torch.nan), 0.0)
 
 
 def _as_count(given: Tensor | float | None, counted: Tensor, like: Tensor) -> Tensor | float:

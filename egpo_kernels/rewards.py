@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from egpo_kernels.advantages import is_collapsed, make_groups
+from egpo_kernels.advantages import collapse_tolerance, is_collapsed, make_groups, rewards_dtype
 from egpo_kernels.fields import check_number
 from egpo_kernels.layout import group_ids
 from egpo_kernels.validation import check_dense, check_rewards
@@ -30,8 +29,8 @@ def informative_groups(groups: Any, rewards: Tensor) -> Tensor:
     """
     check_rewards(rewards)
     members = make_groups(group_ids(groups, rewards.shape[0], rewards.device, None))
-    values = rewards.detach().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
-    return ~is_collapsed(values, members)
+    values = rewards.detach().to(rewards_dtype(rewards.dtype, rewards.device))
+    return ~is_collapsed(values, members, collapse_tolerance(rewards.dtype))
 
 
 def soft_overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:

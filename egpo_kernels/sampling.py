@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.fields import check_number, fits_float32
+from egpo_kernels.fields import check_number, check_pair, fits_float32
 from egpo_kernels.layout import Layout, counted, make_layout
 from egpo_kernels.reduction import counts_per_sequence, per_row, segment_sum
 from egpo_kernels.types import compute_dtype
@@ -101,10 +101,13 @@ def off_policy_mask(
     layout, counts, log_ratio = _log_ratio(log_probs, sampler_log_probs, mask, cu_seqlens)
     drift = segment_sum(torch.where(counts, -log_ratio, 0.0).nan_to_num(0.0, torch.inf, -torch.inf), layout.offsets)
     near = drift <= threshold * counts_per_sequence(counts, layout.offsets)
-    rows = layout.per_token_or_sequence("advantages", advantages, "real")
-    if advantages.shape == (layout.num_sequences,):
-        return (advantages >= 0) | near
-    return ((rows >= 0) | per_row(near, layout.sequence)).view(layout.shape)
+    rows, _ = layout.per_token_or_sequence("advantages", advantages, "real")
+    kept = (rows >= 0) | per_row(near, layout.sequence)
+    if advantages.shape not in ((layout.num_sequences,), (layout.num_sequences, 1)):
+        return kept.view(layout.shape)
+    kept = (advantages >= 0) | near.view(advantages.shape)
+    layout.per_token_or_sequence("advantages", kept, "real")  # what comes out may be ambiguous where advantages are not
+    return kept
 
 
 def _log_ratio(log_probs: Any, sampler_log_probs: Any, mask: Any, cu_seqlens: Any) -> tuple[Layout, Tensor, Tensor]:
@@ -118,12 +121,11 @@ def _log_ratio(log_probs: Any, sampler_log_probs: Any, mask: Any, cu_seqlens: An
 
 
 def _check_bounds(bounds: Any) -> tuple[float, float]:
-    wanted = "it must be a pair (low, high) with 0 <= low <= high that float32 holds; high may be inf"
-    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-        raise TypeError(f"bounds is {shown(bounds)}; {wanted}")
-    if any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in bounds):
-        raise TypeError(f"bounds is {shown(bounds)}; {wanted}")
-    held = fits_float32(bounds[0]) and (bounds[1] == float("inf") or fits_float32(bounds[1]))
-    if not (held and 0 <= bounds[0] <= bounds[1]):
-        raise ValueError(f"bounds is {shown(bounds)}; {wanted}")
-    return float(bounds[0]), float(bounds[1])
+    wanted = "a pair (low, high) with 0 <= low <= high that float32 holds; high may be inf"
+    low, high = check_pair("bounds", bounds, wanted)
+    if any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in (low, high)):
+        raise TypeError(f"bounds is {shown(bounds)}; it must be {wanted}")
+    held = fits_float32(low) and (high == float("inf") or fits_float32(high))
+    if not (held and 0 <= low <= high):
+        raise ValueError(f"bounds is {shown(bounds)}; it must be {wanted}")
+    return float(low), float(high)

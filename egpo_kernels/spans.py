@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.fields import check_number
+from egpo_kernels.fields import check_number, entries, plain
 from egpo_kernels.layout import counted, make_layout
 from egpo_kernels.reduction import per_row
 from egpo_kernels.types import ResponseSpans, compute_dtype
@@ -101,10 +101,11 @@ def top_entropy_mask(
 
 
 def _check_tag(close_tag: Any) -> list[int]:
-    tag = [close_tag] if isinstance(close_tag, int) else close_tag
+    single = plain(close_tag)
+    tag = [single] if isinstance(single, int) else entries(close_tag)
     wanted = "it must be a token id (an int >= 0) or a list of them"
-    if not isinstance(tag, (list, tuple)) or any(isinstance(it, bool) or not isinstance(it, int) for it in tag):
+    if tag is None or any(isinstance(it, bool) or not isinstance(it, int) for it in tag):
         raise TypeError(f"close_tag is {shown(close_tag)}; {wanted}")
     if not tag or min(tag) < 0 or max(tag) >= 2**63:
         raise ValueError(f"close_tag is {shown(close_tag)}; {wanted}")
-    return list(tag)
+    return tag

@@ -62,14 +62,15 @@ def clip(log_probs: Tensor, log_ratio: Tensor, advantages: Tensor, config: Polic
 
 
 def cispo(log_probs: Tensor, log_ratio: Tensor, advantages: Tensor, config: PolicyLossConfig) -> SurrogateTerms:
-    """``-sg(min(rho, cap)) A l``, cap ``1 + clip_high`` or ``ratio_cap``: the ratio is a weight, not differentiated.
+    """``-sg(clip(rho, 1 - clip_low, cap)) A l``, cap ``1 + clip_high`` or ``ratio_cap``: the ratio is only a weight.
 
-    CISPO (MiniMax-M1, arXiv 2506.13585), without a lower bound.
+    CISPO (MiniMax-M1, arXiv 2506.13585, Eq. 4-5). Counted as clipped is, as with `clip`, what the advantage pushes out.
     """
     cap = 1 + config.clip_high if config.ratio_cap is None else config.ratio_cap
     ratio = log_ratio.detach().exp()
-    high = ratio > cap
-    return SurrogateTerms(-torch.where(high, cap, ratio) * advantages * log_probs, torch.zeros_like(high), high)
+    below, above = ratio < 1 - config.clip_low, ratio > cap
+    bounded = torch.where(above, cap, torch.where(below, 1 - config.clip_low, ratio))
+    return SurrogateTerms(-bounded * advantages * log_probs, below & (advantages < 0), above & (advantages > 0))
 
 
 def sapo(log_probs: Tensor, log_ratio: Tensor, advantages: Tensor, config: PolicyLossConfig) -> SurrogateTerms:
@@ -155,7 +156,11 @@ def token_terms(
         unscored = rows.mask & rows.rollout_weights.isnan()
         loss = loss * torch.where(live & ~unscored, rows.rollout_weights, 1.0)
     kl = zeros if rows.ref_log_probs is None else select(kl_estimate(safe, select(rows.ref_log_probs), config))
-    kl_term = select(kl * log_ratio.exp()) if config.kl_times_ratio else kl
+    kl_term = kl
+    if config.kl_times_ratio == "on_policy":
+        kl_term = kl * (safe - safe.detach()).exp()
+    elif config.kl_times_ratio:
+        kl_term = select(kl * log_ratio.exp())
     bonus = zeros if entropy is None else select(entropy)
     low, high = live & (low | terms.clipped_low), live & (high | terms.clipped_high)
     return TokenTerms(live, select(loss), kl, kl_term, bonus, log_ratio, low, high, dead, unscored)

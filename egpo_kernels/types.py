@@ -3,13 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from reprlib import repr as shown
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from egpo_kernels.fields import Checked, check_keys, check_number, choice, number
+from egpo_kernels.fields import Checked, check_keys, check_number, check_pair, choice, number
 
 SURROGATES = ("clip", "cispo", "sapo", "gmpo")
 """The policy losses of a token: functions of these names in both `surrogates.py`, in torch and for triton."""
@@ -93,9 +92,8 @@ class AdvantageConfig(Checked):
                 f"AdvantageConfig.scale is 'group_mean' with baseline {self.baseline!r}, which knows no group; it must "
                 "be 'none', 'batch_std' or 'batch_whiten' there"
             )
-        name, bounds = "AdvantageConfig.weight_bounds", self.weight_bounds
-        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-            raise TypeError(f"{name} is {shown(bounds)}; it must be a pair (lambda_min, lambda_max)")
+        name = "AdvantageConfig.weight_bounds"
+        bounds = check_pair(name, self.weight_bounds, "a pair (lambda_min, lambda_max)")
         low = check_number(f"{name}[0]", bounds[0], low=0.0, high=1.0)
         high = check_number(f"{name}[1]", bounds[1], low=1.0, high=math.inf)
         object.__setattr__(self, "weight_bounds", (low, high))
@@ -110,7 +108,8 @@ class PolicyLossConfig(Checked):
             (arXiv 2511.20347), ``gmpo`` (arXiv 2507.20673), whose ratio is the token's by definition.
         ratio: ``token``; ``sequence``: exp of the mean log-ratio, shared by a sequence's tokens (GSPO, arXiv
             2507.18071); ``sequence_token``: the same value, each token with its own gradient (GSPO-token).
-        clip_low: The ratio is clipped below at ``1 - clip_low``; gmpo clips log-ratios, at ``-clip_low`` nats.
+        clip_low: The ratio is clipped below at ``1 - clip_low``; gmpo clips log-ratios, at ``-clip_low`` nats. Cispo's
+            paper has no lower bound, which is 1.0; trainers bound it too. Sapo has none and takes no other value.
         clip_high: The ratio is clipped above at ``1 + clip_high``; gmpo clips log-ratios, at ``clip_high`` nats.
         ratio_cap: The cap of cispo's ratio itself, in place of ``1 + clip_high``.
         dual_clip: With c given and a negative advantage the loss is at most ``-c A`` (arXiv 1912.09729).
@@ -121,7 +120,8 @@ class PolicyLossConfig(Checked):
         kl_coef: Factor of the KL term; above 0 it needs ``ref_log_probs``.
         kl_max: The estimate is clamped to +- this, in nats; no gradient flows where it is clamped.
         kl_times_ratio: Multiply the estimate by the ratio, gradient included, so that it is unbiased for samples of
-            the old policy (DeepSeek-V3.2, arXiv 2512.02556).
+            the old policy (DeepSeek-V3.2, arXiv 2512.02556). ``"on_policy"``: by the token's ratio to itself, whose
+            value is 1 and whose gradient is the log-prob's, whatever ``old_log_probs`` are (NeMo-RL).
         entropy_coef: Factor of the entropy bonus.
         reduction: ``token_mean``, ``seq_mean_token_mean``, ``seq_mean_token_sum``, ``seq_mean_token_sum_norm``, ``sum``
             or ``none`` (per token).
@@ -144,7 +144,7 @@ class PolicyLossConfig(Checked):
     kl: str = dataclasses.field(default="k3", metadata={"choices": ("k1", "k2", "k3")})
     kl_coef: float = number(0.0, 0.0)
     kl_max: float | None = number(None, 0.0, optional=True, open_low=True)
-    kl_times_ratio: bool = False
+    kl_times_ratio: bool | str = dataclasses.field(default=False, metadata={"choices": ("on_policy",)})
     entropy_coef: float = number(0.0, -math.inf)
     reduction: str = choice(
         "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "sum", "none"
@@ -165,7 +165,11 @@ class PolicyLossConfig(Checked):
         self._check_only("norm_length", "reduction", "seq_mean_token_sum_norm")
         self._check_only("ratio_cap", "surrogate", "cispo")
         self._check_only("dual_clip", "surrogate", "clip")
-        if self.kl_times_ratio and self.max_log_ratio > MAX_LOG_RATIO_TWICE:
+        for name in ("clip_low", "clip_high"):
+            self._check_unused(name, self.surrogate == "sapo")
+        for name in ("tau_positive", "tau_negative"):
+            self._check_unused(name, self.surrogate != "sapo")
+        if self.kl_times_ratio is True and self.max_log_ratio > MAX_LOG_RATIO_TWICE:
             raise ValueError(
                 f"PolicyLossConfig.max_log_ratio is {self.max_log_ratio!r} with kl_times_ratio=True, a product of two "
                 f"ratios; it must be at most {MAX_LOG_RATIO_TWICE:g} there, or float32 overflows"
@@ -173,6 +177,14 @@ class PolicyLossConfig(Checked):
         if self.ratio != "token" and self.surrogate != "clip":
             raise ValueError(
                 f"PolicyLossConfig.ratio is {self.ratio!r} with surrogate {self.surrogate!r}; it must be 'token' there"
+            )
+
+    def _check_unused(self, name: str, unused: bool) -> None:
+        value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+        if unused and value != default:
+            raise ValueError(
+                f"PolicyLossConfig.{name} is {value!r} with surrogate {self.surrogate!r}, which does not use it; it "
+                f"must be left at {default!r} there"
             )
 
     def _check_only(self, name: str, field: str, wanted: str) -> None:

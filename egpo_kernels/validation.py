@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.fields import fits_float32
+from egpo_kernels.fields import fits_float32, plain
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -94,13 +94,6 @@ def check_not_overlapping(logits: Tensor) -> None:
         reach = max(reach, logits.stride(dim) * logits.shape[dim])
 
 
-def check_bool(name: str, value: Any) -> bool:
-    """Return ``value`` when it is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is {shown(value)}; it must be True or False")
-    return value
-
-
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """Return ``value`` when it is one of ``choices``."""
     if not isinstance(value, str):
@@ -117,19 +110,25 @@ def check_instance(name: str, value: Any, kind: type) -> Any:
     return value
 
 
-def check_count(name: str, value: Any, device: torch.device) -> Tensor | float | None:
-    """Return a global count: None, a number >= 0, or a 0-d tensor on ``device``."""
+def check_count(name: str, value: Any, mask: Tensor) -> Tensor | float | None:
+    """Return a global count: None, a number >= 0, or a 0-d tensor beside ``mask``; 0 only where that counts nothing."""
     if value is None:
         return None
-    number, wanted = value, "it must be a number >= 0 that float32 holds, a 0-d tensor or None"
+    number = value = plain(value)
+    wanted = "it must be a number >= 0 that float32 holds, a 0-d tensor or None"
+    seen = not torch.compiler.is_compiling() and checks_values(mask.device)
     if isinstance(value, Tensor):
-        value = check_tensor(name, value, "real", {"a 0-d tensor": ()}, device)
-        seen = not torch.compiler.is_compiling() and checks_values(device)
-        number = value.item() if seen else 0
+        value = check_tensor(name, value, "real", {"a 0-d tensor": ()}, mask.device)
+        number = value.item() if seen else 1
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {shown(value)}; {wanted}")
     if not (number >= 0 and fits_float32(number)):
         raise ValueError(f"{name} is {shown(value)}; {wanted}")
+    if seen and number == 0 and mask.any():
+        raise ValueError(
+            f"{name} is {shown(value)}, and {int(mask.sum())} tokens count here; it must be the count of the whole "
+            "batch, these among them"
+        )
     return value
 
 
@@ -137,7 +136,7 @@ def check_whole(name: str, value: Any, low: int, bits: int = 63) -> int | None:
     """Return ``value`` when it is None or an int in ``[low, 2**bits)``."""
     if value is None:
         return None
-    wanted = f"it must be an int in [{low}, 2**{bits}) or None"
+    value, wanted = plain(value), f"it must be an int in [{low}, 2**{bits}) or None"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is {shown(value)}; {wanted}")
     if not low <= value < 2**bits:
@@ -186,6 +185,16 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> None:
         raise ValueError(
             f"cu_seqlens starts at {int(cu_seqlens[0])} and ends at {int(cu_seqlens[-1])} over {num_rows} packed "
             "tokens; it must start at 0, never decrease, and end at or before the last token"
+        )
+
+
+def check_either_way(name: str, same: Tensor) -> None:
+    """Raise when a tensor that may be per sequence or per token means two things, by rows ``same [N]``."""
+    if checks_values(same.device) and not same.all():
+        raise ValueError(
+            f"{name} has shape {[len(same)]}, and there are as many packed tokens as sequences; it must say which it "
+            "means: pass [S, 1] for one number a sequence; for one a token append a masked token, or leave out empty "
+            "sequences"
         )
 
 

@@ -251,6 +251,40 @@ def test_next_token_targets():
     assert empty[0].shape == empty[1].shape == (2, 0)
 
 
+PACKED = torch.tensor([10, 11, 12, 20, 21, 30])
+STARTS, PLACES = torch.tensor([0, 3, 5, 6]), torch.tensor([0, 1, 2, 0, 1, 0])
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6)])
+@pytest.mark.parametrize("mask", [None, torch.tensor([0, 1, 1, 1, 1, 1])])
+def test_next_token_targets_of_packed_sequences(shape, mask):
+    """No token is the target of the sequence before."""
+    ids, mask = PACKED.view(shape).to(DEVICE), None if mask is None else mask.view(shape).to(DEVICE)
+    by_offsets = ek.next_token_targets(ids, mask, cu_seqlens=STARTS.to(DEVICE))
+    by_places = ek.next_token_targets(ids, mask, position_ids=PLACES.view(shape).to(DEVICE))
+    for tokens, counts in (by_offsets, by_places):
+        assert tokens.shape == counts.shape == shape
+        assert tokens.flatten().tolist() == [11, 12, 20, 21, 30, 10]
+        assert counts.flatten().tolist() == [True, True, False, True, False, False]
+    assert ek.next_token_targets(ids, cu_seqlens=STARTS[:1].to(DEVICE))[1].sum() == 0
+    short = torch.tensor([0, 3, 3, 5], device=DEVICE)  # an empty one, and a token past the end
+    assert ek.next_token_targets(ids, cu_seqlens=short)[1].flatten().tolist() == [1, 1, 0, 1, 0, 0]
+
+
+def test_next_token_targets_by_positions_of_a_padded_batch():
+    """transformers' positions: 1 where a left-padded row has padding; what comes after padding is no target of it."""
+    ids = torch.tensor([[0, 0, 5, 6], [1, 2, 3, 4]])
+    places = torch.tensor([[1, 1, 0, 1], [0, 1, 2, 3]])
+    mask = ids != 0
+    assert ek.next_token_targets(ids, mask, position_ids=places)[1].tolist() == [[0, 0, 1, 0], [1, 1, 1, 0]]
+
+
+def test_next_token_targets_of_malformed_offsets_elsewhere(monkeypatch):
+    """As on a GPU: no token that a loss would take."""
+    monkeypatch.setattr("egpo_kernels.validation.checks_values", lambda device: False)
+    assert (ek.next_token_targets(PACKED, cu_seqlens=STARTS[1:])[0] == -1).all()
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_next_token_targets_equal_slicing(backend):
     batch = make_batch()

@@ -93,6 +93,34 @@ def test_nothing_counts_in_any_reduction(reduction, backend):
     assert_nothing(differentiate(one_pass, batch, backend, config=config, num_tokens=0, num_sequences=0))
 
 
+COUNTED_BY = {"num_tokens": "token_mean", "num_sequences": "seq_mean_token_mean"}
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0), torch.tensor(0.0)])
+@pytest.mark.parametrize("name", COUNTED_BY)
+@pytest.mark.parametrize("path", [one_pass, frozen_head])
+@EVERY_BACKEND
+def test_a_global_count_of_0_with_tokens_that_count(path, name, zero, backend, values_are_checked):
+    config = ek.PolicyLossConfig(reduction=COUNTED_BY[name])
+    zero = zero.to(DEVICE) if torch.is_tensor(zero) else zero
+    with pytest.raises(ValueError, match=rf"{name} is .*, and \d+ tokens count here; it must be"):
+        differentiate(path, make_batch(), backend, config=config, **{name: zero})
+
+
+@pytest.mark.parametrize("count", [torch.tensor(0), torch.tensor(torch.inf), torch.tensor(torch.nan), torch.tensor(-1)])
+@pytest.mark.parametrize("path", [one_pass, frozen_head])
+@EVERY_BACKEND
+def test_a_global_count_that_cannot_be_elsewhere(path, count, backend, monkeypatch):
+    """On a GPU, where it is not looked at: NaN and a metric."""
+    monkeypatch.setattr("egpo_kernels.validation.checks_values", lambda device: False)
+    batch = make_batch()
+    loss, metrics = path(batch, backend, ek.PolicyLossConfig(), num_tokens=count.to(DEVICE))
+    assert loss.isnan() and metrics["policy/uncounted_tokens/sum"] == metrics["policy/tokens/sum"] > 0
+    nothing = batch._replace(mask=torch.zeros_like(batch.mask))
+    loss, metrics = path(nothing, backend, ek.PolicyLossConfig(), num_tokens=count.to(DEVICE))
+    assert loss == 0 and metrics["policy/uncounted_tokens/sum"] == 0
+
+
 @EVERY_WAY
 @EVERY_LAYOUT
 @EVERY_BACKEND

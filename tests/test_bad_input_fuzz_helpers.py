@@ -1,5 +1,6 @@
 """Garbage for the helpers of a rollout batch: a documented error that names an argument, or a documented result."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,7 +27,7 @@ def valid_helper(name, layout):
         "response_spans": {"tokens": batch.tokens, "close_tag": [1, 2], **where},
         "informative_groups": {"groups": batch.groups, "rewards": batch.rewards},
         "soft_overlong_penalty": {"lengths": batch.mask.sum(-1).reshape(-1), "max_length": 30, "buffer": 10},
-        "next_token_targets": {"input_ids": batch.tokens, "mask": batch.mask},
+        "next_token_targets": {"input_ids": batch.tokens, "mask": batch.mask, "cu_seqlens": batch.cu_seqlens},
     }[name]
 
 
@@ -58,7 +59,15 @@ def test_garbage_for_helpers(name, data):
 
 
 NO_BOUNDS = [(10**400, 10**401), (0.5, 10**400), (torch.inf, torch.inf), (1e-300, 2)]
+NO_BOUNDS += ["ab", {0.5: 1, 2: 1}, np.array(1.0), np.ones((2, 2)), (1.0, 2.0, 3.0)]
 NO_BOUNDS += [(torch.nan, 1.0), (1.0, 0.5), (-1, 1), (True, 2)]
+
+
+@pytest.mark.parametrize("bounds", [(0, 2), [0.5, 2.0], np.array([0.5, 2.0]), [np.float32(0.5), np.int64(2)]])
+def test_bounds_of_any_sequence(bounds):
+    given = valid_helper("rollout_weights", "padded")
+    found, wanted = (ek.rollout_weights(**given | {"bounds": each}) for each in (bounds, tuple(map(float, bounds))))
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("bounds", NO_BOUNDS)

@@ -207,7 +207,7 @@ def test_backend(name):
 
 @pytest.mark.parametrize("name", ["egpo_loss", "group_advantages"])
 def test_groups(name):
-    names = [[1, 2, 3], [1.5] * 4, [None] * 4, [[1]] * 4, np.ones((4, 2)), np.ones(4), np.array(4)]
+    names = [[1, 2, 3], [("a", 1.5)] * 4, [1.5] * 4, [None] * 4, [[1]] * 4, np.ones((4, 2)), np.ones(4), np.array(4)]
     for value in (0, -1, 3, 10**400, True, None, 2.0, "aabb", {1, 2}, *names):
         assert "must" in refused(name, "groups", value)
     assert "group_size = 2" in refused(name, "groups", [1, 1, 1, 2])
@@ -257,3 +257,19 @@ def test_next_token_targets():
         refused("next_token_targets", "input_ids", value)
     for value in ([[1, 1, 1]], torch.ones(2, 2), torch.ones(2, 3, device="meta"), torch.ones(2, 3) * 1j):
         refused("next_token_targets", "mask", value)
+    for value in (
+        [0, 3],
+        torch.tensor([0.0, 3.0]),
+        torch.tensor([0, 2, 1]),
+        torch.tensor([0, 7]),
+        torch.tensor([1, 3]),
+    ):
+        with pytest.raises((TypeError, ValueError), match="cu_seqlens"):
+            ek.next_token_targets(ids[:1], cu_seqlens=value)
+    with pytest.raises(ValueError, match=r"input_ids has shape \[2, 3\] with cu_seqlens; it must be packed"):
+        ek.next_token_targets(ids, cu_seqlens=torch.tensor([0, 6]))
+    for value in ([[0, 1, 2]], ids[0], ids.float(), ids.to("meta")):
+        with pytest.raises((TypeError, ValueError), match="position_ids"):
+            ek.next_token_targets(ids, position_ids=value)
+    with pytest.raises(ValueError, match="position_ids is .* with cu_seqlens"):
+        ek.next_token_targets(ids[:1], cu_seqlens=torch.tensor([0, 3]), position_ids=ids[:1])

@@ -68,6 +68,28 @@ def test_products_of_the_size_of_the_logits(trains, options, count, backend):
     assert multiplications(run) == count * step.tokens.numel() * VOCAB * WIDTH
 
 
+REPORTED = {"reported": (0.0, False, 2), "in the loss": (0.1, False, 4), "detached": (0.0, True, 2)}
+
+
+@pytest.mark.parametrize("coefficient, detached, count", REPORTED.values(), ids=REPORTED)
+@FAST_BACKEND
+def test_products_of_an_entropy_beside_log_probs(coefficient, detached, count, backend):
+    """With a frozen head, an entropy that is only reported costs nothing."""
+    step = Step(("hidden",))
+
+    def run():
+        found = ek.linear_token_log_probs(step.hidden, step.weight, step.tokens, return_entropy=True, backend=backend)
+        entropy = found.entropy.detach() if detached else found.entropy
+        config = ek.PolicyLossConfig(entropy_coef=coefficient)
+        loss, metrics = ek.policy_loss(
+            found.log_probs, None, step.advantages, entropy=entropy, config=config, backend=backend
+        )
+        assert metrics["policy/entropy/mean"] > 0
+        loss.backward()
+
+    assert multiplications(run) == count * step.tokens.numel() * VOCAB * WIDTH
+
+
 WHOLE_GROUPS = {
     "advantages from these logits, trains": (("hidden", "weight"), {}, 4),
     "advantages from these logits, frozen": (("hidden",), {}, 2),

@@ -21,7 +21,7 @@ OPTIONS = {
     "ratio": "sequence_token",
     "kl": "k1",
     "kl_max": 0.05,
-    "kl_times_ratio": True,
+    "kl_times_ratio": "on_policy",
     "dual_clip": 1.5,
     "entropy_coef": 0.1,
     "reduction": "seq_mean_token_mean",
@@ -32,9 +32,12 @@ OPTIONS = {
 CHANGES = {name: {name: value} for name, value in OPTIONS.items()}
 CHANGES |= {
     "sequence": {"ratio": "sequence"},
+    "KL times ratio": {"kl_times_ratio": True},
+    "sequence, KL on-policy": {"ratio": "sequence", "kl_times_ratio": "on_policy"},
     "sequence, KL times ratio": {"ratio": "sequence", "kl_times_ratio": True},
     "sequence_token, KL times ratio": {"ratio": "sequence_token", "kl_times_ratio": True},
-    "cispo": {"surrogate": "cispo"},
+    "cispo": {"surrogate": "cispo", "clip_low": 1.0},
+    "cispo, lower bound": {"surrogate": "cispo", "clip_low": 0.1},
     "cispo, KL times ratio": {"surrogate": "cispo", "kl_times_ratio": True},
     "cispo, ratio_cap": {"surrogate": "cispo", "ratio_cap": 0.9},
     "sapo": {"surrogate": "sapo"},
@@ -45,7 +48,7 @@ CHANGES |= {
 # What an option is compared with to see that it does something.
 PARENTS = {
     "sequence_token": {"ratio": "sequence"},
-    "cispo, ": {"surrogate": "cispo"},
+    "cispo, ": {"surrogate": "cispo", "clip_low": 1.0},
     "sapo, ": {"surrogate": "sapo"},
     "gmpo, ": {"surrogate": "gmpo"},
     "sequence, ": {"ratio": "sequence"},

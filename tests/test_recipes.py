@@ -231,6 +231,8 @@ def test_recipes_caps_and_bounds_by_hand():
     assert loss("cispo") == pytest.approx((5 * 0.1 + math.exp(-0.2) * 0.1) / 2, rel=1e-14)
     assert loss("cispo", ratio_cap=3) == pytest.approx((3 * 0.1 + math.exp(-0.2) * 0.1) / 2, rel=1e-14)
     assert loss("cispo", clip_high=2.0) == loss("cispo", ratio_cap=3)
+    # Below there is no bound unless it is asked for: e^-0.2 = 0.82 is at least 0.9.
+    assert loss("cispo", clip_low=0.1) == pytest.approx((5 * 0.1 + 0.9 * 0.1) / 2, rel=1e-14)
     # 2 is clipped to 0.4, -0.2 is not: the mean is 0.1, and each token's loss is -e^0.1.
     assert loss("gmpo") == pytest.approx(-math.exp(0.1), rel=1e-14)
     # Clipping is one-sided: with a negative advantage 2 stays, and -0.2 is inside.

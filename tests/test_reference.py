@@ -43,6 +43,7 @@ def advantages(rewards, uncertainties=None, groups=None, correct=None, **setting
 
 
 # Group level, Eq. 2 and 5-13. Rewards 1, 1, 0, 0: mean 1/2, sample variance 4 x 1/4 / 3 = 1/3, so the std is 0.57735.
+COLLAPSE = {dtype: 4 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 RIGHT = 0.5 / (math.sqrt(1 / 3) + 1e-6)
 # Uncertainties 1, 2, 4, 1 have mean 2, so w = 2/(1 + 1e-5), 2/(2 + 1e-5), 2/(4 + 1e-5), 2/(1 + 1e-5).
 H = (1.0, 2.0, 4.0, 1.0)
@@ -170,10 +171,12 @@ def test_all_correct_is_nothing_to_learn():
 
 
 def test_collapse_is_relative():
-    """Rewards that differ by rounding alone are equal: a std of 0 is never tested for."""
-    close(advantages((0.1, 0.1 + 1e-9)).base, -1, -1)
-    close(advantages((1e4, 1e4 + 5e-3)).base, 0, 0)  # 5e-3 <= 1e-6 x 1e4, and both are correct
-    assert (advantages((1e4, 1e4 + 2e-2)).base != 0).all()
+    """Equal up to 4 units of the last place: rounding, and nothing that a reward says."""
+    close(advantages((0.1 + 0.2, 0.3, 0.3, 0.3)).base, -1, -1, -1, -1)
+    value = 0.5 / (math.sqrt(0.5) + 1e-6)
+    close(advantages((1e6 + 1, 1e6)).base, value, -value)
+    tiny = 5e-7 / (math.sqrt(0.5) * 1e-6 + 1e-6)
+    close(advantages((1e-6, 0)).base, tiny, -tiny)
 
 
 def test_shaped_rewards_without_a_correct_one():
@@ -296,7 +299,7 @@ def naive_advantages(case):
         if len(chosen) > 1:
             mean = sum(chosen) / len(chosen)
             std = math.sqrt(sum((r - mean) ** 2 for r in chosen) / (len(chosen) - 1))
-            collapsed = max(chosen) - min(chosen) <= 1e-6 * max(1.0, max(map(abs, chosen)))
+            collapsed = max(chosen) - min(chosen) <= COLLAPSE[case.rewards.dtype] * max(map(abs, chosen))
             rule = config.all_wrong
             penalised = nobody and (rule == "negative_no_correct" or (rule == "negative" and collapsed))
             for i in usable:
@@ -404,6 +407,42 @@ def test_clip():
     close(slope, 0, 2, 3)
     close(metrics["policy/clip_low/mean"], 1 / 3)
     close(metrics["policy/clip_high/mean"], 0)
+
+
+def test_cispo_is_bounded_below_too():
+    """-sg(clip(rho)) A l: 0.4 counts as 0.8, whatever the sign; clipped is what the advantage pushes out."""
+    losses, slope, metrics = token_loss((0.4,), -1.0, surrogate="cispo", clip_low=0.2)
+    close(losses, 0.8 * math.log(0.4))
+    close(slope, 0.8)
+    close(metrics["policy/clip_low/mean"], 1)
+    losses, slope, metrics = token_loss((0.4, 2.0, 2.0), 1.0, surrogate="cispo", clip_low=0.2)
+    close(slope, -0.8, -1.2, -1.2)
+    close(metrics["policy/clip_low/mean"], 0)
+    close(metrics["policy/clip_high/mean"], 2 / 3)
+    _, slope, metrics = token_loss((0.4, 2.0), -1.0, surrogate="cispo", clip_low=1.0)
+    close(slope, 0.4, 1.2)
+    close(metrics["policy/clip_low/mean"], 0)
+    close(metrics["policy/clip_high/mean"], 0)
+
+
+def test_cispo_as_reported():
+    """Ratio 0.4, A -1, log-prob -2.1, 0.2: loss -1.68, slope 0.8."""
+    log_probs = tensor(-2.1)[None].requires_grad_()
+    config = PolicyLossConfig(surrogate="cispo", clip_low=0.2)
+    loss = ek.policy_loss(log_probs, log_probs.detach() - math.log(0.4), tensor(-1.0), config=config).loss
+    loss.backward()
+    close(loss.detach(), -1.68)
+    close(log_probs.grad, 0.8)
+
+
+def test_kl_times_a_ratio_of_one():
+    """NeMo-RL: the estimate times exp(l - sg(l)), whose value is 1: itself once more in the gradient."""
+    x = LOG2
+    for ratios in ((1.0,), (1.5,)):
+        given = {"kl": "k3", "kl_coef": 10.0, "ref_log_probs": tensor(*ratios).log()[None] + x}
+        losses, slope, _ = token_loss(ratios, 0.0, kl_times_ratio="on_policy", **given)
+        close(losses, 10 * (2 - x - 1))
+        close(slope, 10 * ((1 - 2) + (2 - x - 1)))
 
 
 def test_dual_clip():

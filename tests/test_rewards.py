@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import egpo_kernels as ek
+from tests.support.batches import BACKENDS
+from tests.support.device import DEVICE
 
 
 @pytest.mark.parametrize("groups", [[3, 1, 3, 1, 3, 1], "list", "numpy"])
@@ -19,10 +21,43 @@ def test_informative_groups_by_hand(groups):
 
 def test_informative_groups_of_odd_rewards():
     assert ek.informative_groups(1, torch.tensor([1.0, 0.0])).tolist() == [False, False], "nobody to compare with"
-    rewards = torch.tensor([1.0, math.nan, 1.0, 1.0 + 1e-7, 0.3, 0.31])
+    rewards = torch.tensor([1.0, math.nan, 1.0, 1.0 + 1e-7, 0.3, 0.31])  # 1e-7 is rounding in float32
     assert ek.informative_groups(2, rewards).tolist() == [False, False, False, False, True, True]
     assert ek.informative_groups(4, torch.zeros(0)).tolist() == []
     assert ek.informative_groups(2, torch.tensor([0, 1])).all()
+
+
+DIFFER = {
+    "large, as reported": torch.tensor([1000000.0, 1000000.5, 1000000.0, 1000000.5]),
+    "small": torch.tensor([0.0, 1e-6, 0.0, 1e-6]),
+    "integers": torch.tensor([2**24, 2**24 + 1] * 2),
+    "large integers": torch.tensor([10**12, 10**12 + 1] * 2),
+    "float64": torch.tensor([1.0, 1.0 + 1e-12] * 2, dtype=torch.float64),
+    "float16": torch.tensor([1.0, 1.01] * 2, dtype=torch.float16),
+    "bools": torch.tensor([True, False] * 2),
+}
+ALIKE = {
+    "sums": torch.tensor([0.1 + 0.2, 0.3, 0.3, 0.3], dtype=torch.float64),
+    "float32": torch.tensor([1e6, 1e6 + 0.25, 1e6, 1e6]),
+    "bfloat16": torch.tensor([1.0, 1.0 + 2**-7] * 2, dtype=torch.bfloat16),
+    "zeros": torch.zeros(4),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [*DIFFER, *ALIKE])
+def test_rewards_that_differ_are_no_collapsed_group(name, backend):
+    """By units in the last place of the dtype that they were given in."""
+    rewards = DIFFER.get(name, ALIKE.get(name)).to(DEVICE)
+    assert ek.informative_groups(4, rewards).tolist() == [name in DIFFER] * 4
+    found = ek.group_advantages(4, rewards, config=ek.recipes.GRPO.advantage, backend=backend)
+    assert found.base.dtype == (torch.float64 if rewards.dtype == torch.float64 else torch.float32)
+    assert found.advantages.any() == (name in DIFFER)
+    assert found.metrics["egpo/advantage/sum"].dtype == found.base.dtype
+    if name.startswith("large"):
+        value = 0.5 if name == "large integers" else 0.25
+        value /= value * math.sqrt(4 / 3) + 1e-6
+        torch.testing.assert_close(found.base.cpu(), torch.tensor([-value, value] * 2))
 
 
 def test_informative_groups_tell_a_number_from_its_name():

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pickle
 
+import numpy as np
 import pytest
 
 import egpo_kernels as ek
@@ -39,8 +40,7 @@ GOOD += [
     (ek.AdvantageConfig, "nsr_scale", 0.0),
     (ek.AdvantageConfig, "lock_all_wrong", True),
     (ek.AdvantageConfig, "correct_threshold", -3),
-    (ek.PolicyLossConfig, "tau_positive", 2),
-    (ek.PolicyLossConfig, "tau_negative", 0.5),
+    (ek.PolicyLossConfig, "kl_times_ratio", "on_policy"),
     (ek.PolicyLossConfig, "kl_max", 10),
     (ek.PolicyLossConfig, "kl_times_ratio", True),
     (ek.PolicyLossConfig, "clip_low", 1.0),
@@ -49,6 +49,14 @@ GOOD += [
     (ek.PolicyLossConfig, "max_log_ratio", 5),
     (ek.PolicyLossConfig, "kl_coef", 0.1),
     (ek.PolicyLossConfig, "entropy_coef", -0.1),
+]
+GOOD += [
+    (ek.AdvantageConfig, "nsr_scale", np.float32(0.5)),
+    (ek.AdvantageConfig, "weight_bounds", np.array([0.5, 2.0])),
+    (ek.AdvantageConfig, "weight_bounds", [np.float64(0.5), np.int64(2)]),
+    (ek.AdvantageConfig, "lock_all_wrong", np.True_),
+    (ek.PolicyLossConfig, "clip_high", np.float16(0.25)),
+    (ek.PolicyLossConfig, "dual_clip", np.int32(3)),
 ]
 BAD_VALUES = [
     (ek.AdvantageConfig, "std_eps", -1e-9),
@@ -75,6 +83,8 @@ BAD_VALUES = [
     (ek.PolicyLossConfig, "tau_negative", 1e4),
     (ek.PolicyLossConfig, "kl_max", 0.0),
     (ek.PolicyLossConfig, "norm_length", 100),
+    (ek.PolicyLossConfig, "tau_positive", 2),  # with another surrogate than sapo
+    (ek.PolicyLossConfig, "kl_times_ratio", "old_policy"),
     (ek.PolicyLossConfig, "ratio_cap", 5.0),
 ]
 BAD_TYPES = [
@@ -130,6 +140,7 @@ def test_norm_length_goes_with_its_reduction():
 
 def test_settings_that_need_one_another():
     assert ek.PolicyLossConfig(surrogate="cispo", ratio_cap=5).ratio_cap == 5.0
+    assert ek.PolicyLossConfig(surrogate="sapo", tau_positive=2, tau_negative=0.5).tau_positive == 2.0
     for surrogate in ("cispo", "sapo", "gmpo"):
         for ratio in ("sequence", "sequence_token"):
             with pytest.raises(
@@ -144,6 +155,19 @@ def test_settings_that_need_one_another():
     for baseline in ("correctness", "none"):
         with pytest.raises(ValueError, match=rf"scale is 'group_mean' with baseline '{baseline}', .* must be 'none'"):
             ek.AdvantageConfig(baseline=baseline, scale="group_mean")
+
+
+@pytest.mark.parametrize(
+    "name, value", [("clip_low", 0.1), ("clip_high", 0.3), ("tau_positive", 2), ("tau_negative", 1)]
+)
+def test_a_setting_that_the_surrogate_does_not_use_is_refused(name, value):
+    for surrogate in LOSS_CHOICES["surrogate"]:
+        uses = (surrogate == "sapo") == name.startswith("tau")
+        if uses:
+            assert getattr(ek.PolicyLossConfig(surrogate=surrogate, **{name: value}), name) == value
+        else:
+            with pytest.raises(ValueError, match=rf"{name} is .* with surrogate '{surrogate}', .* be left at"):
+                ek.PolicyLossConfig(surrogate=surrogate, **{name: value})
 
 
 @pytest.mark.parametrize("kind", [*CONFIGS, ek.Recipe])

@@ -16,7 +16,7 @@ LOSSES = {
     "grpo": {"surrogate": "clip", "reduction": "seq_mean_token_mean"},
     "dr_grpo": {"surrogate": "clip", "reduction": "seq_mean_token_sum_norm"},
     "luspo": {"surrogate": "clip", "reduction": "seq_mean_token_sum"},
-    "cispo": {"surrogate": "cispo", "reduction": "token_mean"},
+    "cispo": {"surrogate": "cispo", "reduction": "token_mean", "clip_low": 1.0},
     "sapo": {"surrogate": "sapo", "reduction": "seq_mean_token_mean"},
 }
 """``loss_type``; the counts of bnpo are the micro-batch's own."""
@@ -58,13 +58,7 @@ def adjusted(recipe: Recipe | str, args: GRPOConfig) -> Recipe:
         changed |= LOSSES[args.loss_type]
     if "scale_rewards" in given:
         changed["scale"] = {"batch": "batch_std", "none": "none"}[args.scale_rewards]
-    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-    if "epsilon" in given:
-        changed["clip_low"] = args.epsilon
-    if changed.get("surrogate", base.loss.surrogate) != "cispo":
-        changed |= {"clip_high": high} if given.keys() & {"epsilon", "epsilon_high"} else {}
-    elif "epsilon_high" in given or base.loss.surrogate != "cispo":
-        changed["ratio_cap"] = high  # TRL's bound is the ratio's own
+    changed |= _bounds(base.loss.surrogate, changed.get("surrogate", base.loss.surrogate), args, given)
     if "beta" in given:
         changed["kl_coef"] = args.beta
         if base.loss.kl_coef == 0 or "use_bias_correction_kl" in given:
@@ -74,6 +68,26 @@ def adjusted(recipe: Recipe | str, args: GRPOConfig) -> Recipe:
         made = made.replace(norm_length=float(args.max_completion_length))
     _check(made, args, given)
     return made
+
+
+def _bounds(before: str, surrogate: str, args: GRPOConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """The bounds of the ratio: TRL's own, where its options name one, or another surrogate than the recipe's."""
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    lower, upper = "epsilon" in given, bool(given.keys() & {"epsilon", "epsilon_high"})
+    switched = surrogate != before
+    if surrogate == "cispo":
+        if lower and "epsilon_high" in given:
+            raise ValueError(
+                f"args.epsilon is {args.epsilon} with epsilon_high {high} and cispo, which TRL does not bound below; "
+                "it must be left at its default: a recipe's clip_low is a lower bound"
+            )
+        return {"ratio_cap": high} if switched or upper else {}  # TRL's bound is the ratio's own
+    found: dict[str, Any] = {"ratio_cap": None} if switched else {}
+    if lower or switched:
+        found["clip_low"] = args.epsilon
+    if upper or switched:
+        found["clip_high"] = high
+    return found
 
 
 def _replaced(recipe: Recipe, changed: dict[str, Any]) -> Recipe:

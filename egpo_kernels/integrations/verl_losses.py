@@ -12,7 +12,7 @@ from egpo_kernels.types import PolicyLossConfig
 LOSSES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "egpo": ({}, ("clip_low", "clip_high", "dual_clip")),
     "egpo_gspo": ({"ratio": "sequence_token"}, ("clip_low", "clip_high")),
-    "egpo_cispo": ({"surrogate": "cispo"}, ("clip_high",)),
+    "egpo_cispo": ({"surrogate": "cispo"}, ("clip_low", "clip_high")),
     "egpo_sapo": ({"surrogate": "sapo"}, ("tau_positive", "tau_negative")),
     "egpo_gmpo": ({"surrogate": "gmpo"}, ("clip_low", "clip_high")),
 }

@@ -5,9 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from egpo_kernels import losses, recipes
+from egpo_kernels.fields import check_bool
 from egpo_kernels.linear.source import Given, read_hidden
 from egpo_kernels.types import LossOutput, PolicyLossConfig, Recipe, TokenLogProbs
-from egpo_kernels.validation import check_bool, check_instance
+from egpo_kernels.validation import check_instance
 
 Lora = tuple[Tensor, Tensor, float]
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels import metrics
-from egpo_kernels.advantages import COLLAPSED, batch_scale
+from egpo_kernels.advantages import batch_scale
 from egpo_kernels.triton.group_statistics import (
     Pointers,
     Settings,
@@ -80,7 +80,7 @@ def spread_groups(pointers, mine, group, num_sequences, settings, choices, BLOCK
 def find_rules(mine, group, settings, choices):
     """Group of one, fewer than two usable rewards, collapsed, else mixed; and who is penalised (Eq. 13)."""
     single, unusable = group.size == 1, (group.size > 1) & (group.usable < 2)
-    largest = tl.maximum(tl.maximum(group.high, -group.low), 1.0)
+    largest = tl.maximum(tl.maximum(group.high, -group.low), 0.0)
     collapsed = group.high - group.low <= settings.collapsed * largest
     any_correct = group.correct > 0
     penalised, compared = ~any_correct & ~single & ~unusable, mine.usable
@@ -228,9 +228,9 @@ def unscaled_base_kernel(
 
 
 @functools.lru_cache(maxsize=256)
-def _settings_tensor(config: AdvantageConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _settings_tensor(config: AdvantageConfig, tolerance: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Put the numbers of ``config`` on ``device``, once for each set of values."""
-    numbers = (config.correct_threshold, COLLAPSED, config.std_eps, config.nsr_scale, config.uncertainty_eps)
+    numbers = (config.correct_threshold, tolerance, config.std_eps, config.nsr_scale, config.uncertainty_eps)
     values = Settings(*numbers, *config.weight_bounds, config.positive_scale, config.negative_scale)
     return on_device(values, dtype, device)
 
@@ -257,7 +257,8 @@ def _with_batch_scale(
 
 def group_advantages(
     ids: Tensor, rewards: Tensor, correct: Tensor | None, values: Tensor | None, mask: Tensor | None,
-    lengths: Tensor | None, offsets: Tensor, config: AdvantageConfig, group_size: int | None,
+    lengths: Tensor | None, offsets: Tensor, tolerance: float, config: AdvantageConfig,
+    group_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Advantages, weights, base advantages, uncertainty ``[S]`` and raw metrics of whole groups."""
     advantages, weights, base = (torch.empty_like(rewards) for _ in range(3))
@@ -268,7 +269,7 @@ def group_advantages(
             uncertainty, counts = sequence_uncertainty(values, mask, offsets)
         inputs = (ids.contiguous(), rewards.contiguous(), as_bytes(correct), uncertainty, counts)
         pointers = Pointers(*inputs, None, advantages, weights, base)
-        settings = _settings_tensor(config, rewards.dtype, rewards.device)
+        settings = _settings_tensor(config, tolerance, rewards.dtype, rewards.device)
         choices = _choices_of(config)
         if config.of_batch:
             pointers = _with_batch_scale(pointers, lengths, settings, choices, config)

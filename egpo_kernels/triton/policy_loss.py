@@ -114,7 +114,7 @@ def policy_loss_kernel(
     entropy = tl.zeros_like(log_prob)
     if scores.entropy_ptr is not None:
         entropy = tl.load(scores.entropy_ptr + offs, mask=live, other=0.0)
-    factor = tl.load(rows.factor_ptr + offs, mask=live, other=0.0)
+    factor = tl.load(rows.factor_ptr + offs, mask=counted, other=0.0)
     loss = terms.loss + settings.kl_coef * terms.kl_term - settings.entropy_coef * entropy
     loss = tl.where(live, factor * loss, 0.0)
     tl.store(losses_ptr + offs, loss, mask=offs < num_rows)
@@ -137,6 +137,7 @@ def policy_loss_kernel(
         outside_vocab(rows.tokens_ptr, offs, counted, vocab),
         counted & ~(live & (tl.abs(log_prob) < float("inf"))),
         missing(rows.rollout_weights_ptr, offs, counted),
+        counted & (factor != factor),
     )
     # A NaN ratio makes the largest and the smallest ratio NaN.
     maxima = (tl.where(counted, ratio, float("-inf")), tl.where(counted, -ratio, float("-inf")))

@@ -48,11 +48,12 @@ def clip(log_prob, log_ratio, inside, advantage, settings):
 
 @triton.jit
 def cispo(log_prob, log_ratio, inside, advantage, settings):
-    """Capped ratio as the weight of a log-prob: no derivative through the ratio, so ``inside`` does not matter."""
+    """Bounded ratio as the weight of a log-prob: no derivative through the ratio, so ``inside`` does not matter."""
     ratio = tl.exp(log_ratio)
-    high = ratio > settings.ratio_high
-    slope = -tl.where(high, settings.ratio_high, ratio) * advantage
-    return slope * log_prob, slope, high & False, high
+    below, above = ratio < settings.ratio_low, ratio > settings.ratio_high
+    bounded = tl.where(above, settings.ratio_high, tl.where(below, settings.ratio_low, ratio))
+    slope = -bounded * advantage
+    return slope * log_prob, slope, below & (advantage < 0), above & (advantage > 0)
 
 
 @triton.jit
@@ -147,7 +148,9 @@ def token_terms(
         ref = tl.load(rows.ref_log_probs_ptr + offs, mask=live, other=0.0)
         kl, kl_slope = kl_estimate(log_prob, ref, settings, choices)
         kl_term = kl
-        if choices.kl_times_ratio:
+        if choices.kl_times_ratio == "on_policy":
+            kl_slope += kl
+        elif choices.kl_times_ratio:
             ratio = tl.exp(log_ratio)
             kl_term, kl_slope = kl * ratio, kl_slope * ratio
             slope += tl.where(passes, settings.kl_coef * kl_term, 0.0)

@@ -159,8 +159,9 @@ def _surrogate_terms(
     """Terms of a surrogate and of its derivative, [N]; `unsure` are those of the log-ratio."""
     size = advantages.abs() * (1 + unsure) + unsure_advantages
     if config.surrogate == "cispo":
-        capped = ratio.clamp(max=1 + config.clip_high if config.ratio_cap is None else config.ratio_cap)
-        return capped * size * log_probs, capped * size
+        bounded = ratio.clamp(min=1 - config.clip_low)
+        bounded = bounded.clamp(max=1 + config.clip_high if config.ratio_cap is None else config.ratio_cap)
+        return bounded * size * log_probs, bounded * size
     if config.surrogate == "sapo":
         tau = torch.where(advantages > 0, config.tau_positive, config.tau_negative)
         gate, steep = torch.sigmoid(tau * (ratio - 1)), tau * (ratio * (1 + unsure) + 1)
@@ -215,7 +216,9 @@ def token_terms(case: Case, advantages: Tensor, advantage_terms: Tensor) -> Toke
     )
     kl_slope = {"k1": zeros + 1, "k2": x.abs() + unsure_x}.get(config.kl, 1 + x.exp() * (1 + unsure_x))
     kl_term = kl
-    if config.kl_times_ratio:
+    if config.kl_times_ratio == "on_policy":
+        kl_slope = kl_slope + kl
+    elif config.kl_times_ratio:
         kl_term, kl_slope = kl * ratio * (1 + unsure), kl_slope * ratio * (1 + unsure)
         through = through + config.kl_coef * kl_term
     parts = [
