@@ -142,8 +142,8 @@ def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: O
     for name in ("advantages", "rollout_weights"):
         value = getattr(given, name)
         if value is not None or name == "advantages":
-            rows, sound = layout.per_token_or_sequence(name, value, "real")
-            spread[name] = rows.detach().to(dtype)
+            values, sound = layout.per_token_or_sequence(name, value, "real")
+            spread[name] = values.detach().to(dtype)
             poison = poison if sound is None else poison * sound
     num_tokens = check_count("num_tokens", options.num_tokens, mask)
     num_sequences = check_count("num_sequences", options.num_sequences, mask)

@@ -271,5 +271,5 @@ def test_next_token_targets():
     for value in ([[0, 1, 2]], ids[0], ids.float(), ids.to("meta")):
         with pytest.raises((TypeError, ValueError), match="position_ids"):
             ek.next_token_targets(ids, position_ids=value)
-    with pytest.raises(ValueError, match="position_ids is .* with cu_seqlens"):
+    with pytest.raises(ValueError, match=r"position_ids is .* with cu_seqlens"):
         ek.next_token_targets(ids[:1], cu_seqlens=torch.tensor([0, 3]), position_ids=ids[:1])

@@ -187,7 +187,7 @@ def test_rows_without_upstream_are_not_multiplied_again():
 
 def head_of(dtype, softcap=0.0, device="cpu"):
     weight = torch.empty(1000, 4, dtype=dtype, device=device)
-    return Head(weight, None, None, None, 1.0, 1.0, softcap)
+    return Head(weight, None, None, None, 1.0, 1.0, softcap, weight.dtype)
 
 
 FROZEN, TRAINS = Wanted.only_hidden(), Wanted(True, True, False, False, False)
@@ -226,7 +226,7 @@ def test_one_chunk_needs_no_float32():
 
 
 def test_a_head_that_trains_gets_4096_rows():
-    wide = Head(torch.empty(151936, 4, device="meta"), None, None, None, 1.0, 1.0, 0.0)
+    wide = Head(torch.empty(151936, 4, device="meta"), None, None, None, 1.0, 1.0, 0.0, torch.float32)
     assert chunks.chunk_rows(wide, TRAINS, None, 0, MANY) == 4096
     adapters = Wanted(True, False, False, True, True)
     for wanted in (FROZEN, adapters):

@@ -1,12 +1,8 @@
-"""What an output layer is made of, and what a Hugging Face model does to what it gives."""
+"""What an output layer is made of."""
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-
-TINY, HUGE = 2.0**-30, 2.0**100
-"""Where a softcap does nothing, and where it is all that is left."""
 
 
 class Curve(NamedTuple):
@@ -21,7 +17,7 @@ class Curve(NamedTuple):
         return scaled if self.logit_softcap is None else self.logit_softcap * (scaled / self.logit_softcap).tanh()
 
 
-def head_modules(model: Any) -> list[nn.Module]:
+def head_modules(model: Any) -> list[Any]:
     """The modules that are a model's head: several where peft trains copies of it (modules_to_save)."""
     head = model.get_output_embeddings()
     if head is None:
@@ -31,6 +27,11 @@ def head_modules(model: Any) -> list[nn.Module]:
     return [head]
 
 
+def linear_of(head: Any) -> Any:
+    """The linear layer of a head, around which may be peft's LoRA."""
+    return getattr(head, "base_layer", head)
+
+
 def head_arguments(head: Any) -> dict[str, Any]:
     """``weight``, ``bias`` and ``lora`` of a linear layer, around which may be peft's LoRA.
 
@@ -38,7 +39,7 @@ def head_arguments(head: Any) -> dict[str, Any]:
         TypeError: Another layer.
         ValueError: Adapters that do more than add ``scale B A``.
     """
-    base = getattr(head, "base_layer", head)
+    base = linear_of(head)
     plain = type(base).forward is nn.Linear.forward
     if base is not head:
         from peft.tuners import lora
@@ -78,66 +79,3 @@ def _check_adapter(head: Any, name: str, active: int) -> None:
     for what, holds in wrong.items():
         if holds:
             raise ValueError(f"the head's adapter {name!r} {what}, or leave the head out of target_modules")
-
-
-class _StandIn:
-    """Is called in a module's place, and has its attributes."""
-
-    def __init__(self, module: Any, result: Any) -> None:
-        self.module, self.result = module, result
-        self.calls: list[tuple[Any, ...]] = []
-
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        self.calls.append(inputs)
-        return self.result
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-
-class _Output(tuple[Tensor]):
-    """What a decoder returns: hidden states, and None for all the rest."""
-
-    def __getattr__(self, name: str) -> Any:
-        return self[0] if name == "last_hidden_state" else None
-
-
-def measured_curve(model: Any) -> Curve:
-    """What a model's forward does to its head's output, found by calling it with decoder and head replaced.
-
-    Config fields are named alike and used in different ways; and no table of models is complete. Costs three rows.
-
-    Raises:
-        ValueError: It is no `Curve`, or something happens before the head.
-    """
-    vocab = model.config.get_text_config().vocab_size
-    raw = torch.stack([torch.full((vocab,), TINY), torch.full((vocab,), HUGE), torch.linspace(-99, 99, vocab)])
-    raw = raw.double().unsqueeze(1)
-    hidden = torch.arange(12.0).view(3, 1, 4)
-    head = _StandIn(model.get_output_embeddings(), raw)
-    decoder = _StandIn(model.base_model, _Output([hidden]))
-    places = {id(stand_in.module): stand_in for stand_in in (head, decoder)}
-    # Of the same class and with the same attributes, but for two modules; FSDP2's classes cannot be copied.
-    double = object.__new__(type(model))
-    double.__dict__ = {**model.__dict__, "_modules": {k: places.get(id(m), m) for k, m in model._modules.items()}}
-    try:
-        logits = type(model).forward(double, torch.zeros(3, 1, dtype=torch.long), return_dict=True).logits
-        top = float(logits[1, 0, 0])
-        scale = float(logits[0, 0, 0]) / TINY
-        curve = Curve(scale, None if top > HUGE * scale / 2 else top)
-        error = (logits - curve(raw)).abs()
-        ((given,),) = head.calls
-        fits = bool((error <= 8 * torch.finfo(logits.dtype).eps * curve(raw).abs()).all()) and not logits.requires_grad
-        fits = fits and given.shape == hidden.shape and bool((given == hidden).all()) and len(decoder.calls) == 1
-    except Exception as cause:
-        raise ValueError(_unknown(model)) from cause
-    if not fits:
-        raise ValueError(_unknown(model))
-    return curve
-
-
-def _unknown(model: Any) -> str:
-    return (
-        f"model is a {type(model).__name__}, whose forward does more than get_output_embeddings() of its base model's "
-        "last hidden state, a scale and a softcap; take the loss of such a model from its logits"
-    )

@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping
 from reprlib import repr as shown
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from egpo_kernels.integrations.heads import Curve, head_arguments, head_modules, measured_curve
+from egpo_kernels.integrations.fused_call import FusedCall
+from egpo_kernels.integrations.heads import Curve, head_arguments, head_modules, linear_of
+from egpo_kernels.integrations.probe import Probe, measured_curve, surroundings
 from egpo_kernels.linear.api import linear_egpo_loss, linear_policy_loss, linear_token_log_probs
 from egpo_kernels.types import LossOutput, TokenLogProbs
 
@@ -17,13 +20,13 @@ PRECISE = ("advantages", "old_log_probs", "ref_log_probs", "rewards", "rollout_w
 """Arguments that 16 bits would change."""
 POLICY_KEYS = {
     function.__name__: frozenset(inspect.signature(function).parameters)
-    - {"hidden", "weight", "bias", "lora", *Curve._fields}
+    - {"hidden", "weight", "bias", "lora", "logits_dtype", *Curve._fields}
     for function in (linear_egpo_loss, linear_policy_loss, linear_token_log_probs)
 }
 """What a policy may hold for each function: all but what the model knows."""
 
 
-def fuse_policy_loss(model: Model) -> Model:
+def fuse_policy_loss(model: Model, *, logits_dtype: torch.dtype | None = None) -> Model:
     """Let ``model(input_ids, ..., policy={...})`` return losses or log-probs; the logits are never whole.
 
     ``policy`` holds a function's arguments by name, but for those that the model knows (hidden, weight, bias, lora,
@@ -41,22 +44,28 @@ def fuse_policy_loss(model: Model) -> Model:
     tokens. ``logits_to_keep`` chooses positions as it does for logits; tokens ``[N]`` go with input_ids ``[1, N]``. All
     but input_ids is passed by name. Without ``policy`` the model is what it was.
 
-    The head is read inside its own forward, where FSDP2 and ZeRO-3 have gathered it. Fuse last, after peft and
-    ``fully_shard``, and again where its config changes. What the model makes of its head's output (Granite's scale,
-    Gemma's softcap) is found by trying its forward on a few numbers.
+    The call goes through the model's own forward and whatever is around it (autocast, accelerate's hooks), and the
+    head is read inside its own, where FSDP2 and ZeRO-3 have gathered it. Fuse last, after peft and ``fully_shard``, and
+    again where its config changes. What the model makes of its head's output (Granite's scale, Gemma's softcap, a
+    function put in place of the head's forward) is found by trying it on a few numbers, again when something new
+    stands around the head. A hook on the head sees one or two numbers a position in place of logits.
 
     Args:
         model: A ``PreTrainedModel`` with a linear output layer, or a ``PeftModel`` of one; changed in place.
+        logits_dtype: ``torch.float32`` keeps a 16-bit model's logits in float32; see `linear_policy_loss`.
 
     Returns:
         The model.
 
     Raises:
         TypeError: Another kind of model, or of output layer.
-        ValueError: No output layer, or a forward that makes of its output what cannot be fused.
+        ValueError: No output layer, or a forward, a patch or a hook that makes of its output what cannot be fused.
+        RuntimeError: ``nn.DataParallel`` replicates the model: use one process a device.
     """
     from transformers import PreTrainedModel
 
+    if logits_dtype not in (None, torch.float32):
+        raise ValueError(f"logits_dtype is {shown(logits_dtype)}; it must be torch.float32 or None")
     given: Any = model
     inner = given.get_base_model() if hasattr(given, "get_base_model") else given
     if not isinstance(inner, PreTrainedModel):
@@ -64,11 +73,7 @@ def fuse_policy_loss(model: Model) -> Model:
             f"model is a {type(model).__name__}; it must be a transformers.PreTrainedModel, or peft's of one: fuse it "
             "before DDP or torch.compile wraps it"
         )
-    for head in head_modules(inner):
-        head_arguments(head)
-    inner._policy_curve = measured_curve(inner)
-    _fuse_heads(inner)
-    _replace_forward(inner, _model_forward)
+    _fuse(inner, logits_dtype)
     if "_policy_hook" in given.__dict__:
         given._policy_hook.remove()  # fully_shard may have put its own before it
     given._policy_hook = given.register_forward_pre_hook(_seal_inputs, prepend=True, with_kwargs=True)
@@ -78,8 +83,8 @@ def fuse_policy_loss(model: Model) -> Model:
 class _Sealed:
     """The arguments of a loss, where no wrapper looks: FSDP2's mixed precision would round old log-probs too."""
 
-    def __init__(self, policy: Mapping[str, Any], curve: Curve | None = None) -> None:
-        self.policy, self.curve = dict(policy), curve
+    def __init__(self, policy: Mapping[str, Any]) -> None:
+        self.policy = dict(policy)
 
 
 def _sealed(policy: Any) -> _Sealed:
@@ -106,53 +111,105 @@ def _seal_inputs(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, An
 
 def _model_forward(model: Any, forward: Callable[..., Any], *inputs: Any, policy: Any = None, **named: Any) -> Any:
     """The forward of a fused model."""
+    if isinstance(model._policy_call, Probe):
+        model._policy_call.reached.add(id(model))
     if policy is None:
         return forward(*inputs, **named)
     arguments = _sealed(policy).policy
     if len(inputs) > 1:
         raise TypeError(f"{len(inputs)} positional arguments go with policy; all but input_ids must be named")
-    if named.pop("labels", None) is not None:
-        raise ValueError("labels and policy are both given; the loss must be one of them: leave out labels")
-    keep = named.pop("logits_to_keep", None)
-    keep = 0 if keep is None else keep
-    hidden = model.base_model(*inputs, **{**named, "return_dict": True}).last_hidden_state
-    hidden = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
-    tokens = arguments.get("tokens")
-    if isinstance(tokens, Tensor) and tokens.dim() == 1 and hidden.shape[0] == 1:
-        hidden = hidden[0]
-    _fuse_heads(model)  # peft may have put another head there
-    return model.get_output_embeddings()(hidden, policy=_Sealed(arguments, model._policy_curve))
+    for name in ("labels", "output_router_logits"):
+        value = named.pop(name, None)
+        if value is not None and value is not False:
+            raise ValueError(f"{name} and policy are both given; the loss must be one of them: leave out {name}")
+    function, keep = _function_of(arguments), named.pop("logits_to_keep", None)
+    if not torch.compiler.is_compiling() and not _alike(surroundings(model), model._policy_around):
+        _fuse(model, model._policy_dtype)
+    known = {**model._policy_curve._asdict(), "logits_dtype": model._policy_dtype}
+    call = FusedCall(function, {**arguments, **known}, keep)
+    heads = head_modules(model)
+    for head in heads:
+        head._policy_call = call
+    try:
+        forward(*inputs, **named)
+    finally:
+        for head in heads:
+            head._policy_call = None
+    return call.result()
 
 
-def _head_forward(head: nn.Module, forward: Callable[..., Any], *inputs: Any, policy: Any = None, **named: Any) -> Any:
-    """The forward of its head."""
-    if policy is None:
-        return forward(*inputs, **named)
+def _function_of(policy: Mapping[str, Any]) -> Callable[..., LossOutput | TokenLogProbs]:
+    """The function that a policy's keys ask for."""
     function: Callable[..., LossOutput | TokenLogProbs] = linear_token_log_probs
-    if "groups" in policy.policy or "rewards" in policy.policy:
+    if "groups" in policy or "rewards" in policy:
         function = linear_egpo_loss
-    elif "advantages" in policy.policy:
+    elif "advantages" in policy:
         function = linear_policy_loss
-    known = {**head_arguments(head), **policy.curve._asdict()}
-    allowed = POLICY_KEYS[function.__name__]
-    for name in [name for name in policy.policy if name not in allowed] + ["tokens"] * ("tokens" not in policy.policy):
-        what = "has" if name in policy.policy else "lacks"
-        raise TypeError(f"policy {what} {name!r}; its keys must be arguments of {function.__name__}, tokens among them")
-    return function(*inputs, **known, **policy.policy, **named)
+    for name in [name for name in policy if name not in POLICY_KEYS[function.__name__]] + ["tokens"]:
+        if name != "tokens" or name not in policy:
+            what = "has" if name in policy else "lacks"
+            raise TypeError(
+                f"policy {what} {name!r}; its keys must be arguments of {function.__name__}, tokens among them"
+            )
+    return function
 
 
-def _fuse_heads(model: Any) -> None:
-    for head in head_modules(model):
-        _replace_forward(head, _head_forward)
+def _head_forward(head: Any, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    """The forward of its head."""
+    call = head._policy_call
+    if isinstance(call, Probe):
+        call.reached.add(id(head))
+    if isinstance(call, FusedCall):
+        return call.carrier(head_arguments(head), *inputs, **named)
+    return forward(*inputs, **named)
+
+
+def _head_hook(head: Any, inputs: Any, output: Any) -> None:
+    """The last forward hook of its head: others may have put their own tensors around what it returned."""
+    if isinstance(head._policy_call, FusedCall):
+        head._policy_call.returned(output)
+
+
+def _alike(found: list[Any], before: list[Any]) -> bool:
+    return len(found) == len(before) and all(a is b or a == b for a, b in zip(found, before, strict=True))
+
+
+def _fuse(model: Any, logits_dtype: torch.dtype | None) -> None:
+    """Measure what stands around a model's head, and put our forwards where they are not yet come by."""
+    heads = head_modules(model)
+    for head in heads:
+        head_arguments(head)
+    model._policy_curve, probe, used = measured_curve(model)
+    if id(model) not in probe.reached:
+        _replace_forward(model, _model_forward)
+    for head in heads:
+        fused = "_policy_call" in head.__dict__ and id(linear_of(head)) not in used
+        if id(head) not in probe.reached and not fused:
+            _replace_forward(head, _head_forward)
+        if "_policy_last" in head.__dict__:
+            head._policy_last.remove()
+        head._policy_last = head.register_forward_hook(_head_hook)
+    model._policy_dtype, model._policy_around = logits_dtype, surroundings(model)
 
 
 def _replace_forward(module: Any, function: Callable[..., Any]) -> None:
     """Make ``function`` a module's forward and hand it the one before; a partial of a function can be pickled."""
-    if module.__dict__.get("_policy_forward") and "forward" in module.__dict__:  # others may have wrapped it since
-        return
-    module._policy_forward = True
-    signature = inspect.signature(module.forward)
-    parameters = [*signature.parameters.values(), inspect.Parameter("policy", inspect.Parameter.KEYWORD_ONLY)]
-    module.forward = functools.partial(function, module, module.forward)
-    # generate and the Trainer look for the names that the model takes.
-    module.forward.__signature__ = signature.replace(parameters=sorted(parameters, key=lambda each: each.kind))
+    # Within accelerate's hooks, which bring the weights.
+    place = "_old_forward" if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__ else "forward"
+    before = getattr(module, place)
+    module._policy_call = None
+    module._replicate_for_data_parallel = _refuse_replicas
+    wrapped = functools.partial(function, module, before)
+    if function is _model_forward:
+        signature = inspect.signature(before)
+        parameters = [*signature.parameters.values(), inspect.Parameter("policy", inspect.Parameter.KEYWORD_ONLY)]
+        # generate and the Trainer look for the names that the model takes.
+        wrapped.__signature__ = signature.replace(parameters=sorted(parameters, key=lambda each: each.kind))  # type: ignore[attr-defined]
+    setattr(module, place, wrapped)
+
+
+def _refuse_replicas() -> None:
+    raise RuntimeError(
+        "nn.DataParallel makes replicas of a model that fuse_policy_loss changed, which would all run the first one; "
+        "it must be one process a device: DistributedDataParallel, by torchrun or accelerate launch"
+    )

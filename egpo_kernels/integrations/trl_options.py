@@ -10,7 +10,7 @@ from egpo_kernels.fields import renamed
 from egpo_kernels.types import PolicyLossConfig, Recipe
 from egpo_kernels.validation import check_choice
 
-LOSSES = {
+LOSSES: dict[str, dict[str, Any]] = {
     "dapo": {"surrogate": "clip", "reduction": "token_mean"},
     "bnpo": {"surrogate": "clip", "reduction": "token_mean"},
     "grpo": {"surrogate": "clip", "reduction": "seq_mean_token_mean"},

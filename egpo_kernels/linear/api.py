@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from egpo_kernels import losses, recipes
@@ -24,6 +25,7 @@ def linear_egpo_loss(
     lora: Lora | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     mask: Tensor | None = None,
     old_log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
@@ -48,8 +50,8 @@ def linear_egpo_loss(
     costs four products of the size of the logits, a frozen one two. See `linear_policy_loss` for cost and memory.
 
     Args:
-        hidden: See `linear_policy_loss`, as for weight, bias, lora, logit_scale, logit_softcap, num_active and
-            max_chunk_bytes.
+        hidden: See `linear_policy_loss`, as for weight, bias, lora, logit_scale, logit_softcap, logits_dtype,
+            num_active and max_chunk_bytes.
         weight: ``[V, H]``.
         tokens: See `egpo_loss`, as for everything that is not named here.
         groups: Group of each sequence.
@@ -58,6 +60,7 @@ def linear_egpo_loss(
         lora: ``(A, B, scale)``.
         logit_scale: A factor of the logits.
         logit_softcap: Their bound.
+        logits_dtype: Their dtype.
         mask: Which tokens count.
         old_log_probs: Log-probs at sampling time, in nats; None: on-policy.
         ref_log_probs: Log-probs under the reference, in nats.
@@ -84,7 +87,7 @@ def linear_egpo_loss(
         TypeError: A wrong type or dtype.
     """
     recipe = recipes.get(recipe)
-    given = Given(hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes)
+    given = Given(hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes, logits_dtype)
     call = read_hidden(given, tokens, mask, cu_seqlens, temperature, backend)
     grouping = losses.Grouping(groups, rewards, entropy_mask, correct, group_size)
     constants = losses.Constants(None, old_log_probs, ref_log_probs, rollout_weights)
@@ -103,6 +106,7 @@ def linear_policy_loss(
     lora: Lora | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     old_log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     rollout_weights: Tensor | None = None,
@@ -140,7 +144,8 @@ def linear_policy_loss(
     Args:
         hidden: Last hidden states, ``[S, T, H]``, or ``[N, H]`` packed; fp16, bf16, fp32 or fp64; ``hidden[..., t, :]``
             scores ``tokens[..., t]``; any strides.
-        weight: The output layer's, ``[V, H]``, in the dtype of hidden. Under autocast both are converted.
+        weight: The output layer's, ``[V, H]``, in the dtype of hidden (or float32, with ``logits_dtype``). Under
+            autocast both are converted.
         tokens: ``[S, T]`` or ``[N]``, integer.
         advantages: ``[S]`` or shaped like tokens; treated as constants.
         mask: Shaped like tokens, nonzero counts; None counts ``tokens != -100``. On a CPU while hidden is on a device,
@@ -150,6 +155,9 @@ def linear_policy_loss(
             which is never formed.
         logit_scale: A factor of the logits, above 0 (Granite: ``1 / logits_scaling``).
         logit_softcap: The bound c of the logits (Gemma 2: ``final_logit_softcapping``), or None.
+        logits_dtype: ``torch.float32``: logits of 16-bit hidden states and weight are float32, summed up so by the
+            product, without a float32 copy of the weight; their gradient is rounded to 16 bits before it is multiplied.
+            A float32 weight is multiplied in float32, autocast or not. None: the dtype of hidden.
         old_log_probs: Log-probs of the tokens at sampling time, in nats; None: on-policy, the ratio is 1.
         ref_log_probs: Log-probs under the reference; needed for ``kl_coef > 0``.
         rollout_weights: Weights on the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1 and is counted.
@@ -174,7 +182,7 @@ def linear_policy_loss(
         TypeError: A wrong type or dtype.
     """
     check_instance("config", config, PolicyLossConfig)
-    given = Given(hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes)
+    given = Given(hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes, logits_dtype)
     call = read_hidden(given, tokens, mask, cu_seqlens, temperature, backend)
     constants = losses.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
     options = losses.Options(num_tokens, num_sequences, grad_scale, metrics)
@@ -190,6 +198,7 @@ def linear_token_log_probs(
     lora: Lora | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
@@ -210,6 +219,7 @@ def linear_token_log_probs(
         lora: ``(A, B, scale)``; see `linear_policy_loss`.
         logit_scale: A factor of the logits.
         logit_softcap: The bound of the logits, or None.
+        logits_dtype: The dtype of the logits; see `linear_policy_loss`.
         mask: Shaped like tokens, nonzero counts; None counts ``tokens != -100``.
         temperature: A float, ``[S]`` (padded) or per token.
         return_entropy: Also return the entropy.
@@ -225,6 +235,6 @@ def linear_token_log_probs(
         TypeError: A wrong type or dtype.
     """
     packed = isinstance(hidden, Tensor) and hidden.dim() == 2
-    given = Given(hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes)
+    given = Given(hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes, logits_dtype)
     call = read_hidden(given, tokens, mask, None, temperature, backend, one_sequence=packed)
     return losses.shaped_log_probs(call, check_bool("return_entropy", return_entropy))

@@ -43,12 +43,14 @@ class Plan(NamedTuple):
 
 def chunk_rows(head: Head, wanted: Wanted, max_chunk_bytes: int | None, scratch: int, total: int) -> int:
     """Rows of a chunk: as many as fit, with everything that is alive of a chunk counted, a backend's scratch too."""
-    per_row = head.vocab * head.weight.dtype.itemsize * (2 if head.softcap else 1)
+    per_row = head.vocab * head.logits_dtype.itemsize * (2 if head.softcap else 1)
+    if head.logits_dtype != head.weight.dtype:
+        per_row += head.vocab * head.weight.dtype.itemsize  # the gradient as it is multiplied
     limit = max_chunk_bytes or CHUNK_BYTES
     limit -= min(scratch, limit // 2)
     least = TRAINED_ROWS if wanted.weight and max_chunk_bytes is None else 1
     rows = max(limit // per_row, least)
-    if rows < total and wanted.of_head and sums_apart(head):
+    if rows < total and wanted.of_head and sums_apart(head.weight):
         rows = max(limit // (per_row + head.vocab * 4), least)
     return rows
 
@@ -98,7 +100,7 @@ def chunks(hidden: Tensor, head: Head, rows: Rows, plan: Plan) -> Iterator[Chunk
     length, (places, total, size) = hidden.shape[1], plan
     if places is None and not hidden.is_contiguous():
         places = torch.arange(total, device=hidden.device)
-    logits = hidden.new_empty(min(size, total), head.vocab)
+    logits = hidden.new_empty(min(size, total), head.vocab, dtype=head.logits_dtype)
     gradient = torch.empty_like(logits) if head.softcap else logits
     for start in range(0, total, size):
         stop = min(start + size, total)
@@ -111,6 +113,6 @@ def chunks(hidden: Tensor, head: Head, rows: Rows, plan: Plan) -> Iterator[Chunk
             states = hidden[place // length, place % length]
         chosen = Rows(rows.mask[place], *(None if field is None else field[place] for field in rows[1:]))
         # What does not count may be NaN, and 0 times that is no 0.
-        states = torch.where(chosen.mask[:, None], states, 0.0)
+        states = torch.where(chosen.mask[:, None], states, 0.0).to(head.weight.dtype)
         head.project(states, logits[: stop - start])
         yield Chunk(place, states, chosen, logits[: stop - start], gradient[: stop - start])

@@ -7,12 +7,16 @@ from torch import Tensor
 
 from egpo_kernels.types import Rows, compute_dtype
 
+SLAB = 4096
+"""Rows of a 16-bit weight that are float32 at a time, where products cannot be summed up in float32 otherwise."""
+
 
 class Head(NamedTuple):
     """``z = softcap tanh(raw / softcap)`` with ``raw = logit_scale (h (W + lora_scale B A)^T + bias)``.
 
     ``weight [V, H]``, ``bias [V]``, ``lora_a [r, H]``, ``lora_b [V, r]``; a softcap of 0 is none. Scaling costs no pass
-    over the logits: what is made here is ``z / cooling``, and the temperature is divided by the same.
+    over the logits: what is made here is ``z / cooling``, and the temperature is divided by the same. Products are of
+    the weight's dtype, the logits and their gradient of ``logits_dtype``, that or float32.
     """
 
     weight: Tensor
@@ -22,6 +26,7 @@ class Head(NamedTuple):
     lora_scale: float
     logit_scale: float
     softcap: float
+    logits_dtype: torch.dtype
 
     @property
     def vocab(self) -> int:
@@ -46,12 +51,14 @@ class Head(NamedTuple):
     def project(self, hidden: Tensor, out: Tensor) -> None:
         """Write ``z / cooling`` of ``hidden [R, H]`` to ``out [R, V]``."""
         if self.bias is None:
-            torch.addmm(out, hidden, self.weight.t(), beta=0, alpha=self.gain, out=out)
-        else:
+            _product(out, hidden, self.weight, 0.0, self.gain)
+        elif out.dtype == self.weight.dtype:
             torch.addmm(self.bias, hidden, self.weight.t(), beta=self.gain, alpha=self.gain, out=out)
+        else:
+            _product(out.copy_(self.bias), hidden, self.weight, self.gain, self.gain)
         if self.lora_a is not None and self.lora_b is not None:
             inner = hidden @ self.lora_a.t()
-            out.addmm_(inner, self.lora_b.t(), alpha=self.gain * self.lora_scale)
+            _product(out, inner, self.lora_b, 1.0, self.gain * self.lora_scale)
         if self.softcap:
             out.tanh_()
 
@@ -92,11 +99,23 @@ class Wanted(NamedTuple):
         return any(self[1:])
 
 
-def sums_apart(head: Head) -> bool:
+def sums_apart(weight: Tensor) -> bool:
     """Whether a product of 16-bit matrices can be added to a float32 one only after they are made float32."""
-    half = head.weight.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
-    at_once = head.weight.device.type == "cuda" and torch.version.hip is None and not half
-    return head.weight.dtype.itemsize < 4 and not at_once
+    half = weight.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
+    at_once = weight.device.type == "cuda" and torch.version.hip is None and not half
+    return weight.dtype.itemsize < 4 and not at_once
+
+
+def _product(out: Tensor, left: Tensor, weight: Tensor, beta: float, alpha: float) -> None:
+    """``out [R, V] = beta out + alpha left weight^T``; where out is wider, 16-bit products are summed up in it."""
+    if out.dtype == weight.dtype:
+        torch.addmm(out, left, weight.t(), beta=beta, alpha=alpha, out=out)
+    elif not sums_apart(weight):
+        torch.addmm(out, left, weight.t(), out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    else:
+        wide = left.to(out.dtype)
+        for part, slab in zip(out.split(SLAB, 1), weight.split(SLAB), strict=True):
+            torch.addmm(part, wide, slab.to(out.dtype).t(), beta=beta, alpha=alpha, out=part)
 
 
 class HeadGradients:
@@ -108,7 +127,7 @@ class HeadGradients:
     def __init__(self, head: Head, wanted: Wanted, once: bool) -> None:
         self.head, self.wanted = head, wanted
         dtype = head.weight.dtype if once else compute_dtype(head.weight.dtype)
-        self.widens = not once and sums_apart(head)
+        self.widens = not once and sums_apart(head.weight)
         self.sums = [
             None if tensor is None or not asked else tensor.new_zeros(tensor.shape, dtype=dtype)
             for tensor, asked in zip(head[:4], wanted[1:], strict=True)

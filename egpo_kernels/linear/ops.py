@@ -47,6 +47,7 @@ def _read(
     scalars: list[float],
     num_active: int | None,
     max_chunk_bytes: int | None,
+    logits_dtype: torch.dtype,
     backend: str,
 ) -> tuple[passes.Layer, Rows, float]:
     weight, bias, lora_a, lora_b = head
@@ -54,7 +55,7 @@ def _read(
     temperature, lora_scale, logit_scale, softcap = scalars
     layer = passes.Layer(
         hidden,
-        Head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap),
+        Head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, logits_dtype),
         implementation(backend),
         host_mask,
         num_active,
@@ -65,8 +66,12 @@ def _read(
 
 
 def _fake_gradients(hidden: Tensor, head: OptionalTensors, wanted: list[bool]) -> Any:
+    weight = head[0]
+    assert weight is not None
     return tuple(
-        torch.empty(tensor.shape if asked and tensor is not None else (0,), dtype=hidden.dtype, device=hidden.device)
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        if asked and tensor is not None
+        else weight.new_empty(0)
         for tensor, asked in zip((hidden, *head), wanted, strict=True)
     )
 
@@ -80,6 +85,7 @@ def linear_row_statistics(
     scalars: list[float],
     num_active: int | None,
     max_chunk_bytes: int | None,
+    logits_dtype: torch.dtype,
     want_entropy: bool,
     with_gradient: bool,
     backend: str,
@@ -88,7 +94,9 @@ def linear_row_statistics(
 
     Maximum and sum are ``[0]`` where the gradient is made, which is empty unless ``with_gradient``.
     """
-    layer, cooled, temperature = _read(hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, backend)
+    layer, cooled, temperature = _read(
+        hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
+    )
     surplus = too_many(cooled.mask, host_mask, num_active)
     if with_gradient:
         log_probs, entropy, gradients = passes.log_prob_gradient(layer, cooled, temperature, want_entropy)
@@ -121,13 +129,16 @@ def linear_gradient(
     scalars: list[float],
     num_active: int | None,
     max_chunk_bytes: int | None,
+    logits_dtype: torch.dtype,
     statistics: Tensors,
     upstream: OptionalTensors,
     wanted: list[bool],
     backend: str,
 ) -> Gradients:
     """Gradients from statistics (maximum, sum of exponentials, entropy; or empty) and upstream (dL/dl, dL/dEnt)."""
-    layer, cooled, temperature = _read(hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, backend)
+    layer, cooled, temperature = _read(
+        hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
+    )
     found = passes.gradient(layer, cooled, statistics, upstream, temperature, Wanted(*wanted))
     hidden_gradient, weight, bias, lora_a, lora_b = found
     return hidden_gradient, weight, bias, lora_a, lora_b
@@ -147,6 +158,7 @@ def linear_policy_loss(
     scalars: list[float],
     num_active: int | None,
     max_chunk_bytes: int | None,
+    logits_dtype: torch.dtype,
     segments: Tensors,
     config: str,
     grad_scale: float,
@@ -155,7 +167,9 @@ def linear_policy_loss(
     backend: str,
 ) -> VectorAndGradients:
     """Metrics vector (the loss among them) and gradients, times ``grad_scale`` before they are rounded."""
-    layer, cooled, temperature = _read(hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, backend)
+    layer, cooled, temperature = _read(
+        hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
+    )
     settings = policy_config(config)
     surplus = too_many(cooled.mask, host_mask, num_active)
     if surplus is not None:

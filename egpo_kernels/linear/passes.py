@@ -56,15 +56,16 @@ class Gradients:
     def add(self, chunk: Chunk) -> None:
         """Take what flows back from ``chunk.gradient``."""
         self.head.uncap_(chunk.gradient, chunk.logits)
+        gradient = chunk.gradient.to(self.head.weight.dtype)
         if self.hidden is not None:
             flat = self.hidden.flatten(0, 1)
-            if isinstance(chunk.place, slice):
-                self.head.hidden_gradient(chunk.gradient, flat[chunk.place])
+            if isinstance(chunk.place, slice) and flat.dtype == chunk.hidden.dtype:
+                self.head.hidden_gradient(gradient, flat[chunk.place])
             else:
                 found = torch.empty_like(chunk.hidden)
-                self.head.hidden_gradient(chunk.gradient, found)
-                flat.index_copy_(0, chunk.place, found)
-        self.of_head.add(chunk.gradient, chunk.hidden)
+                self.head.hidden_gradient(gradient, found)
+                flat[chunk.place] = found.to(flat.dtype)
+        self.of_head.add(gradient, chunk.hidden)
 
     def tensors(self) -> list[Tensor]:
         """Of hidden states, weight, bias and both adapters; empty where none was asked for."""

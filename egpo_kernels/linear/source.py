@@ -31,7 +31,7 @@ class Linear(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the logits that a chunk holds."""
+        """Of the hidden states, in which the gradient must fit."""
         return self.hidden.dtype
 
     @property
@@ -61,8 +61,8 @@ class Linear(NamedTuple):
             log_probs, entropy = autograd.TokenLogProbs.apply(
                 self.hidden,
                 *self.head[:4],
-                (call.temperature, *self.head[4:]),
-                (self.num_active, self.max_chunk_bytes),
+                (call.temperature, *self.head[4:7]),
+                (self.num_active, self.max_chunk_bytes, self.head.logits_dtype),
                 want_entropy,
                 frozen and not entropy_gradient,
                 self.wanted,
@@ -79,8 +79,8 @@ class Linear(NamedTuple):
         tensors = (self.hidden, *self.head[:4])
         return autograd.PolicyLoss.apply(
             *tensors,
-            (call.temperature, *self.head[4:]),
-            (self.num_active, self.max_chunk_bytes),
+            (call.temperature, *self.head[4:7]),
+            (self.num_active, self.max_chunk_bytes, self.head.logits_dtype),
             config.json,
             scale,
             want_entropy,
@@ -105,6 +105,7 @@ class Given(NamedTuple):
     logit_softcap: Any
     num_active: Any
     max_chunk_bytes: Any
+    logits_dtype: Any
 
 
 def read_hidden(
@@ -153,14 +154,12 @@ def _read_head(given: Given, hidden: Tensor) -> tuple[Tensor, Head]:
     tensors = {"weight": weight, "bias": given.bias, "lora[0]": lora_a, "lora[1]": lora_b}
     if given.bias is not None:
         check_tensor("bias", given.bias, "floating", {"[V]": (vocab,)}, hidden.device)
-    dtype, kind = hidden.dtype, hidden.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        tensors = {name: None if tensor is None else tensor.to(dtype) for name, tensor in tensors.items()}
+    converts = _autocast_dtype(hidden, given.logits_dtype) is not None
+    hidden, dtype = _product_dtype(hidden, weight.dtype, given.logits_dtype)
     for name, tensor in tensors.items():
         if tensor is not None:
-            tensors[name] = check_tensor(name, tensor, "floating", {}, hidden.device)
-            if tensor.dtype != dtype:
+            tensors[name] = check_tensor(name, tensor.to(dtype) if converts else tensor, "floating", {}, hidden.device)
+            if tensors[name].dtype != dtype:
                 raise TypeError(f"{name} has dtype {tensor.dtype}; it must be {dtype} like hidden: convert one of them")
     weight = tensors["weight"]
     # They divide the temperature: within these bounds float32 holds an ordinary one afterwards.
@@ -168,7 +167,34 @@ def _read_head(given: Given, hidden: Tensor) -> tuple[Tensor, Head]:
     cap = check_number("logit_softcap", given.logit_softcap, low=1e-6, high=1e6, optional=True)
     assert scale is not None
     bias, lora_a, lora_b = (tensors[name] for name in ("bias", "lora[0]", "lora[1]"))
-    return hidden.to(dtype), Head(weight, bias, lora_a, lora_b, lora_scale, scale, cap or 0.0)
+    logits_dtype = dtype if given.logits_dtype is None else given.logits_dtype
+    return hidden, Head(weight, bias, lora_a, lora_b, lora_scale, scale, cap or 0.0, logits_dtype)
+
+
+def _autocast_dtype(hidden: Tensor, logits_dtype: Any) -> torch.dtype | None:
+    """What autocast makes of hidden states and head; who asks for a dtype of logits has said it already."""
+    kind = hidden.device.type
+    if logits_dtype is not None or hidden.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def _product_dtype(hidden: Tensor, weight: torch.dtype, logits_dtype: Any) -> tuple[Tensor, torch.dtype]:
+    """Hidden states, and the dtype that the head must have.
+
+    With float32 logits of 16-bit hidden states the head may be float32 too: a chunk of hidden states is converted.
+    """
+    if logits_dtype is None:
+        dtype = _autocast_dtype(hidden, None) or hidden.dtype
+        return hidden.to(dtype), dtype
+    if logits_dtype != torch.float32 or hidden.dtype == torch.float64:
+        raise ValueError(
+            f"logits_dtype is {shown(logits_dtype)} with hidden of {hidden.dtype}; it must be torch.float32, with "
+            "hidden states of no more than 32 bits, or None"
+        )
+    if _autocast_dtype(hidden, None) is not None and weight.itemsize < 4:
+        hidden = hidden.to(weight)  # norms give float32 there
+    return hidden, torch.float32 if weight == torch.float32 else hidden.dtype
 
 
 def _read_lora(lora: Any, vocab: int, width: int) -> tuple[Tensor, Tensor, float]:

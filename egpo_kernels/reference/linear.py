@@ -13,6 +13,7 @@ def linear_logits(
     lora_scale: float,
     logit_scale: float,
     softcap: float,
+    logits_dtype: torch.dtype,
     mask: Tensor,
 ) -> Tensor:
     """``z = c tanh(x / c)`` with ``x = logit_scale (h (W + lora_scale B A)^T + bias)`` and c the softcap, 0 for none.
@@ -28,8 +29,11 @@ def linear_logits(
         lora_scale: What the adapters' product is multiplied by.
         logit_scale: What everything is multiplied by.
         softcap: What the logits stay below in size.
+        logits_dtype: What everything is converted to before it is multiplied.
         mask: ``[N]`` with N = B T.
     """
+    hidden, weight = hidden.to(logits_dtype), weight.to(logits_dtype)
+    bias, lora_a, lora_b = (None if tensor is None else tensor.to(logits_dtype) for tensor in (bias, lora_a, lora_b))
     hidden = torch.where(mask.view(*hidden.shape[:2], 1), hidden, 0.0)
     z = torch.nn.functional.linear(hidden, weight, bias)
     if lora_a is not None and lora_b is not None:

@@ -96,7 +96,11 @@ def from_logits(model: nn.Module, batch: Batch, **more: Any) -> Result:
 
 def fused(model: nn.Module, batch: Batch, **more: Any) -> Result:
     """What is tested; the model given is fused."""
-    fuse_policy_loss(model)
+    return fused_already(fuse_policy_loss(model), batch, **more)
+
+
+def fused_already(model: nn.Module, batch: Batch, **more: Any) -> Result:
+    """The same of a model that was fused before, whatever has been put around it since."""
     return differentiated(model, model(batch.ids, attention_mask=batch.attention, policy=batch.policy, **more))
 
 

@@ -28,8 +28,8 @@ def keep_apart(module):
 
     def after(module, inputs, output):
         release()
-        output = getattr(output, "loss", output)
-        output.register_hook(gather)
+        if output.requires_grad:
+            output.register_hook(gather)
 
     release()
     module.register_forward_pre_hook(gather)

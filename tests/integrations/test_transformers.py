@@ -21,6 +21,7 @@ from tests.integrations.models import (
     differentiated,
     from_logits,
     fused,
+    fused_already,
     make_batch,
     make_model,
 )
@@ -243,7 +244,9 @@ def test_forwards_wrapped_after_fusing():
         module.forward = functools.update_wrapper(wrapped, inner, assigned=(), updated=("__dict__",))
     for _ in range(2):
         assert_same(fused(model, batch), expected)
-    assert len(seen) == 4
+    seen.clear()
+    assert_same(fused_already(model, batch), expected)
+    assert len(seen) == 2
 
 
 def test_a_changed_config_is_seen_by_fusing_again():

@@ -1,0 +1,85 @@
+"""One call of a fused model: which loss its head makes, and how that comes out of the model again."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.types import LossOutput, TokenLogProbs
+
+
+class _Tie(torch.autograd.Function):
+    """``value`` as it is; a gradient of it goes by ``carrier`` too, as zeros, so that hooks there run before."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
+        ctx.shape = carrier.shape
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.new_zeros(ctx.shape)
+
+
+class FusedCall:
+    """What a head returns in a fused call is a small tensor in the place of logits, and the result comes from that.
+
+    So everything around it sees a tensor: what a model does to its logits, hooks that look, and wrappers whose
+    backward brings the weights back before the head's own backward needs them.
+    """
+
+    def __init__(
+        self, function: Callable[..., LossOutput | TokenLogProbs], arguments: dict[str, Any], keep: Any
+    ) -> None:
+        self.function, self.arguments, self.keep = function, arguments, keep
+        self.made: LossOutput | TokenLogProbs | None = None
+        self.answer: LossOutput | TokenLogProbs | None = None
+
+    def carrier(self, head: dict[str, Any], hidden: Tensor) -> Tensor:
+        """Make the loss of hidden states ``[B, T, H]``; return its first tensor with at least three dimensions."""
+        if self.made is not None:
+            raise RuntimeError("the head was called twice in one forward; its loss must be made once")
+        hidden = kept(hidden, self.keep)
+        tokens = self.arguments["tokens"]
+        if isinstance(tokens, Tensor) and tokens.dim() == 1 and hidden.dim() == 3 and hidden.shape[0] == 1:
+            hidden = hidden[0]
+        self.made = self.function(hidden, **head, **self.arguments)
+        first = self.made[0]
+        return first.reshape(*[1] * (2 - first.dim()), *first.shape, 1).clone()
+
+    def returned(self, output: Any) -> None:
+        """Take the result from what the head returned, in its first shape; copied, since a model may scale in place."""
+        assert self.made is not None
+        value = output.reshape(self.made[0].shape).clone()
+        if isinstance(self.made, LossOutput):
+            self.answer = LossOutput(value, self.made.metrics)
+        else:
+            entropy = self.made.entropy
+            self.answer = TokenLogProbs(value, None if entropy is None else _Tie.apply(entropy, output))
+
+    def result(self) -> LossOutput | TokenLogProbs:
+        """What the fused model returns."""
+        if self.answer is None:
+            raise RuntimeError(
+                "the model's head was not called as it was fused; its forward must not be replaced afterwards: call "
+                "fuse_policy_loss once more"
+            )
+        return self.answer
+
+
+def kept(hidden: Tensor, keep: Any) -> Tensor:
+    """The positions of ``hidden [B, T, H]`` that ``logits_to_keep`` names, as transformers chooses logits.
+
+    The last so many; a slice; indices of positions, or of each row's ``[B, K]``; a bool mask ``[B, T]``, which leaves
+    ``[N, H]``, packed.
+    """
+    if keep is None:
+        return hidden
+    if isinstance(keep, int):
+        return hidden[:, slice(-keep, None)]
+    if isinstance(keep, Tensor) and keep.dim() == 2:
+        if keep.dtype == torch.bool:
+            return hidden[keep]
+        return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], keep]
+    return hidden[:, keep]
