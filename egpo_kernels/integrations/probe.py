@@ -26,6 +26,7 @@ class Probe:
 
     def __init__(self) -> None:
         self.reached: set[int] = set()
+        self.inner: Tensor | None = None
 
 
 class _Products(TorchFunctionMode):
@@ -79,9 +80,9 @@ class _Decoder(_Called):
 class _Head(_Called):
     """The head's own forward with whatever is around it, and its hooks but for those that bring weights."""
 
-    def __init__(self, module: Any, products: _Products) -> None:
+    def __init__(self, module: Any, products: _Products, probe: Probe) -> None:
         super().__init__(module)
-        self.products, self.changed_by = products, ""
+        self.products, self.probe, self.changed_by = products, probe, ""
 
     def result(self, inputs: Any, named: Any) -> Any:
         module = self.module
@@ -92,13 +93,19 @@ class _Head(_Called):
                 inputs, named = found if with_kwargs else (found if isinstance(found, tuple) else (found,), named)
         with parametrize.cached(), self.products:
             output = module.forward(*inputs, **named)
+        if self.probe.inner is not None and not _same(output, self.probe.inner):
+            self.probe.reached.discard(id(module))  # what was put around our forward since would change its result
         for key, hook in _own_hooks(module._forward_hooks):
             before = output.clone()
             found = hook(module, inputs, *([named] if key in module._forward_hooks_with_kwargs else []), output)
             output = output if found is None else found
-            if output.shape != before.shape or not bool((output == before).all()):
+            if not _same(output, before):
                 self.changed_by = _name(hook)
         return output
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one == other).all())
 
 
 def _own_hooks(hooks: Any) -> Iterator[tuple[int, Any]]:
@@ -154,7 +161,7 @@ def measured_curve(model: Any) -> tuple[Curve, Probe, set[int]]:
     hidden = torch.arange(12.0).view(3, 1, 4)
     heads, probe = head_modules(model), Probe()
     products = _Products(heads, raw)
-    head, decoder = _Head(model.get_output_embeddings(), products), _Decoder(model.base_model, hidden)
+    head, decoder = _Head(model.get_output_embeddings(), products, probe), _Decoder(model.base_model, hidden)
     places: dict[int, _Called] = {id(each.module): each for each in (head, decoder)}
     try:
         with torch.enable_grad(), _replaced(model, places, probe, [model, *heads]):

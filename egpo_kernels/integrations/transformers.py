@@ -118,10 +118,12 @@ def _model_forward(model: Any, forward: Callable[..., Any], *inputs: Any, policy
     arguments = _sealed(policy).policy
     if len(inputs) > 1:
         raise TypeError(f"{len(inputs)} positional arguments go with policy; all but input_ids must be named")
-    for name in ("labels", "output_router_logits"):
-        value = named.pop(name, None)
-        if value is not None and value is not False:
-            raise ValueError(f"{name} and policy are both given; the loss must be one of them: leave out {name}")
+    if named.pop("labels", None) is not None:
+        raise ValueError("labels and policy are both given; the loss must be one of them: leave out labels")
+    if named.get("output_router_logits", getattr(model.config, "output_router_logits", False)):
+        raise ValueError(
+            "output_router_logits is True with policy, beside which there is no auxiliary loss; it must be False"
+        )
     function, keep = _function_of(arguments), named.pop("logits_to_keep", None)
     if not torch.compiler.is_compiling() and not _alike(surroundings(model), model._policy_around):
         _fuse(model, model._policy_dtype)
@@ -157,11 +159,13 @@ def _function_of(policy: Mapping[str, Any]) -> Callable[..., LossOutput | TokenL
 def _head_forward(head: Any, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     """The forward of its head."""
     call = head._policy_call
-    if isinstance(call, Probe):
-        call.reached.add(id(head))
     if isinstance(call, FusedCall):
         return call.carrier(head_arguments(head), *inputs, **named)
-    return forward(*inputs, **named)
+    output = forward(*inputs, **named)
+    if isinstance(call, Probe):
+        call.inner = output
+        call.reached.add(id(head))
+    return output
 
 
 def _head_hook(head: Any, inputs: Any, output: Any) -> None:
