@@ -31,8 +31,8 @@ class EGPOTrainer(GRPOTrainer):
     Takes what `trl.GRPOTrainer` takes. Rewards of all processes are compared within whole groups, once a generation
     batch, by log-probs that are the batch's own, else the sampler's, else those of one more forward. A micro-batch's
     loss is divided as TRL divides it, and TRL's own code reports its metrics; ours stand beside them, under ``egpo/``.
-    The model's own forward gives the log-probs (`fuse_policy_loss`), so that logits never exist; with images, an
-    auxiliary loss or ``cast_lm_head_to_fp32``, TRL's head does.
+    The model's own forward gives the log-probs (`fuse_policy_loss`), so that logits never exist; with images or an
+    auxiliary loss, TRL's head does.
 
     Args:
         *inputs: See `trl.GRPOTrainer`.
@@ -53,9 +53,9 @@ class EGPOTrainer(GRPOTrainer):
         ours = self.recipe.advantage.weight == "inverse_uncertainty" and self.recipe.advantage.statistic == "nll"
         self._name, self._paper = self.recipe.name, PAPER if ours else {}
         self._seen: dict[str, list[tuple[tuple[str, ...], Tensor]]] = {"train": [], "eval": []}
-        self._fused = not (self._is_vlm or self.aux_loss_enabled or self.args.cast_lm_head_to_fp32)
+        self._fused = not (self._is_vlm or self.aux_loss_enabled)
         if self._fused:
-            fuse_policy_loss(self.model)
+            fuse_policy_loss(self.model, logits_dtype=torch.float32 if self.args.cast_lm_head_to_fp32 else None)
         loss = self.recipe.loss
         self.loss_type = nearest_loss_type(loss, self.args)
         self.importance_sampling_level = "token" if loss.ratio == "token" else "sequence"
