@@ -78,7 +78,6 @@ MORE = {
     "truncated completions, accumulated": {
         "mask_truncated_completions": True, "loss_type": "dr_grpo", "gradient_accumulation_steps": 2,
     },
-    "no upper bound": {"epsilon": 0.1, "epsilon_high": 0.0} | OFF_POLICY,
     "off-policy sequences": {"off_policy_mask_threshold": 0.01} | OFF_POLICY,
     "sampler's log-probs": {"rollout_func": rollout, "off_policy_mask_threshold": 3.0},
     "tool mask": {"rollout_func": rollout_with_tools},
@@ -99,6 +98,18 @@ def test_options(options, tmp_path):
     ours, theirs = run(EGPOTrainer, tmp_path, recipe=STOCK, **options), run(GRPOTrainer, tmp_path, **options)
     assert any(step.get("grad_norm", 0.0) > 0.01 for step in steps(theirs))
     assert_same_runs(ours, theirs)
+
+
+def test_no_upper_bound(tmp_path, monkeypatch):
+    """0 is not None. Ratios of 1 then lie on the bound, where torch.clamp passes no gradient from torch 2.14 on."""
+    clamp = torch.clamp
+
+    def inclusive(values, *bounds, **named):
+        found = clamp(values.detach(), *bounds, **named)
+        return torch.where(found == values, values, found)
+
+    monkeypatch.setattr(torch, "clamp", inclusive)
+    test_options({"epsilon": 0.1, "epsilon_high": 0.0} | OFF_POLICY, tmp_path)
 
 
 def test_metrics_are_of_a_step_and_apart_from_those_of_evaluation(tmp_path):
