@@ -79,7 +79,5 @@ def kept(hidden: Tensor, keep: Any) -> Tensor:
     if isinstance(keep, int):
         return hidden[:, slice(-keep, None)]
     if isinstance(keep, Tensor) and keep.dim() == 2:
-        if keep.dtype == torch.bool:
-            return hidden[keep]
-        return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], keep]
+        return hidden[keep] if keep.dtype == torch.bool else hidden.take_along_dim(keep.long()[..., None], dim=1)
     return hidden[:, keep]

@@ -12,9 +12,10 @@ from trl import GRPOTrainer
 import egpo_kernels as ek
 from egpo_kernels.integrations.trl import EGPOTrainer
 from egpo_kernels.integrations.trl_options import LOSSES
-from tests.integrations.models import SHARED, make_model
+from tests.integrations.models import SHARED, VOCAB, make_model
 from tests.integrations.trl_runs import STOCK, even, lengths, prompts, rollout, rollout_with_tools, run, steps
 from tests.support.accuracy import assert_rounding
+from tests.support.cost import products
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 TIMED = ("step_time", "runtime", "_per_second")
@@ -185,15 +186,16 @@ def rounded():
     return make_model().train().bfloat16()
 
 
-KEPT = {
+HEADS = {
     "mixture": {"model": mixture},
     "cast": {"cast_lm_head_to_fp32": True, "loss_type": "grpo"},
     "cast from 16 bits": {"model": rounded, "cast_lm_head_to_fp32": True, "max_steps": 1, "num_iterations": 1},
 }
 
 
-@pytest.mark.parametrize("options", KEPT.values(), ids=KEPT)
-def test_what_keeps_the_head_of_trl(options, tmp_path):
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+def test_heads_that_are_more_than_a_layer(options, tmp_path):
+    """A mixture's auxiliary loss is given by TRL's own head; one cast to float32 is ours."""
     options = {"num_iterations": 2, "gradient_accumulation_steps": 2, **options}
     make = options.pop("model", lambda: make_model().train())
     recipe = STOCK.replace(**LOSSES[options.get("loss_type", "dapo")])
@@ -213,5 +215,26 @@ def test_the_head_is_ours(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trl.trainer.utils._ChunkedLogProbFunction, "apply", refuse)
     run(EGPOTrainer, tmp_path, num_iterations=2)
+    run(EGPOTrainer, tmp_path, rounded(), cast_lm_head_to_fp32=True, max_steps=1)
     with pytest.raises(AssertionError, match="TRL's head was called"):
         run(EGPOTrainer, tmp_path, saved(tmp_path), beta=0.1)
+
+
+@pytest.mark.parametrize("adapters, count", [(True, 2), (False, 4)])
+def test_products_of_a_step(adapters, count, tmp_path):
+    """Of the size of the logits, in a real run: the entropy that TRL reports costs none."""
+    peft = pytest.importorskip("peft", reason="peft is not installed (make parity installs it)")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)
+    more = {"peft_config": config, "model": saved(tmp_path)} if adapters else {}
+    seen = []
+
+    class Counted(EGPOTrainer):
+        def training_step(self, *inputs, **named):
+            made = products(lambda: seen.append([super(Counted, self).training_step(*inputs, **named)]))
+            seen[-1] = [each for each in made if VOCAB in each and SHARED["hidden_size"] in each]
+            return torch.tensor(0.0)
+
+    trainer = run(Counted, tmp_path, recipe="dapo", max_steps=1, **more)
+    assert trainer.recipe.advantage.weight == "none"  # no forward of its own for the advantages
+    (step,) = seen
+    assert len(step) == count
