@@ -10,12 +10,14 @@ import warnings
 from importlib.machinery import ModuleSpec
 from typing import Any
 
+import torch
 import verl
 
 from egpo_kernels import recipes
 from egpo_kernels.groups import group_advantages
 from egpo_kernels.integrations.verl_losses import LOSSES, registered_loss
 from egpo_kernels.integrations.verl_losses import engine_loss as engine_loss
+from egpo_kernels.layout import group_ids
 from egpo_kernels.types import AdvantageConfig
 
 
@@ -57,7 +59,11 @@ def egpo_advantages(data: Any, config: Any = None) -> Any:
             "actor_rollout_ref.rollout.calculate_log_probs=True, or +algorithm.egpo.weight=none"
         )
     correct = scores > settings.correct_threshold
-    found = group_advantages(data.non_tensor_batch["uid"], rewards, log_probs, mask, correct=correct, config=settings)
+    ids = group_ids(data.non_tensor_batch["uid"], len(rewards), rewards.device, None)
+    tokens = rewards.new_zeros(len(rewards)).index_add(0, ids, mask.sum(-1).to(rewards.dtype))
+    # verl fills a batch up with groups in which nothing counts: their zeros are no part of the batch's spread.
+    rewards = rewards.where(tokens[ids] > 0, torch.nan)
+    found = group_advantages(ids, rewards, log_probs, mask, correct=correct, config=settings)
     batch["advantages"] = batch["returns"] = found.advantages[:, None] * mask
     return data
 
