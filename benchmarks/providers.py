@@ -133,9 +133,14 @@ def _log_probs_by_hand(batch: Batch, dtype: torch.dtype | None = torch.float32) 
 
 @torch.no_grad()
 def ours_log_probs(batch: Batch) -> Outputs:
+    """`token_log_probs`."""
+    return {"log_probs": token_log_probs(batch.logits, batch.tokens, mask=batch.mask).log_probs}
+
+
+@torch.no_grad()
+def ours_log_probs_and_entropy(batch: Batch) -> Outputs:
     """`token_log_probs` with entropy."""
-    found = token_log_probs(batch.logits, batch.tokens, mask=batch.mask, return_entropy=True)
-    return {"log_probs": found.log_probs, "entropy": found.entropy}
+    return token_log_probs(batch.logits, batch.tokens, mask=batch.mask, return_entropy=True)._asdict()
 
 
 def _advantages_by_hand(batch: Batch) -> Outputs:
@@ -208,7 +213,8 @@ def own_providers(workload: str) -> list[Provider]:
             Provider("torch.compile", "torch.compile", eager_logits, prepare=_compiled_loss(_by_hand, "logits")),
         ],
         "log-probs": [
-            Provider(OURS, OURS, ours_log_probs),
+            Provider(OURS, OURS, ours_log_probs_and_entropy),
+            Provider("egpo_kernels (no entropy)", OURS, ours_log_probs, outputs=("log_probs",)),
             Provider("eager", "eager", torch.no_grad()(_log_probs_by_hand)),
             Provider(NATIVE, "eager", torch.no_grad()(functools.partial(_log_probs_by_hand, dtype=None))),
             Provider("torch.compile", "torch.compile", _log_probs_by_hand, prepare=_compiled(_log_probs_by_hand)),

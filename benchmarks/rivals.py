@@ -10,6 +10,7 @@ from benchmarks.providers import Provider, Run, answer, clipped_loss
 from benchmarks.workloads import SEQUENCES, Batch, Outputs
 
 TRL, TRL_LOSS = "TRL", "TRL log-probs + torch loss"
+TRL_KERNEL = "TRL's kernel"
 LIGER_CE = "Liger cross-entropy + torch loss"
 CCE, CCE_PACKAGE = "cut-cross-entropy + torch loss", "cut-cross-entropy"
 PACKAGES = ("liger-kernel", "trl", "quack-kernels", CCE_PACKAGE)
@@ -108,27 +109,43 @@ def _liger_log_probs(batch: Batch) -> Outputs:
     return {"log_probs": torch.nn.functional.pad(found, (0, 1))}
 
 
-def _trl_log_probs_and_entropy(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    if batch.logits.is_cuda:
-        from trl.kernels import selective_log_softmax_and_entropy
-
-        return selective_log_softmax_and_entropy(batch.logits, batch.tokens, row_mask=batch.mask)
-    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
-
-    with torch.no_grad():
-        entropy = entropy_from_logits(batch.logits)
-    return selective_log_softmax(batch.logits, batch.tokens, row_mask=batch.mask), entropy * batch.mask
+def _trl_in_torch(device: str) -> str | None:
+    """Its torch operations cannot be had where its kernel runs, which has no way to leave the entropy out."""
+    return "takes its kernel on a CUDA device" if device == "cuda" else _needs("trl")(device)
 
 
-def _trl_logits(batch: Batch) -> Outputs:
-    log_probs, _ = _trl_log_probs_and_entropy(batch)
-    return answer(clipped_loss(log_probs.float(), batch), batch)
+Scored = tuple[torch.Tensor, torch.Tensor | None]
 
 
-@torch.no_grad()
-def _trl_log_probs(batch: Batch) -> Outputs:
-    log_probs, entropy = _trl_log_probs_and_entropy(batch)
-    return {"log_probs": log_probs, "entropy": entropy}
+def _trl_scores(batch: Batch) -> Scored:
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    return selective_log_softmax_and_entropy(batch.logits, batch.tokens, False, row_mask=batch.mask)
+
+
+def _trl_chosen(batch: Batch) -> Scored:
+    from trl.trainer.utils import selective_log_softmax
+
+    return selective_log_softmax(batch.logits, batch.tokens, row_mask=batch.mask), None
+
+
+def _trl_kernel(batch: Batch) -> Scored:
+    from trl.kernels import selective_log_softmax_and_entropy
+
+    return selective_log_softmax_and_entropy(batch.logits, batch.tokens, row_mask=batch.mask)
+
+
+def _trl_logits(score: Callable[[Batch], Scored]) -> Run:
+    return lambda batch: answer(clipped_loss(score(batch)[0].float(), batch), batch)
+
+
+def _trl_log_probs(score: Callable[[Batch], Scored]) -> Run:
+    @torch.no_grad()
+    def run(batch: Batch) -> Outputs:
+        log_probs, entropy = score(batch)
+        return {"log_probs": log_probs} | ({} if entropy is None else {"entropy": entropy})
+
+    return run
 
 
 def _quack_cross_entropy(batch: Batch) -> Outputs:
@@ -142,7 +159,7 @@ def _quack_cross_entropy(batch: Batch) -> Outputs:
 
 def rivals(workload: str) -> list[Provider]:
     """Of one workload; those that cannot run say so in their row."""
-    liger, trl = _needs("liger-kernel", on_cuda=True), _needs("trl")
+    liger, trl, trl_kernel = _needs("liger-kernel", on_cuda=True), _needs("trl"), _needs("trl", on_cuda=True)
     by_compiler = functools.partial(_cut_cross_entropy, "torch_compile")
     linear = [
         Provider("Liger", "Liger", _liger_linear(1), _needs("liger-kernel")),
@@ -166,7 +183,9 @@ def rivals(workload: str) -> list[Provider]:
         "logits": [
             Provider("Liger", "Liger", _liger_logits(False), liger),
             Provider("Liger, in place", "Liger", _liger_logits(True), liger, overwrites=True),
-            Provider(TRL_LOSS, "TRL", _trl_logits, trl),
+            Provider(TRL_LOSS, "TRL", _trl_logits(_trl_scores), _trl_in_torch),
+            Provider(f"{TRL_LOSS} (no entropy)", "TRL", _trl_logits(_trl_chosen), _trl_in_torch),
+            Provider(f"{TRL_KERNEL} + torch loss", "TRL", _trl_logits(_trl_kernel), trl_kernel),
             # A bar, not a rival: cross-entropy is less work, and its answer is another one.
             Provider(
                 "quack cross-entropy, in place", "quack", _quack_cross_entropy,
@@ -175,6 +194,10 @@ def rivals(workload: str) -> list[Provider]:
         ],
         "log-probs": [
             Provider("Liger (no entropy)", "Liger", _liger_log_probs, liger, outputs=("log_probs",)),
-            Provider(TRL, "TRL", _trl_log_probs, trl),
+            Provider(TRL, "TRL", _trl_log_probs(_trl_scores), _trl_in_torch),
+            Provider(
+                f"{TRL} (no entropy)", "TRL", _trl_log_probs(_trl_chosen), _trl_in_torch, outputs=("log_probs",)
+            ),
+            Provider(TRL_KERNEL, "TRL", _trl_log_probs(_trl_kernel), trl_kernel),
         ],
     }.get(workload, [])  # fmt: skip

@@ -18,11 +18,12 @@ from benchmarks.pictures import FAMILIES, draw
 from benchmarks.providers import GEMMS, NATIVE, Provider, own_providers
 from benchmarks.readme import drawn
 from benchmarks.report import make_report, markdown
-from benchmarks.rivals import TRL, TRL_LOSS, rivals
+from benchmarks.rivals import TRL_KERNEL, rivals
 from benchmarks.session import compared, run, selected
 from benchmarks.workloads import WORKLOADS, Sizes, cases, sampled_rows
 from egpo_kernels import logits_policy_loss
 from tests.support.benchmark import CASE, LINEAR, MACHINE, case_of, fact, judged, spoilt
+from tests.support.device import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,8 +79,35 @@ def test_every_provider_agrees_with_float64_or_says_why_not(workload, dtype):
         if provider.unavailable("cpu") is None and not provider.prepare:
             found = judged(case, provider)
             # What computes in bfloat16 is far off, and is shown to be.
-            native = dtype == "bf16" and workload not in LINEAR and provider.name in (NATIVE, TRL, TRL_LOSS)
+            native = (
+                dtype == "bf16" and workload not in LINEAR and (provider.name == NATIVE or provider.family == "TRL")
+            )
             assert not found["wrong"] or native, provider.name
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("workload", ["logits", "log-probs"])
+def test_trls_kernel_is_right_where_it_runs_and_absent_elsewhere(workload, dtype):
+    pytest.importorskip("trl")
+    pytest.importorskip("triton")
+    (kernel,) = (one for one in rivals(workload) if one.name.startswith(TRL_KERNEL))
+    in_torch = [one for one in rivals(workload) if one.family == "TRL" and one.name != kernel.name]
+    assert kernel.unavailable("cpu") == "needs a CUDA device" and kernel.unavailable("cuda") is None
+    assert len(in_torch) == 2 and not any(one.unavailable("cpu") for one in in_torch)
+    assert {one.unavailable("cuda") for one in in_torch} == {"takes its kernel on a CUDA device"}
+    # On a CPU by Triton's interpreter, which no time is taken of.
+    assert not judged(case_of(workload, dtype=dtype, device=DEVICE), kernel)["wrong"]
+
+
+@pytest.mark.parametrize("workload, outputs", [("log-probs", {"log_probs"}), ("logits", {"loss", "gradient"})])
+def test_what_is_without_entropy_computes_none(workload, outputs):
+    without = [one for one in own_providers(workload) + rivals(workload) if one.name.endswith("(no entropy)")]
+    assert {one.family for one in without} >= {"TRL"} | (
+        {"egpo_kernels", "Liger"} if workload == "log-probs" else set()
+    )
+    for one in without:
+        if one.unavailable("cpu") is None:
+            assert one.run(WORKLOADS[workload].make(case_of(workload))).keys() == outputs, one.name
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
