@@ -175,10 +175,15 @@ def _loss(
         counted = mask != 0
         tokens = counted.sum().clamp(min=1)  # as verl's means, ours are 0 where nothing counts
         log_ratio = torch.where(counted, log_prob - batch["old_log_probs"], 0.0).clamp(-20, 20)
-        dual = counted & (batch["advantages"] < 0) & (log_ratio.exp() > (settings.dual_clip or torch.inf))
+        ratio = log_ratio.exp()
+        dual = counted & (batch["advantages"] < 0) & (ratio > (settings.dual_clip or torch.inf))
+        clipped = found["policy/clip_low/mean"] + found["policy/clip_high/mean"]
+        if settings.surrogate == "cispo":  # verl counts whatever the advantage's sign
+            outside = (ratio < 1 - settings.clip_low) | (ratio > 1 + settings.clip_high)
+            clipped = (counted & outside).sum() / tokens
         means = {key: torch.where(counted.any(), found[f"policy/{key}/mean"], 0.0) for key in MEANS}
         metrics = {
-            "actor/pg_clipfrac": means["clip_low"] + means["clip_high"] - dual.sum() / tokens,
+            "actor/pg_clipfrac": torch.where(counted.any(), clipped, 0.0) - dual.sum() / tokens,
             "actor/ppo_kl": -log_ratio.sum() / tokens,
             "actor/pg_clipfrac_lower": dual.sum() / tokens,
             "actor/pg_loss": found["policy/loss/surrogate/sum"] * processes,

@@ -101,7 +101,7 @@ def test_same_as_a_direct_call(page):
         ({}, {}),
         ({"clip_low": 0.1, "clip_high": 0.28}, {"epsilon_low": 0.1, "epsilon_high": 0.28}),
         ({"ratio": "sequence"}, {"importance_sampling_level": "sequence"}),
-        ({"surrogate": "cispo", "ratio_cap": 2.0}, {"loss_type": "cispo", "epsilon_high": 2.0}),
+        ({"surrogate": "cispo", "clip_low": 1.0, "ratio_cap": 2.0}, {"loss_type": "cispo", "epsilon_high": 2.0}),
     ],
 )
 def test_same_numbers_as_theirs(page, monkeypatch, settings, options):

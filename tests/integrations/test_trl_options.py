@@ -47,6 +47,8 @@ LINES = [same for same in (*TRL.losses, *TRL.modifiers, *TRL.advantages) if is_c
 def test_options_mean_what_the_parity_page_says(same):
     """Each line of the page is a `GRPOConfig` and settings; the first makes the second of a recipe."""
     options = arguments(same.theirs, NAMES)
+    if "sapo_temperature_pos" in options:
+        options["loss_type"] = "sapo"  # TRL says nothing where another loss does not use them
     args = config(**options)
     wanted = {name: value for name, value in arguments(same.ours, NAMES).items() if name in settings(STOCK)}
     if same.theirs.startswith("entropy_coef"):
@@ -76,7 +78,9 @@ KL = ek.recipes.EGPO.replace(kl_coef=0.1, kl="k2")
         ("gspo", {"epsilon_high": 0.1}, {"clip_high": 0.1}),
         ("gspo", {"epsilon": 0.1}, {"clip_low": 0.1, "clip_high": 0.1}),
         ("cispo", {"epsilon_high": 3.0}, {"ratio_cap": 3.0}),
-        ("cispo", {"epsilon": 0.3}, {"clip_low": 0.3}),
+        ("cispo", {"epsilon": 0.3}, {"ratio_cap": 0.3}),
+        ("dapo", {"loss_type": "sapo"}, {**LOSSES["sapo"], "clip_high": 0.2}),
+        ("cispo", {"loss_type": "grpo"}, {**LOSSES["grpo"], "clip_low": 0.2, "clip_high": 0.2}),
         ("egpo", {"loss_type": "cispo", "epsilon_high": 3.0}, {**LOSSES["cispo"], "ratio_cap": 3.0}),
         ("egpo", {"beta": 0.1, "use_bias_correction_kl": False}, {"kl_coef": 0.1}),
         ("egpo", {"scale_rewards": False}, {"scale": "none"}),
@@ -109,6 +113,9 @@ def test_options_change_recipes(recipe, options, wanted):
         ("egpo", {"delta": 0.9}, "args.delta is 0.9; it must be"),
         ("egpo", {"delta": 1.1}, "args.delta is 1.1; it must be at least 1 . clip_high, 1.2"),
         ("egpo", {"epsilon": 1.5}, "args.epsilon is 1.5; it must be"),
+        ("cispo", {"epsilon": 0.3, "epsilon_high": 3.0}, "args.epsilon is 0.3 with epsilon_high 3.0 and cispo"),
+        ("sapo", {"epsilon": 0.3}, "args.epsilon is 0.3 with surrogate 'sapo'"),
+        ("egpo", {"sapo_temperature_pos": 2.0}, "args.sapo_temperature_pos is 2.0 with surrogate 'clip'"),
         ("cispo", {"epsilon_high": 0.0}, "args.epsilon_high is 0.0; it must be"),
         ("egpo", {"importance_sampling_level": "turn"}, "args.importance_sampling_level is 'turn'; it must be one of"),
         (

@@ -22,11 +22,11 @@ from tests.support.accuracy import assert_bits, assert_rounding
 DIRECT = {
     "egpo": {"clip_low": 0.1, "clip_high": 0.28, "dual_clip": 1.5},
     "egpo_gspo": {"ratio": "sequence_token", "clip_low": 0.1, "clip_high": 0.28},
-    "egpo_cispo": {"surrogate": "cispo", "clip_high": 0.28},
+    "egpo_cispo": {"surrogate": "cispo", "clip_low": 0.1, "clip_high": 0.28},
     "egpo_sapo": {"surrogate": "sapo", "tau_positive": 1.2, "tau_negative": 1.3},
     "egpo_gmpo": {"surrogate": "gmpo", "clip_low": 0.1, "clip_high": 0.28},
 }
-SAME = {"egpo": "vanilla", "egpo_gspo": "gspo"}
+SAME = {"egpo": "vanilla", "egpo_gspo": "gspo", "egpo_cispo": "cispo"}
 
 
 @pytest.mark.parametrize("mode", losses.MODES)

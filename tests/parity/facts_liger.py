@@ -26,7 +26,10 @@ LIGER = Facts(
         Same('loss_type="bnpo"', 'reduction="token_mean"'),
         Same('loss_type="dr_grpo", max_completion_length=32', 'reduction="seq_mean_token_sum_norm", norm_length=32.0'),
         Same('loss_type="dapo"', 'reduction="token_mean"'),
-        Same('loss_type="cispo", epsilon_high=2.0', 'surrogate="cispo", ratio_cap=2.0, reduction="token_mean"'),
+        Same(
+            'loss_type="cispo", epsilon_high=2.0',
+            'surrogate="cispo", clip_low=1.0, ratio_cap=2.0, reduction="token_mean"',
+        ),
         Same('loss_type="sapo"', 'surrogate="sapo", reduction="seq_mean_token_mean"'),
         Same(
             'loss_type="luspo", importance_sampling_level="sequence"',

@@ -47,7 +47,8 @@ TRL = Facts(
         ),
         Same(
             'loss_type="cispo", epsilon_high=2.0',
-            'surrogate="cispo", ratio_cap=2.0, reduction="token_mean", num_tokens=num_items_in_batch / num_processes',
+            'surrogate="cispo", clip_low=1.0, ratio_cap=2.0, reduction="token_mean", '
+            "num_tokens=num_items_in_batch / num_processes",
         ),
         Same('loss_type="sapo"', 'surrogate="sapo", reduction="seq_mean_token_mean"'),
         Same(

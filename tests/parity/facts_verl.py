@@ -40,7 +40,10 @@ VERL = Facts(
             'loss_mode="gspo", clip_ratio_low=0.1, clip_ratio_high=0.05',
             'ratio="sequence_token", clip_low=0.1, clip_high=0.05',
         ),
-        Same('loss_mode="cispo", clip_ratio_low=1.0, clip_ratio_high=1.0', 'surrogate="cispo", clip_high=1.0'),
+        Same(
+            'loss_mode="cispo", clip_ratio_low=0.1, clip_ratio_high=1.0',
+            'surrogate="cispo", clip_low=0.1, clip_high=1.0',
+        ),
         Same(
             'loss_mode="sapo", loss_agg_mode="seq-mean-token-mean"',
             'surrogate="sapo", reduction="seq_mean_token_mean"',
@@ -105,11 +108,6 @@ VERL = Facts(
         "tir_optimal_token_baseline",
     ),
     differences={
-        "verl_cispo_has_a_lower_bound": Difference(
-            '`loss_mode="cispo"`: the ratio is clamped below at `1 - clip_ratio_low`',
-            "no lower bound",
-            "as published (arXiv 2506.13585); `clip_ratio_low=1.0` gives the same numbers",
-        ),
         "verl_sapo_and_geo_mean_have_one_aggregation": Difference(
             "`sapo` and `geo_mean` average each response, then the responses, whatever `loss_agg_mode` says",
             "`reduction` is obeyed",
