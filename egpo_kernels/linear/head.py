@@ -57,8 +57,9 @@ class Head(NamedTuple):
         else:
             _product(out.copy_(self.bias), hidden, self.weight, self.gain, self.gain)
         if self.lora_a is not None and self.lora_b is not None:
-            inner = hidden @ self.lora_a.t()
-            _product(out, inner, self.lora_b, 1.0, self.gain * self.lora_scale)
+            # In the logits' dtype, which 16 bits in between would spoil; adapters are small.
+            inner = hidden.to(out.dtype) @ self.lora_a.to(out.dtype).t()
+            out.addmm_(inner, self.lora_b.to(out.dtype).t(), alpha=self.gain * self.lora_scale)
         if self.softcap:
             out.tanh_()
 

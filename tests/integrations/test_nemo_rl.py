@@ -60,6 +60,23 @@ def test_a_sample_that_is_masked_does_not_count(page):
     assert gradient[1].abs().sum() == 0 and gradient[0].abs().sum() > 0
 
 
+def test_a_kl_is_multiplied_by_a_ratio_of_one(page):
+    """`loss_functions.py`: k3, clamped, times ``exp(logp - sg(logp))``."""
+    page["RECIPE"] = recipes.EGPO.replace(kl_coef=0.3, kl_max=10.0, kl_times_ratio="on_policy")
+    data = DATA | {"reference_policy_logprobs": pad(BATCH.ref_log_probs, (1, 0))}
+    counts = torch.tensor(8.0), BATCH.mask.sum()
+    found = differentiated(lambda log_probs: page["EGPOLoss"]()(log_probs, data, *counts)[0], BATCH.log_probs)
+    plain = ours(BATCH, **recipes.EGPO.loss.to_dict())
+
+    def penalty(log_probs):
+        x = BATCH.ref_log_probs - log_probs
+        kl = (x.exp() - x - 1).clamp(max=10.0) * (log_probs - log_probs.detach()).exp()
+        return 0.3 * torch.where(BATCH.mask, kl, 0.0).sum() / BATCH.mask.sum()
+
+    kl = differentiated(penalty, BATCH.log_probs)
+    assert_same(plain._replace(loss=plain.loss + kl.loss, gradient=plain.gradient + kl.gradient), found)
+
+
 PROMPTS = torch.tensor([[5, 6, 0], [5, 6, 0], [5, 7, 1], [5, 6, 0], [5, 7, 1], [5, 7, 1], [5, 7, 1], [5, 6, 0]])
 REWARDS = torch.tensor([0.0, 1, 0, 0, 0, 1, 1, 0])
 
