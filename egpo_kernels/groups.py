@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from egpo_kernels import metrics, recipes, reference
-from egpo_kernels.advantages import collapse_tolerance, rewards_dtype
+from egpo_kernels.advantages import collapse_tolerance, rewards_in
 from egpo_kernels.dispatch import choose_backend
 from egpo_kernels.fields import plain
 from egpo_kernels.layout import Layout, counted, group_ids, make_layout
@@ -106,8 +106,7 @@ def advantages_of_groups(
         check_tensor("correct", correct, "bool", {"[S]": tuple(rewards.shape)}, rewards.device)
     values = _uncertainty_source(old_log_probs, entropy, layout, config)
     in_float64 = torch.float64 in (rewards.dtype, None if values is None else values.dtype)
-    tolerance = collapse_tolerance(rewards.dtype)
-    dtype = torch.float64 if in_float64 else rewards_dtype(rewards.dtype, rewards.device)
+    tolerance, dtype = collapse_tolerance(rewards.dtype), torch.float64 if in_float64 else torch.float32
     offsets, lengths = ids.new_zeros(ids.shape[0] + 1), None
     if config.scale == "batch_whiten":
         if layout is None or mask is None:
@@ -123,7 +122,7 @@ def advantages_of_groups(
         mask = None
     else:
         values = values.detach().to(dtype)
-    rewards = rewards.detach().to(dtype)
+    rewards = rewards_in(dtype, rewards)
     if backend == "reference":
         check_complete(ids, group_size)
         *results, raw = reference.group_advantages(
@@ -134,8 +133,6 @@ def advantages_of_groups(
         *results, vector = torch.ops.egpo_kernels.group_advantages(
             ids, rewards, [correct, values, mask, lengths], offsets, tolerance, config.json, group_size, backend
         )
-    if not in_float64:
-        results, vector = [result.float() for result in results], vector.float()
     advantages, weights, base, uncertainty = results
     if layout is not None:
         advantages = advantages * layout.poison

@@ -18,13 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from egpo_kernels import metrics
 from egpo_kernels.dispatch import implementation
 from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Rows, compute_dtype
-from egpo_kernels.validation import (
-    check_complete,
-    check_cu_seqlens,
-    check_either_way,
-    check_temperatures,
-    check_tokens,
-)
+from egpo_kernels.validation import check_complete, check_cu_seqlens, check_either_way, check_temperatures, check_tokens
 
 Tensors = list[Tensor]
 OptionalTensors = list[Tensor | None]

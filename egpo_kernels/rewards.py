@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from egpo_kernels.advantages import collapse_tolerance, is_collapsed, make_groups, rewards_dtype
+from egpo_kernels.advantages import collapse_tolerance, is_collapsed, make_groups, rewards_in
 from egpo_kernels.fields import check_number
 from egpo_kernels.layout import group_ids
+from egpo_kernels.types import compute_dtype
 from egpo_kernels.validation import check_dense, check_rewards
 
 
@@ -29,7 +30,7 @@ def informative_groups(groups: Any, rewards: Tensor) -> Tensor:
     """
     check_rewards(rewards)
     members = make_groups(group_ids(groups, rewards.shape[0], rewards.device, None))
-    values = rewards.detach().to(rewards_dtype(rewards.dtype, rewards.device))
+    values = rewards_in(compute_dtype(rewards.dtype), rewards)
     return ~is_collapsed(values, members, collapse_tolerance(rewards.dtype))
 
 

@@ -12,8 +12,6 @@ from egpo_kernels.fields import Checked, check_keys, check_number, check_pair, c
 
 SURROGATES = ("clip", "cispo", "sapo", "gmpo")
 """The policy losses of a token: functions of these names in both `surrogates.py`, in torch and for triton."""
-
-
 MAX_LOG_RATIO = 60.0
 """exp(60) is 1e26: float32 still holds it times an advantage of 1e12."""
 MAX_LOG_RATIO_TWICE = 40.0
@@ -108,8 +106,8 @@ class PolicyLossConfig(Checked):
             (arXiv 2511.20347), ``gmpo`` (arXiv 2507.20673), whose ratio is the token's by definition.
         ratio: ``token``; ``sequence``: exp of the mean log-ratio, shared by a sequence's tokens (GSPO, arXiv
             2507.18071); ``sequence_token``: the same value, each token with its own gradient (GSPO-token).
-        clip_low: The ratio is clipped below at ``1 - clip_low``; gmpo clips log-ratios, at ``-clip_low`` nats. Cispo's
-            paper has no lower bound, which is 1.0; trainers bound it too. Sapo has none and takes no other value.
+        clip_low: The ratio is clipped below at ``1 - clip_low`` (1.0: nowhere, as in cispo's paper); gmpo clips
+            log-ratios, at ``-clip_low`` nats.
         clip_high: The ratio is clipped above at ``1 + clip_high``; gmpo clips log-ratios, at ``clip_high`` nats.
         ratio_cap: The cap of cispo's ratio itself, in place of ``1 + clip_high``.
         dual_clip: With c given and a negative advantage the loss is at most ``-c A`` (arXiv 1912.09729).
@@ -120,8 +118,8 @@ class PolicyLossConfig(Checked):
         kl_coef: Factor of the KL term; above 0 it needs ``ref_log_probs``.
         kl_max: The estimate is clamped to +- this, in nats; no gradient flows where it is clamped.
         kl_times_ratio: Multiply the estimate by the ratio, gradient included, so that it is unbiased for samples of
-            the old policy (DeepSeek-V3.2, arXiv 2512.02556). ``"on_policy"``: by the token's ratio to itself, whose
-            value is 1 and whose gradient is the log-prob's, whatever ``old_log_probs`` are (NeMo-RL).
+            the old policy (DeepSeek-V3.2, arXiv 2512.02556). ``"on_policy"``: by the token's ratio to itself, which is
+            1 in value and has a gradient (NeMo-RL).
         entropy_coef: Factor of the entropy bonus.
         reduction: ``token_mean``, ``seq_mean_token_mean``, ``seq_mean_token_sum``, ``seq_mean_token_sum_norm``, ``sum``
             or ``none`` (per token).
@@ -165,10 +163,8 @@ class PolicyLossConfig(Checked):
         self._check_only("norm_length", "reduction", "seq_mean_token_sum_norm")
         self._check_only("ratio_cap", "surrogate", "cispo")
         self._check_only("dual_clip", "surrogate", "clip")
-        for name in ("clip_low", "clip_high"):
-            self._check_unused(name, self.surrogate == "sapo")
-        for name in ("tau_positive", "tau_negative"):
-            self._check_unused(name, self.surrogate != "sapo")
+        for name in ("clip_low", "clip_high") if self.surrogate == "sapo" else ("tau_positive", "tau_negative"):
+            self._check_default(name)
         if self.kl_times_ratio is True and self.max_log_ratio > MAX_LOG_RATIO_TWICE:
             raise ValueError(
                 f"PolicyLossConfig.max_log_ratio is {self.max_log_ratio!r} with kl_times_ratio=True, a product of two "
@@ -179,9 +175,9 @@ class PolicyLossConfig(Checked):
                 f"PolicyLossConfig.ratio is {self.ratio!r} with surrogate {self.surrogate!r}; it must be 'token' there"
             )
 
-    def _check_unused(self, name: str, unused: bool) -> None:
+    def _check_default(self, name: str) -> None:
         value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-        if unused and value != default:
+        if value != default:
             raise ValueError(
                 f"PolicyLossConfig.{name} is {value!r} with surrogate {self.surrogate!r}, which does not use it; it "
                 f"must be left at {default!r} there"

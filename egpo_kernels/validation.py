@@ -67,6 +67,15 @@ def check_rewards(rewards: Any) -> Tensor:
     return check_tensor("rewards", rewards, "real", {}, rewards.device)
 
 
+def check_held(name: str, values: Tensor, held: Tensor) -> None:
+    """Raise where whole numbers ``[S]`` are not the same in float32, by ``held [S]``."""
+    if not torch.compiler.is_compiling() and checks_values(values.device) and not held.all():
+        raise ValueError(
+            f"{name} holds {int(values[int((~held).nonzero()[0])])}, which float32 does not; they must be floating: "
+            f"pass {name}.double()"
+        )
+
+
 def check_logits(name: str, logits: Any, packed: bool) -> Tensor:
     """Return ``logits`` when they are ``[S, T, V]`` (``[N, V]`` packed), of a known dtype, readable where they lie."""
     check_dense(name, logits, "floating")
