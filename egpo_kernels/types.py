@@ -117,9 +117,8 @@ class PolicyLossConfig(Checked):
         kl: Estimator of the KL to the reference: ``k1``, ``k2``, ``k3``.
         kl_coef: Factor of the KL term; above 0 it needs ``ref_log_probs``.
         kl_max: The estimate is clamped to +- this, in nats; no gradient flows where it is clamped.
-        kl_times_ratio: Multiply the estimate by the ratio, gradient included, so that it is unbiased for samples of
-            the old policy (DeepSeek-V3.2, arXiv 2512.02556). ``"on_policy"``: by the token's ratio to itself, which is
-            1 in value and has a gradient (NeMo-RL).
+        kl_times_ratio: Multiply the estimate by the ratio, gradient included: unbiased for samples of the old policy
+            (DeepSeek-V3.2, arXiv 2512.02556). ``"on_policy"``: by ``exp(l - sg(l))``, which is 1 (NeMo-RL).
         entropy_coef: Factor of the entropy bonus.
         reduction: ``token_mean``, ``seq_mean_token_mean``, ``seq_mean_token_sum``, ``seq_mean_token_sum_norm``, ``sum``
             or ``none`` (per token).
