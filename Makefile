@@ -49,13 +49,14 @@ apart: $(APART:%=.venv-%/.stamp) ## inside trainers that need an environment of 
 newest: .venv-newest/.stamp ## a selection of the tests on the newest versions that install together
 	OMP_WAIT_POLICY=PASSIVE .venv-newest/bin/python -m pytest -n $(JOBS) $(NEWEST_TESTS) $(ARGS)
 
-pythons: $(PYTHONS:%=pythons-%) ## import, a loss and a gradient on other Pythons, with triton and without (PYTHONS="python3.13")
-
-pythons-%:
-	@command -v $* >/dev/null || { echo "$*: not on this machine"; exit 0; }; \
-	$* -m venv .venv-$(notdir $*) && .venv-$(notdir $*)/bin/python -m pip install -qq torch numpy triton && \
-	.venv-$(notdir $*)/bin/python -m pip install -qq --no-deps -e . && .venv-$(notdir $*)/bin/python tests/smoke.py && \
-	.venv-$(notdir $*)/bin/python -m pip uninstall -qq -y triton && .venv-$(notdir $*)/bin/python tests/smoke.py
+pythons: ## import, a loss and a gradient on other Pythons, with triton and without (PYTHONS="python3.13")
+	for each in $(PYTHONS); do \
+		command -v $$each >/dev/null || { echo "$$each: not on this machine"; continue; }; \
+		rm -rf .venv-other && $$each -m venv .venv-other && \
+		.venv-other/bin/python -m pip install -qq torch numpy triton && \
+		.venv-other/bin/python -m pip install -qq --no-deps . && .venv-other/bin/python tests/smoke.py && \
+		.venv-other/bin/python -m pip uninstall -qq -y triton && .venv-other/bin/python tests/smoke.py || exit; \
+	done
 
 bench: $(VENV)/.stamp-bench ## measure this library and its rivals (ARGS="logits --tokens 512")
 	$(BIN)/python -m benchmarks $(ARGS)

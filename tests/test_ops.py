@@ -39,6 +39,7 @@ def arguments(name, backend, dtype=torch.float32):
     statistics, upstream, scalars = [3 * entropy, entropy, entropy], [entropy, entropy], [1.0, 2.0]
     return {
         "sequence_offsets": (torch.tensor([0, 3, 7], device=DEVICE), 9),
+        "read_either_way": (entropy, log_probs * 2, torch.zeros(16, dtype=torch.bool, device=DEVICE), "advantages"),
         "row_statistics": (logits, rows, 0.7, True, backend),
         "logits_gradient": (logits, rows, statistics, upstream, 1.0, backend),
         "logits_gradient_": (logits, rows, statistics, upstream, 1.0, backend),
@@ -51,6 +52,7 @@ def arguments(name, backend, dtype=torch.float32):
             torch.tensor([1.0, 0, 1, 0], device=DEVICE),
             [None, -log_probs, rows[0], None],
             segments[0],
+            1e-6,
             AdvantageConfig().json,
             2,
             backend,
@@ -65,7 +67,7 @@ def linear_arguments(backend, dtype, rows, segments, statistics, upstream):
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, 4, 5), (37, 5), (37,), (2, 5), (37, 2))
     hidden, *head = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
-    first = (hidden, head, rows, None, [0.7, 0.5, 1.5, 9.0], 16, 1000)
+    first = (hidden, head, rows, None, [0.7, 0.5, 1.5, 9.0], 16, 1000, dtype)
     wanted = [True, True, True, False, False]
     return {
         "linear_row_statistics": (*first, True, True, backend),
@@ -76,6 +78,7 @@ def linear_arguments(backend, dtype, rows, segments, statistics, upstream):
 
 NAMES = [
     "sequence_offsets",
+    "read_either_way",
     "row_statistics",
     "logits_gradient",
     "logits_gradient_",

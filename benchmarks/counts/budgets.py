@@ -66,7 +66,7 @@ KERNELS = {
     "logits_gradient_kernel": KernelBudget((64, 64, 56, 40)),
     "logits_policy_loss_kernel": KernelBudget((128, 128, 128, 96), (64, 64, 64, 64)),
     "rescale_kernel": KernelBudget((112, 112, 96, 64)),
-    "policy_loss_kernel": KernelBudget((64, 64, 64, 48), (64, 64, 64, 32)),
+    "policy_loss_kernel": KernelBudget((48, 48, 48, 48), (64, 64, 64, 32)),
     "policy_loss_gradient_kernel": KernelBudget((26, 26, 26, 12)),
     "sequence_kernel": KernelBudget((64, 64, 64, 25), (64, 64, 64, 64)),
     "segment_mean_kernel": KernelBudget((32, 32, 32, 24), (64, 64, 64, 64)),
@@ -74,7 +74,7 @@ KERNELS = {
     # 4 or 16 warps other choices spill instead; a launch serves a whole rollout batch.
     "unscaled_base_kernel": KernelBudget((64, 64, 64, 42), (256, 256, 256, 128)),
     "group_advantages_kernel": KernelBudget((168, 168, 160, 88), (512, 512, 512, 256), (16, 16, 32, 0)),
-    "combine_kernel": KernelBudget((120, 120, 120, 64), (1024, 1024, 1024, 2048)),
+    "combine_kernel": KernelBudget((120, 120, 120, 72), (1024, 1024, 1024, 2048)),
 }
 
 

@@ -124,9 +124,10 @@ def many_values(compiler: Compiler) -> None:
         compiler.label = {"number": number}
         config = PolicyLossConfig(
             ratio="sequence", clip_low=0.1 * number, clip_high=0.2 * number, dual_clip=1.0 + number, kl_coef=number,
-            entropy_coef=0.1 * number, max_log_ratio=10.0 * number, tau_positive=number, tau_negative=0.5 * number,
-            kl_max=number,
+            entropy_coef=0.1 * number, max_log_ratio=10.0 * number, kl_max=number,
         )  # fmt: skip
+        gate = PolicyLossConfig(surrogate="sapo", tau_positive=number, tau_negative=0.5 * number)
+        launch_log_probs(torch.float32, True, gate, size)
         launch_logits(torch.bfloat16, True, config, size, vocab=32000, scale=0.5 * number)
         launch_log_probs(torch.float32, True, config, size)
         bounds = (1 / (number + 1), 1.0 + number)

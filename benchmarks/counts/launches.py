@@ -6,6 +6,7 @@ import torch
 
 import egpo_kernels.triton as backend
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
+from egpo_kernels.advantages import collapse_tolerance
 from egpo_kernels.types import Rows
 
 VOCAB = 151936
@@ -79,7 +80,7 @@ def launch_groups(
     correct = torch.ones(size.sequences, dtype=torch.bool, device=device) if full else None
     lengths = torch.full_like(ids, size.length) if config.scale == "batch_whiten" else None
     offsets = torch.arange(size.sequences + 1, device=device) * size.length
-    known = (correct, values, mask, lengths, offsets)
+    known = (correct, values, mask, lengths, offsets, collapse_tolerance(dtype))
     backend.group_advantages(ids, rewards, *known, config, size.sequences if full else None)
 
 
