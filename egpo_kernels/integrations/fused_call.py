@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.types import LossOutput, TokenLogProbs
+from egpo_kernels.validation import checks_values
 
 
 class _Tie(torch.autograd.Function):
@@ -22,6 +23,19 @@ class _Tie(torch.autograd.Function):
         return gradient, gradient.new_zeros(ctx.shape)
 
 
+class _Through(torch.autograd.Function):
+    """``value``, with a gradient by way of ``output``."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, value: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = output.shape, output.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.reshape(ctx.shape).to(ctx.dtype), None
+
+
 class FusedCall:
     """What a head returns in a fused call is a small tensor in the place of logits, and the result comes from that.
 
@@ -35,6 +49,7 @@ class FusedCall:
         self.function, self.arguments, self.keep = function, arguments, keep
         self.made: LossOutput | TokenLogProbs | None = None
         self.answer: LossOutput | TokenLogProbs | None = None
+        self.shape: torch.Size | None = None
 
     def carrier(self, head: dict[str, Any], hidden: Tensor) -> Tensor:
         """Make the loss of hidden states ``[B, T, H]``; return its first tensor with at least three dimensions."""
@@ -46,12 +61,25 @@ class FusedCall:
             hidden = hidden[0]
         self.made = self.function(hidden, **head, **self.arguments)
         first = self.made[0]
-        return first.reshape(*[1] * (2 - first.dim()), *first.shape, 1).clone()
+        carrier = first.reshape(*[1] * (2 - first.dim()), *first.shape, 1).clone()
+        self.shape = carrier.shape
+        return carrier
 
     def returned(self, output: Any) -> None:
-        """Take the result from what the head returned, in its first shape; copied, since a model may scale in place."""
+        """Take the result from what the head returned; what others did to it on the way must be nothing.
+
+        Raises:
+            ValueError: It was changed; on a device, where that is not looked at, the result is NaN there.
+        """
         assert self.made is not None
-        value = output.reshape(self.made[0].shape).clone()
+        wanted = "the head's hooks must leave it alone in a fused call: fuse_policy_loss says which they are"
+        if not isinstance(output, Tensor) or output.shape != self.shape:
+            raise ValueError(f"what the head returned came back as {type(output).__name__}; {wanted}")
+        made = self.made[0].detach().reshape(self.shape)
+        same = (output == made.to(output.dtype)) | (output.isnan() & made.isnan())
+        if not torch.compiler.is_compiling() and checks_values(output.device) and not same.all():
+            raise ValueError(f"what the head returned came back with other numbers; {wanted}")
+        value = _Through.apply(output, torch.where(same, made, torch.nan).reshape(self.made[0].shape))
         if isinstance(self.made, LossOutput):
             self.answer = LossOutput(value, self.made.metrics)
         else:

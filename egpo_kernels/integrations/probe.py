@@ -5,8 +5,8 @@ function or a hook around a forward. So the forward itself is called, as it stan
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,20 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from egpo_kernels.integrations.heads import Curve, head_modules, linear_of
+from egpo_kernels.integrations.surroundings import described, forward_name, own_hooks
 
 TINY, HUGE = 2.0**-30, 2.0**100
 """Where a softcap does nothing, and where it is all that is left."""
-GATHERERS = ("torch.distributed.", "torch.nn.utils.", "deepspeed.", "accelerate.", "egpo_kernels.")
-"""Whose hooks bring weights and leave numbers alone; they must not run without a real forward."""
+LENGTHS = (4, 7)
+"""Of the sequences that are tried: a scale may depend on it."""
+
+
+class Measured(NamedTuple):
+    """A head's curve, which of our forwards the model's own comes by, and the linear layers whose product it used."""
+
+    curve: Curve
+    reached: set[int]
+    used: set[int]
 
 
 class Probe:
@@ -30,10 +39,12 @@ class Probe:
 
 
 class _Products(TorchFunctionMode):
-    """Gives ``raw`` for the product of a head's own weight, and 0 for all others (adapters)."""
+    """Gives ``raw`` for the product of a head's own weight and bias, and 0 for those of its adapters."""
 
-    def __init__(self, heads: list[Any], raw: Tensor) -> None:
-        self.layers, self.raw = [linear_of(head) for head in heads], raw
+    def __init__(self, model: Any, raw: Tensor) -> None:
+        head = model.get_output_embeddings()
+        self.layers, self.raw = [linear_of(each) for each in head_modules(model)], raw
+        self.adapters = [module for module in head.modules() if module not in self.layers and module is not head]
         self.inputs: list[Tensor] = []
         self.used: set[int] = set()
 
@@ -41,13 +52,16 @@ class _Products(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is not nn.functional.linear:
             return function(*args, **kwargs)
-        given, weight, *_ = [*args] + [kwargs[name] for name in ("input", "weight") if name in kwargs]
+        names = ("input", "weight", "bias")
+        given, weight, bias = [*args] + [kwargs.get(name) for name in names[len(args) :]]
         for layer in self.layers:
-            if weight is layer.weight:
+            if weight is layer.weight and bias is layer.bias and torch.is_grad_enabled():
                 self.inputs.append(given)
                 self.used.add(id(layer))
                 return self.raw
-        return self.raw.new_zeros(*given.shape[:-1], weight.shape[0])
+        if any(weight is getattr(module, "weight", None) for module in self.adapters):
+            return self.raw.new_zeros(*given.shape[:-1], weight.shape[0])
+        raise ValueError("a product with another weight or bias than the head's own")
 
 
 class _Called:
@@ -82,11 +96,11 @@ class _Head(_Called):
 
     def __init__(self, module: Any, products: _Products, probe: Probe) -> None:
         super().__init__(module)
-        self.products, self.probe, self.changed_by = products, probe, ""
+        self.products, self.probe = products, probe
 
     def result(self, inputs: Any, named: Any) -> Any:
         module = self.module
-        for key, hook in _own_hooks(module._forward_pre_hooks):
+        for key, hook in own_hooks(module._forward_pre_hooks):
             with_kwargs = key in module._forward_pre_hooks_with_kwargs
             found = hook(module, inputs, named) if with_kwargs else hook(module, inputs)
             if found is not None:
@@ -95,12 +109,11 @@ class _Head(_Called):
             output = module.forward(*inputs, **named)
         if self.probe.inner is not None and not _same(output, self.probe.inner):
             self.probe.reached.discard(id(module))  # what was put around our forward since would change its result
-        for key, hook in _own_hooks(module._forward_hooks):
+        for key, hook in own_hooks(module._forward_hooks):
             before = output.clone()
             found = hook(module, inputs, *([named] if key in module._forward_hooks_with_kwargs else []), output)
-            output = output if found is None else found
-            if not _same(output, before):
-                self.changed_by = _name(hook)
+            if not _same(output if found is None else found, before):
+                raise ValueError(f"{forward_name(hook)} changes what the head returns")
         return output
 
 
@@ -108,89 +121,103 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one == other).all())
 
 
-def _own_hooks(hooks: Any) -> Iterator[tuple[int, Any]]:
-    for key, hook in [*hooks.items()]:
-        origin = getattr(hook, "func", hook)
-        if not str(getattr(origin, "__module__", None) or type(origin).__module__).startswith(GATHERERS):
-            yield key, hook
-
-
-def _name(function: Any) -> str:
-    function = getattr(function, "func", function)
-    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+@contextmanager
+def _mode(modules: list[Any], training: bool) -> Iterator[None]:
+    """The modules' ``training`` for a while."""
+    before = [module.training for module in modules]
+    for module in modules:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, each in zip(modules, before, strict=True):
+            module.training = each
 
 
 @contextmanager
-def _replaced(model: Any, places: dict[int, _Called], probe: Probe, marked: list[Any]) -> Iterator[None]:
+def _replaced(model: Any, places: dict[int, _Called]) -> Iterator[None]:
     """A model's own children for a while others; in place, since what is around its forward is bound to the model."""
     before = {name: module for name, module in model._modules.items() if id(module) in places}
     model._modules.update({name: places[id(module)] for name, module in before.items()})
-    calls = [(module, module.__dict__.get("_policy_call")) for module in marked if "_policy_call" in module.__dict__]
-    for module, _ in calls:
-        module._policy_call = probe
     try:
         yield
     finally:
         model._modules.update(before)
-        for module, call in calls:
-            module._policy_call = call
 
 
-def surroundings(model: Any) -> list[Any]:
-    """What stands around a model's heads; where it is the same, so is the curve."""
-    found: list[Any] = []
-    for head in head_modules(model):
-        for module in (head, linear_of(head)):
-            own = module.__dict__
-            found += [module, own.get("forward"), own.get("_old_forward"), type(module).forward]
-        found += [*head._forward_pre_hooks, *head._forward_hooks]
-    return found
+def _tried(model: Any, forward: Any, probe: Probe, length: int, training: bool) -> tuple[Curve, set[int]]:
+    """The curve at one length of sequences, in one mode, and the linear layers used."""
+    head = model.get_output_embeddings()
+    layer, generator = linear_of(head_modules(model)[0]), torch.Generator().manual_seed(length)
+    raw = 30 * torch.randn(3, length, layer.out_features, dtype=torch.float64, generator=generator)
+    raw[0, 0], raw[0, 1] = TINY, HUGE
+    hidden = torch.randn(3, length, layer.in_features, dtype=torch.float64, generator=generator)
+    hidden = hidden.to(layer.weight.dtype).requires_grad_()
+    products = _Products(model, raw)
+    stand_ins = _Head(head, products, probe), _Decoder(model.base_model, hidden)
+    with ExitStack() as around:
+        around.enter_context(torch.enable_grad())
+        around.enter_context(_replaced(model, {id(each.module): each for each in stand_ins}))
+        # Not of parametrizations: spectral norm moves its vectors in training.
+        parts = [part for name, part in head.named_modules() if "parametrizations" not in name]
+        around.enter_context(_mode([model, *parts], training))
+        probe.inner = None
+        output = forward(torch.zeros(3, length, dtype=torch.long), return_dict=True)
+        logits = output.logits
+        for key, hook in own_hooks(model._forward_hooks):
+            found = hook(model, (), *([{}] if key in model._forward_hooks_with_kwargs else []), output)
+            if not _same((output if found is None else found).logits, logits):
+                raise ValueError(f"{forward_name(hook)} changes what the model returns")
+    top, scale = float(logits[0, 1, 0]), float(logits[0, 0, 0]) / TINY
+    curve = Curve(scale, None if top > HUGE * scale / 2 else top)
+    error = (logits - curve(raw)).abs()
+    (given,) = products.inputs
+    if not (scale > 0 and bool((error <= 8 * torch.finfo(logits.dtype).eps * curve(raw).abs()).all())):
+        raise ValueError("its logits are no scale and softcap of the product")
+    if not _same(given.double(), hidden.double()) or not given.requires_grad:
+        raise ValueError("the product is not of the hidden states as they are")
+    if logits.requires_grad or [each.calls for each in stand_ins] != [1, 1]:
+        raise ValueError("a scale that is learned, or a decoder or head that is called again")
+    return curve, products.used
 
 
-def measured_curve(model: Any) -> tuple[Curve, Probe, set[int]]:
-    """What a model's forward does to the product of its head, which of our forwards it came by, and the layers used.
-
-    Costs three rows; no weight is touched.
+def measured(model: Any, forward: Any) -> Measured:
+    """What a model's forward does to the product of its head, in training and without, for sequences of two lengths.
 
     Raises:
-        ValueError: It is no `Curve`, or something happens before the head.
+        ValueError: It is no `Curve`, not the same one everywhere, or something happens before the head.
     """
-    vocab = model.config.get_text_config().vocab_size
-    raw = torch.stack([torch.full((vocab,), TINY), torch.full((vocab,), HUGE), torch.linspace(-99, 99, vocab)])
-    raw = raw.double().unsqueeze(1)
-    hidden = torch.arange(12.0).view(3, 1, 4)
-    heads, probe = head_modules(model), Probe()
-    products = _Products(heads, raw)
-    head, decoder = _Head(model.get_output_embeddings(), products, probe), _Decoder(model.base_model, hidden)
-    places: dict[int, _Called] = {id(each.module): each for each in (head, decoder)}
+    probe, used = Probe(), set()
+    marked = [module for module in (model, *head_modules(model)) if "_policy_calls" in module.__dict__]
+    calls = [dict(module._policy_calls) for module in marked]
+    curves = []
     try:
-        with torch.enable_grad(), _replaced(model, places, probe, [model, *heads]):
-            logits = model.forward(torch.zeros(3, 1, dtype=torch.long), return_dict=True).logits
-        top, scale = float(logits[1, 0, 0]), float(logits[0, 0, 0]) / TINY
-        curve = Curve(scale, None if top > HUGE * scale / 2 else top)
-        error = (logits - curve(raw)).abs()
-        (given,) = products.inputs
-        fits = bool((error <= 8 * torch.finfo(logits.dtype).eps * curve(raw).abs()).all()) and scale > 0
-        fits = fits and not logits.requires_grad  # of a learned scale
-        fits = fits and given.shape == hidden.shape and bool((given == hidden).all())
-        fits = fits and (head.calls, decoder.calls) == (1, 1) and not head.changed_by
+        for module in marked:
+            module._policy_calls[None] = probe
+        for length in LENGTHS:
+            for training in (False, True):
+                curve, layers = _tried(model, forward, probe, length, training)
+                curves.append(curve)
+                used |= layers
+        if any(not _close(curve, curves[0]) for curve in curves):
+            raise ValueError("it scales differently in training, or by the length of sequences")
     except Exception as cause:
-        raise ValueError(_unknown(model, head)) from cause
-    if not fits:
-        raise ValueError(_unknown(model, head))
-    return curve, probe, products.used
+        raise ValueError(_unknown(model, cause)) from cause
+    finally:
+        for module, before in zip(marked, calls, strict=True):
+            module._policy_calls.clear()
+            module._policy_calls.update(before)
+    return Measured(curves[0], probe.reached, used)
 
 
-def _unknown(model: Any, head: _Head) -> str:
-    around = []
-    for name, module in (("model", model), ("head", head.module)):
-        if "forward" in module.__dict__:
-            around.append(f"{name}.forward is {_name(module.forward)}")
-    around += [f"a forward pre-hook {_name(hook)}" for _, hook in _own_hooks(head.module._forward_pre_hooks)]
-    around += [f"a forward hook {_name(hook)}" for _, hook in _own_hooks(head.module._forward_hooks)]
-    what = f" (around them: {'; '.join(around)})" if around else ""
+def _close(one: Curve, other: Curve) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all((a is None) == (b is None) and abs((a or 0) - (b or 0)) <= 1e-6 * abs(a or 0) for a, b in pairs)
+
+
+def _unknown(model: Any, cause: Exception) -> str:
     return (
-        f"model is a {type(model).__name__}, whose forward does more{what} than get_output_embeddings() of its base "
-        "model's last hidden state, a scale and a softcap; take the loss of such a model from its logits, or take away "
-        "what does more (logits_dtype=torch.float32 stands for a head put into float32)"
+        f"model is a {type(model).__name__}, whose forward does more{described(model)} than get_output_embeddings() of "
+        f"its base model's last hidden state, a scale and a softcap ({cause}); take the loss of such a model from its "
+        "logits, or take away what does more (logits_dtype=torch.float32 stands for a head put into float32)"
     )

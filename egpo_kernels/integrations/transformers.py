@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from reprlib import repr as shown
 from typing import Any, TypeVar
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from egpo_kernels.integrations.fused_call import FusedCall
 from egpo_kernels.integrations.heads import Curve, head_arguments, head_modules, linear_of
-from egpo_kernels.integrations.probe import Probe, measured_curve, surroundings
+from egpo_kernels.integrations.probe import measured
+from egpo_kernels.integrations.surroundings import around, check_inside
 from egpo_kernels.linear.api import linear_egpo_loss, linear_policy_loss, linear_token_log_probs
 from egpo_kernels.types import LossOutput, TokenLogProbs
 
@@ -106,13 +108,27 @@ def _seal_inputs(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, An
     """Forward pre-hook that comes before those of wrappers."""
     if named.get("policy") is not None:
         named["policy"] = _sealed(named["policy"])
+        inner: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
+        if "_policy_around" in inner.__dict__:
+            _check_fused(inner)
     return inputs, named
+
+
+def _check_fused(model: Any, forward: Callable[..., Any] | None = None) -> None:
+    """Fuse once more where something else stands around a model than was measured.
+
+    Within a call only its inner ``forward`` is tried: autocast around the outer one cannot be entered twice.
+    """
+    if not torch.compiler.is_compiling() and not _alike(around(model), model._policy_around):
+        _fuse(model, model._policy_dtype, forward)
 
 
 def _model_forward(model: Any, forward: Callable[..., Any], *inputs: Any, policy: Any = None, **named: Any) -> Any:
     """The forward of a fused model."""
-    if isinstance(model._policy_call, Probe):
-        model._policy_call.reached.add(id(model))
+    if inputs and inputs[0] is model:  # accelerate makes a method of what it finds
+        inputs = inputs[1:]
+    if None in model._policy_calls:
+        model._policy_calls[None].reached.add(id(model))
     if policy is None:
         return forward(*inputs, **named)
     arguments = _sealed(policy).policy
@@ -125,19 +141,24 @@ def _model_forward(model: Any, forward: Callable[..., Any], *inputs: Any, policy
             "output_router_logits is True with policy, beside which there is no auxiliary loss; it must be False"
         )
     function, keep = _function_of(arguments), named.pop("logits_to_keep", None)
-    if not torch.compiler.is_compiling() and not _alike(surroundings(model), model._policy_around):
-        _fuse(model, model._policy_dtype)
+    _check_fused(model, forward)
     known = {**model._policy_curve._asdict(), "logits_dtype": model._policy_dtype}
     call = FusedCall(function, {**arguments, **known}, keep)
-    heads = head_modules(model)
-    for head in heads:
-        head._policy_call = call
+    # By thread, and put back as it was: a checkpoint may run the forward once more within the forward.
+    thread, heads = _thread(), head_modules(model)
+    before = [head._policy_calls.get(thread) for head in heads]
     try:
+        for head in heads:
+            head._policy_calls[thread] = call
         forward(*inputs, **named)
     finally:
-        for head in heads:
-            head._policy_call = None
+        for head, other in zip(heads, before, strict=True):
+            head._policy_calls[thread] = other
     return call.result()
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _function_of(policy: Mapping[str, Any]) -> Callable[..., LossOutput | TokenLogProbs]:
@@ -158,42 +179,43 @@ def _function_of(policy: Mapping[str, Any]) -> Callable[..., LossOutput | TokenL
 
 def _head_forward(head: Any, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     """The forward of its head."""
-    call = head._policy_call
-    if isinstance(call, FusedCall):
-        return call.carrier(head_arguments(head), *inputs, **named)
-    output = forward(*inputs, **named)
-    if isinstance(call, Probe):
-        call.inner = output
-        call.reached.add(id(head))
+    call = head._policy_calls.get(_thread())
+    if None not in head._policy_calls:
+        return forward(*inputs, **named) if call is None else call.carrier(head_arguments(head), *inputs, **named)
+    probe, output = head._policy_calls[None], forward(*inputs, **named)
+    probe.inner = output
+    probe.reached.add(id(head))
     return output
 
 
 def _head_hook(head: Any, inputs: Any, output: Any) -> None:
     """The last forward hook of its head: others may have put their own tensors around what it returned."""
-    if isinstance(head._policy_call, FusedCall):
-        head._policy_call.returned(output)
+    call = head._policy_calls.get(_thread())
+    if call is not None:
+        call.returned(output)
 
 
 def _alike(found: list[Any], before: list[Any]) -> bool:
     return len(found) == len(before) and all(a is b or a == b for a, b in zip(found, before, strict=True))
 
 
-def _fuse(model: Any, logits_dtype: torch.dtype | None) -> None:
+def _fuse(model: Any, logits_dtype: torch.dtype | None, forward: Callable[..., Any] | None = None) -> None:
     """Measure what stands around a model's head, and put our forwards where they are not yet come by."""
     heads = head_modules(model)
     for head in heads:
         head_arguments(head)
-    model._policy_curve, probe, used = measured_curve(model)
-    if id(model) not in probe.reached:
+    check_inside(model)
+    model._policy_curve, reached, used = measured(model, forward or model.forward)
+    if forward is None and id(model) not in reached:
         _replace_forward(model, _model_forward)
     for head in heads:
-        fused = "_policy_call" in head.__dict__ and id(linear_of(head)) not in used
-        if id(head) not in probe.reached and not fused:
+        fused = "_policy_calls" in head.__dict__ and id(linear_of(head)) not in used
+        if id(head) not in reached and not fused:
             _replace_forward(head, _head_forward)
         if "_policy_last" in head.__dict__:
             head._policy_last.remove()
         head._policy_last = head.register_forward_hook(_head_hook)
-    model._policy_dtype, model._policy_around = logits_dtype, surroundings(model)
+    model._policy_dtype, model._policy_around = logits_dtype, around(model)
 
 
 def _replace_forward(module: Any, function: Callable[..., Any]) -> None:
@@ -201,7 +223,7 @@ def _replace_forward(module: Any, function: Callable[..., Any]) -> None:
     # Within accelerate's hooks, which bring the weights.
     place = "_old_forward" if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__ else "forward"
     before = getattr(module, place)
-    module._policy_call = None
+    module._policy_calls = {}
     module._replicate_for_data_parallel = _refuse_replicas
     wrapped = functools.partial(function, module, before)
     if function is _model_forward:
