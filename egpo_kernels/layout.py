@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from egpo_kernels.fields import check_number, plain
+from egpo_kernels.fields import check_number, entries, plain
 from egpo_kernels.reduction import per_row, segment_index
 from egpo_kernels.validation import check_complete, check_dense, check_tensor, check_whole
 
@@ -38,11 +38,13 @@ class Layout(NamedTuple):
         """Check a per-token tensor and flatten it to ``[N]``."""
         return check_tensor(name, value, kind, self._token_shapes(), self.sequence.device).reshape(-1)
 
-    def per_token_or_sequence(self, name: str, value: Any, kind: str) -> tuple[Tensor, Tensor | None]:
+    def per_token_or_sequence(
+        self, name: str, value: Any, kind: str, counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Check a tensor given per sequence (where shapes agree) or per token, and return it per row ``[N]``.
 
-        Beside it a 0-d 1.0 where its shape can be read both ways, NaN where they differ and a device may not be asked;
-        else None.
+        Beside it a 0-d 1.0 where its shape can be read both ways, NaN where they differ (in rows that ``counts``, if
+        given) and a device may not be asked; else None.
         """
         shapes = {"[S]": (self.num_sequences,), "[S, 1]": (self.num_sequences, 1)}
         value = check_tensor(name, value, kind, {**shapes, **self._token_shapes()}, self.sequence.device)
@@ -52,8 +54,9 @@ class Layout(NamedTuple):
         rows = per_row(flat, self.sequence)
         if value.shape != self.shape or len(self.shape) == 2:
             return rows, None
-        inside = torch.arange(self.num_rows, device=flat.device) < self.offsets[-1]
-        return rows, torch.ops.egpo_kernels.read_either_way(rows.detach(), flat.detach(), inside, name)
+        if counts is None:
+            counts = torch.arange(self.num_rows, device=flat.device) < self.offsets[-1]
+        return rows, torch.ops.egpo_kernels.read_either_way(rows.detach(), flat.detach(), counts, name)
 
     def _token_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"[S, T]" if len(self.shape) == 2 else "[N]": self.shape}
@@ -98,14 +101,16 @@ def counted(mask: Any, tokens: Tensor | None, layout: Layout) -> Tensor:
     return inside if tokens is None else inside & (tokens != IGNORED)
 
 
-def temperature_rows(temperature: Any, layout: Layout, dtype: torch.dtype) -> tuple[float, Tensor | None]:
+def temperature_rows(
+    temperature: Any, layout: Layout, dtype: torch.dtype, counts: Tensor
+) -> tuple[float, Tensor | None]:
     """Return the temperature as a float and None, or as 1.0 and a tensor ``[N]`` (NaN where it is not positive)."""
     if not isinstance(temperature, Tensor):
         return check_number("temperature", temperature, low=0.0, high=float("inf"), open_low=True) or 1.0, None
     if temperature.dim() == 0:
         number = check_tensor("temperature", temperature, "real", {}, layout.sequence.device)
         return 1.0, number.detach().to(dtype).expand(layout.num_rows)
-    rows, sound = layout.per_token_or_sequence("temperature", temperature, "real")
+    rows, sound = layout.per_token_or_sequence("temperature", temperature, "real", counts)
     rows = rows.detach().to(dtype)
     return 1.0, rows if sound is None else rows * sound
 
@@ -145,13 +150,13 @@ def _is_name(name: Any) -> bool:
 
 
 def _numbered(groups: Any, num_sequences: int) -> Tensor:
-    if not isinstance(groups, (list, tuple, np.ndarray)):
+    names = entries(groups)
+    if names is None and not isinstance(groups, np.ndarray):
         raise TypeError(
             f"groups is {type(groups).__name__}; it must be an integer tensor, a list, a numpy array, or an int G"
         )
-    if isinstance(groups, np.ndarray) and groups.ndim != 1:
+    if names is None:
         raise ValueError(f"groups has shape {list(groups.shape)}; it must be [S], one name per sequence")
-    names = list(groups)
     if len(names) != num_sequences:
         raise ValueError(f"groups has {len(names)} entries; it must have one name per sequence, {num_sequences}")
     odd = [name for name in names if not _is_name(name)]

@@ -93,8 +93,9 @@ def read_tokens(source: Source, layout: Layout, tokens: Any, mask: Any, temperat
     """Check tokens, mask and temperature and flatten them; what the source holds was checked when it was made."""
     ids = layout.per_token("tokens", tokens, "integer").long()
     dtype = compute_dtype(source.dtype)
-    heat, heats = layouts.temperature_rows(temperature, layout, dtype)
-    rows = Rows(layouts.counted(mask, ids, layout), ids, heats)
+    counts = layouts.counted(mask, ids, layout)
+    heat, heats = layouts.temperature_rows(temperature, layout, dtype, counts)
+    rows = Rows(counts, ids, heats)
     backend = choose_backend(backend, ids.device)
     if backend == "reference":
         check_tokens(rows.tokens, rows.mask, source.vocab)
@@ -142,7 +143,7 @@ def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: O
     for name in ("advantages", "rollout_weights"):
         value = getattr(given, name)
         if value is not None or name == "advantages":
-            values, sound = layout.per_token_or_sequence(name, value, "real")
+            values, sound = layout.per_token_or_sequence(name, value, "real", mask)
             spread[name] = values.detach().to(dtype)
             poison = poison if sound is None else poison * sound
     num_tokens = check_count("num_tokens", options.num_tokens, mask)

@@ -101,12 +101,13 @@ def off_policy_mask(
     layout, counts, log_ratio = _log_ratio(log_probs, sampler_log_probs, mask, cu_seqlens)
     drift = segment_sum(torch.where(counts, -log_ratio, 0.0).nan_to_num(0.0, torch.inf, -torch.inf), layout.offsets)
     near = drift <= threshold * counts_per_sequence(counts, layout.offsets)
-    rows, _ = layout.per_token_or_sequence("advantages", advantages, "real")
+    rows, _ = layout.per_token_or_sequence("advantages", advantages, "real", counts)
     kept = (rows >= 0) | per_row(near, layout.sequence)
     if advantages.shape not in ((layout.num_sequences,), (layout.num_sequences, 1)):
         return kept.view(layout.shape)
     kept = (advantages >= 0) | near.view(advantages.shape)
-    layout.per_token_or_sequence("advantages", kept, "real")  # what comes out may be ambiguous where advantages are not
+    # What comes out may be ambiguous where advantages are not.
+    layout.per_token_or_sequence("advantages", kept, "real", counts)
     return kept
 
 

@@ -162,13 +162,14 @@ class PolicyLossConfig(Checked):
         self._check_only("norm_length", "reduction", "seq_mean_token_sum_norm")
         self._check_only("ratio_cap", "surrogate", "cispo")
         self._check_only("dual_clip", "surrogate", "clip")
+        if self.ratio_cap is not None and self.ratio_cap < 1 - self.clip_low:
+            what = f"PolicyLossConfig.ratio_cap is {self.ratio_cap!r} with clip_low {self.clip_low!r}"
+            raise ValueError(f"{what}; it must be at least 1 - clip_low, the lower bound")
         for name in ("clip_low", "clip_high") if self.surrogate == "sapo" else ("tau_positive", "tau_negative"):
             self._check_default(name)
         if self.kl_times_ratio is True and self.max_log_ratio > MAX_LOG_RATIO_TWICE:
-            raise ValueError(
-                f"PolicyLossConfig.max_log_ratio is {self.max_log_ratio!r} with kl_times_ratio=True, a product of two "
-                f"ratios; it must be at most {MAX_LOG_RATIO_TWICE:g} there, or float32 overflows"
-            )
+            what = f"PolicyLossConfig.max_log_ratio is {self.max_log_ratio!r} with kl_times_ratio=True"
+            raise ValueError(f"{what}, two ratios' product; it must be at most {MAX_LOG_RATIO_TWICE:g} there")
         if self.ratio != "token" and self.surrogate != "clip":
             raise ValueError(
                 f"PolicyLossConfig.ratio is {self.ratio!r} with surrogate {self.surrogate!r}; it must be 'token' there"
@@ -177,10 +178,8 @@ class PolicyLossConfig(Checked):
     def _check_default(self, name: str) -> None:
         value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
         if value != default:
-            raise ValueError(
-                f"PolicyLossConfig.{name} is {value!r} with surrogate {self.surrogate!r}, which does not use it; it "
-                f"must be left at {default!r} there"
-            )
+            what = f"PolicyLossConfig.{name} is {value!r} with surrogate {self.surrogate!r}, which does not use it"
+            raise ValueError(f"{what}; it must be left at {default!r} there")
 
     def _check_only(self, name: str, field: str, wanted: str) -> None:
         value, chosen = getattr(self, name), getattr(self, field)

@@ -57,11 +57,15 @@ WAYS = [
 @pytest.mark.parametrize("function, name", WAYS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_shape_that_can_be_read_two_ways(function, name, backend, values_are_checked):
-    def loss(value, offsets=OFFSETS):
-        return function(backend, offsets, **{"advantages": torch.ones(3, 1, device=DEVICE), name: value})
+    def loss(value, offsets=OFFSETS, **more):
+        return function(backend, offsets, **{"advantages": torch.ones(3, 1, device=DEVICE), name: value, **more})
 
     with pytest.raises(ValueError, match=rf"{name} has shape \[3\], .* pass \[S, 1\] for one number a sequence"):
         loss(VALUES)
+    # What does not count need not be the same.
+    if function is not by_groups:
+        counted = torch.tensor([1, 0, 1], device=DEVICE)
+        loss(VALUES, mask=counted)
     # Both readings are the same: equal numbers where tokens count, or one token a sequence.
     alike = torch.tensor([2.0, 2.0, 3.0], device=DEVICE)
     assert_bits(loss(alike), loss(torch.tensor([[2.0], [9.0], [3.0]], device=DEVICE)), name)

@@ -140,6 +140,8 @@ def test_norm_length_goes_with_its_reduction():
 
 def test_settings_that_need_one_another():
     assert ek.PolicyLossConfig(surrogate="cispo", ratio_cap=5).ratio_cap == 5.0
+    with pytest.raises(ValueError, match=r"ratio_cap is 0\.5 with clip_low 0\.1; it must be at least 1 - clip_low"):
+        ek.PolicyLossConfig(surrogate="cispo", clip_low=0.1, ratio_cap=0.5)
     assert ek.PolicyLossConfig(surrogate="sapo", tau_positive=2, tau_negative=0.5).tau_positive == 2.0
     for surrogate in ("cispo", "sapo", "gmpo"):
         for ratio in ("sequence", "sequence_token"):

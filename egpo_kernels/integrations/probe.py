@@ -58,7 +58,7 @@ class _Products(TorchFunctionMode):
             if weight is layer.weight and bias is layer.bias and torch.is_grad_enabled():
                 self.inputs.append(given)
                 self.used.add(id(layer))
-                return self.raw
+                return self.raw.clone()
         if any(weight is getattr(module, "weight", None) for module in self.adapters):
             return self.raw.new_zeros(*given.shape[:-1], weight.shape[0])
         raise ValueError("a product with another weight or bias than the head's own")

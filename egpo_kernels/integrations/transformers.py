@@ -183,7 +183,7 @@ def _head_forward(head: Any, forward: Callable[..., Any], *inputs: Any, **named:
     if None not in head._policy_calls:
         return forward(*inputs, **named) if call is None else call.carrier(head_arguments(head), *inputs, **named)
     probe, output = head._policy_calls[None], forward(*inputs, **named)
-    probe.inner = output
+    probe.inner = output.clone()
     probe.reached.add(id(head))
     return output
 

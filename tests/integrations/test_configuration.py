@@ -44,6 +44,8 @@ def test_arguments_from_omegaconf():
     log_probs, tokens = torch.zeros(2, 3), torch.tensor([[1, 3, 4], [3, 4, 5]])
     assert ek.rollout_weights(log_probs, log_probs, bounds=config.bounds).eq(1).all()
     assert ek.response_spans(tokens, config.close_tag).answer.tolist() == [[0, 0, 0], [0, 0, 1]]
+    names = OmegaConf.create(["a", "a"])
+    assert torch.equal(ek.informative_groups(names, torch.tensor([0.0, 1.0])), torch.ones(2, dtype=torch.bool))
     logits = torch.randn(2, 3, VOCAB)
     found, wanted = (ek.token_log_probs(logits, tokens, temperature=each) for each in (config.temperature, 0.7))
     assert torch.equal(found.log_probs, wanted.log_probs)

@@ -1,6 +1,7 @@
 """What may stand around a model and its head: it is gone through as it is without fusing, or refused by name."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -147,14 +148,9 @@ def test_a_patched_forward_of_the_model(level, monkeypatch):
 def test_a_scale_in_place():
     """What a model does to the small tensor in the place of its logits does not reach the result."""
     model, batch = pair()
-    patch(model, lambda forward: lambda *a, **k: _divided(forward(*a, **k)))
+    patch(model.lm_head, lambda forward: lambda x: forward(x).div_(3))
     expected = from_logits(model, batch)
     assert_same(fused(model, batch), expected)
-
-
-def _divided(output):
-    output.logits = output.logits.clone().div_(3)
-    return output
 
 
 @pytest.mark.parametrize("way", [parametrizations.weight_norm, nn.utils.weight_norm, parametrizations.spectral_norm])
@@ -236,9 +232,13 @@ def test_offloaded_by_accelerate(when):
 # Around the model.
 
 
-def prepared(model, precision="bf16"):
+def accelerator_of(precision):
     AcceleratorState._reset_state(reset_partial_state=True)
-    return accelerate.Accelerator(cpu=True, mixed_precision=precision).prepare(model)
+    return accelerate.Accelerator(cpu=True, mixed_precision=precision)
+
+
+def prepared(model):
+    return accelerator_of("bf16").prepare(model)
 
 
 def test_autocast_put_around_the_forward():
@@ -254,6 +254,7 @@ def test_autocast_put_around_the_forward():
     assert_bits(results[0].loss, results[1].loss, "loss")
     for name, gradient in results[0].gradients.items():
         assert_bits(gradient, results[1].gradients[name], name)
+    assert not torch.is_autocast_enabled("cpu")
     assert results[0].loss != fused(model, batch).loss
 
 
@@ -304,3 +305,210 @@ def test_an_auxiliary_loss_is_refused():
     model.config.output_router_logits = True
     with pytest.raises(ValueError, match="output_router_logits is True with policy"):
         model(batch.ids, policy=batch.policy)
+
+
+# More that may stand there. Each of these was gone past in silence once.
+
+
+def with_adapter(forward):
+    """Somebody's own adapter."""
+    torch.manual_seed(1)
+    layers = nn.Linear(16, 2, dtype=torch.float64), nn.Linear(2, VOCAB, dtype=torch.float64)
+    return lambda x: forward(x) + layers[1](layers[0](x))
+
+
+def with_a_bias(forward):
+    bias = torch.linspace(-1, 1, VOCAB, dtype=torch.float64)
+    return lambda x: nn.functional.linear(x, forward.__self__.weight, bias)
+
+
+MORE = {
+    "an adapter": with_adapter,
+    "another bias": with_a_bias,
+    "relu": lambda f: lambda x: f(x.relu()),
+    "rounded": lambda f: lambda x: f(x.bfloat16().double()),
+    "detached": lambda f: lambda x: f(x.detach()),
+    "by position": lambda f: lambda x: f(x) * torch.linspace(1, 2, x.shape[1], dtype=x.dtype)[:, None],
+    "by length": lambda f: lambda x: f(x) / x.shape[1] ** 0.5,
+    "in training": lambda f: lambda x: f(x) * (0.5 if f.__self__.training else 1.0),
+    "dropout in training": lambda f: lambda x: nn.functional.dropout(f(x), 0.5, f.__self__.training),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_more_patches_that_are_refused(name):
+    model, _ = pair()
+    patch(model.lm_head, MORE[name])
+    with pytest.raises(ValueError, match="whose forward does more"):
+        fuse_policy_loss(model)
+
+
+def test_a_scale_by_width_is_gone_through():
+    """As in muP."""
+    model, batch = pair()
+    patch(model.lm_head, lambda f: lambda x: f(x) / x.shape[-1] ** 0.5)
+    expected = from_logits(model, batch)
+    assert_same(fused(model, batch), expected)
+
+
+@pytest.mark.parametrize("cut", [lambda o: o[..., :VOCAB], lambda o: o.index_fill(-1, torch.arange(VOCAB, 64), -1e30)])
+def test_a_head_wider_than_the_vocabulary_of_the_config(cut):
+    """Padded ids that a patch cuts off or masks."""
+    model, _ = pair()
+    model.lm_head = nn.Linear(16, 64, bias=False, dtype=torch.float64)
+    patch(model.lm_head, lambda f: lambda x: cut(f(x)))
+    with pytest.raises(ValueError, match="whose forward does more"):
+        fuse_policy_loss(model)
+
+
+def test_no_parameter_and_no_generator_is_touched():
+    model, _ = pair()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    fuse_policy_loss(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state) and not model.training and not model.lm_head.training
+
+
+@pytest.mark.parametrize("kind", ["full_backward_hook", "full_backward_pre_hook"])
+def test_backward_hooks_of_the_head_are_refused(kind):
+    model, _ = pair()
+    getattr(model.lm_head, f"register_{kind}")(lambda *_: None)
+    with pytest.raises(ValueError, match=r"the head has a backward hook tests\.integrations"):
+        fuse_policy_loss(model)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_hook_on_the_model_that_changes_its_logits_is_refused(when):
+    model, batch = pair()
+
+    def scale(module, inputs, output):
+        if hasattr(output, "logits"):
+            output.logits = output.logits * 0.5
+
+    def register():
+        model.register_forward_hook(scale)
+
+    if when == "before":
+        register()
+    with pytest.raises(ValueError, match=r"test_wrappers\.test_a_hook_on_the_model.* changes what the model returns"):
+        fuse_policy_loss(model)
+        register()
+        model(batch.ids, policy=batch.policy)
+
+
+CHANGES = {
+    "in training": lambda module, inputs, output: output * 0.5 if module.training else None,
+    "with a gradient": lambda module, inputs, output: output * 0.5 if output.requires_grad and output.dim() else None,
+    "narrower": lambda module, inputs, output: output.bfloat16() if output.numel() == 1 else None,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_hook_that_changes_something_now_and_then(name):
+    """Where it was not seen when it was tried, it is in the call."""
+    model, batch = pair()
+    exact = from_logits(model, batch).loss
+    model.lm_head.register_forward_hook(CHANGES[name])
+    if name == "narrower":  # a dtype alone is taken back
+        assert_rounding(fused(model, batch).loss, exact)
+        return
+    with pytest.raises(ValueError, match=r"changes what the head returns|came back with other numbers"):
+        fuse_policy_loss(model)
+        model.train()
+        model(batch.ids, policy=batch.policy)
+
+
+def test_inside_of_adapters():
+    """Parts of peft's layers are read, and never called."""
+    peft = pytest.importorskip("peft", reason="peft is not installed (make parity installs it)")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"])
+    for part in ("base_layer", "lora_A", "lora_B"):
+        for late in (False, True):
+            model = peft.get_peft_model(make_model(), config)
+            batch = make_batch(model)
+            head = model.get_base_model().lm_head
+            inner = head.base_layer if part == "base_layer" else getattr(head, part)["default"]
+            if late:
+                fuse_policy_loss(model)
+            patch(inner, halved)
+            with pytest.raises(ValueError, match=r"within the head, around Linear, stands tests\.integrations"):
+                fuse_policy_loss(model) if not late else model(batch.ids, policy=batch.policy)
+
+
+def test_around_one_of_several_heads():
+    peft = pytest.importorskip("peft", reason="peft is not installed (make parity installs it)")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    for late in (False, True):
+        model = peft.get_peft_model(make_model(), config)
+        batch = make_batch(model)
+        head = model.get_base_model().lm_head
+        if late:
+            fuse_policy_loss(model)
+        head.modules_to_save["default"].register_forward_hook(lambda *given: given[2] * 2)
+        with pytest.raises(ValueError, match="within the head, around Linear, stands"):
+            fuse_policy_loss(model) if not late else model(batch.ids, policy=batch.policy)
+
+
+# Where calls meet.
+
+
+def test_a_checkpoint_around_the_model():
+    """It may run the forward once more within the forward."""
+    model, batch = pair()
+    fuse_policy_loss(model)
+    expected = model(batch.ids, policy=batch.policy).loss
+    found = torch.utils.checkpoint.checkpoint(
+        lambda ids: model(ids, policy=batch.policy).loss, batch.ids, use_reentrant=False
+    )
+    assert_bits(found, expected, "loss")
+    gradients = [torch.autograd.grad(loss, model.lm_head.weight)[0] for loss in (found, expected)]
+    assert_bits(*gradients, "gradient")
+
+
+def test_calls_of_several_threads():
+    model, batch = pair()
+    fuse_policy_loss(model)
+    ids = [batch.ids.roll(shift, 0) for shift in range(4)]
+    policies = [{"tokens": batch.policy["tokens"].roll(shift, 0)} for shift in range(4)]
+
+    def call(number):
+        with torch.no_grad():
+            return model(ids[number % 4], policy=policies[number % 4]).log_probs
+
+    wanted = [call(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for number, found in enumerate(pool.map(call, range(40))):
+            assert_bits(found, wanted[number % 4], "log_probs")
+
+
+def test_a_call_within_a_call_and_after_an_error():
+    model, batch = pair()
+    fuse_policy_loss(model)
+    policy = {"tokens": batch.policy["tokens"]}
+    inner = []
+
+    def look(*_):
+        if not inner:
+            inner.append(None)
+            with torch.no_grad():
+                inner.append(model(batch.ids, policy=policy).log_probs)
+
+    handle = model.model.norm.register_forward_hook(look)
+    outer = model(batch.ids, policy=policy).log_probs
+    assert_bits(inner[1], outer, "log_probs")
+    handle.remove()
+    with pytest.raises(ValueError, match="tokens"):
+        model(batch.ids, policy={"tokens": batch.policy["tokens"] + VOCAB})
+    assert model(batch.ids).logits.shape == (*batch.ids.shape, VOCAB)
+    assert_bits(model(batch.ids, policy=policy).log_probs, outer, "log_probs")
+
+
+def test_unwrapped_by_accelerate():
+    """`keep_fp32_wrapper=False` makes a method of the forward that it finds."""
+    model = make_model()
+    batch = make_batch(model)
+    accelerator = accelerator_of("bf16")
+    wrapped = accelerator.prepare(fuse_policy_loss(model))
+    bare = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    assert_same(fused_already(bare, batch), fused(make_model(), batch))
+    assert not torch.is_autocast_enabled("cpu")
