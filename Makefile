@@ -13,7 +13,8 @@ BARE := verl==0.9.1 TransferQueue==0.1.11 openrlhf==0.11.2 skyrl==0.3.0 skyrl-gy
 NEWEST := torch==2.14.1
 NEWEST_TESTS := tests/test_api.py tests/test_autograd.py tests/test_compile.py tests/test_package.py tests/test_settings.py \
 	tests/test_surrogates.py tests/integrations/test_peft.py tests/integrations/test_refused.py tests/integrations/test_sharding.py \
-	tests/integrations/test_transformers.py tests/integrations/test_trl_options.py tests/integrations/test_wrappers.py \
+	tests/integrations/test_transformers.py tests/integrations/test_trl_options.py tests/integrations/test_wrappers.py tests/integrations/test_wrappers_hooks.py \
+	tests/integrations/test_wrappers_accelerate.py tests/integrations/test_fused_calls.py \
 	tests/parity/test_liger.py tests/parity/test_trl.py
 PYTHONS ?= python3.10 python3.12 python3.13 python3.14
 # Trainers that want other versions than the rest: .venv with what they need on top of it.

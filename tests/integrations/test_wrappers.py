@@ -1,7 +1,6 @@
-"""What may stand around a model and its head: it is gone through as it is without fusing, or refused by name."""
+"""Functions in place of a forward: gone through as they are without fusing, or refused by name."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,36 +8,20 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 pytest.importorskip("transformers", reason="transformers is not installed (make parity installs it)")
-pytest.importorskip("accelerate", reason="accelerate is not installed (make parity installs it)")
-
-import accelerate
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from accelerate.state import AcceleratorState
 
 import egpo_kernels as ek
 from egpo_kernels.integrations.transformers import fuse_policy_loss
 from tests.integrations.models import (
     VOCAB,
     assert_same,
-    differentiated,
     from_logits,
     fused,
     fused_already,
     make_batch,
     make_model,
 )
-from tests.support.accuracy import assert_bits, assert_rounding
-
-
-def pair(name="Llama"):
-    """A model in float64 and a batch for it."""
-    model = make_model(name)
-    batch = make_batch(model).double()
-    return model.double(), batch
-
-
-def halved(forward):
-    return lambda *inputs, **named: forward(*inputs, **named) * 0.5
+from tests.integrations.wrappers import halved, pair, patch
+from tests.support.accuracy import assert_rounding
 
 
 def masked(forward):
@@ -46,13 +29,6 @@ def masked(forward):
         return forward(*inputs, **named).index_fill(-1, torch.tensor([VOCAB - 1]), -torch.inf)
 
     return padded_ids
-
-
-def patch(module, wrapper):
-    module.forward = wrapper(module.forward)
-
-
-# Put on the head's instance.
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma3", "Granite"])
@@ -153,161 +129,12 @@ def test_a_scale_in_place():
     assert_same(fused(model, batch), expected)
 
 
-@pytest.mark.parametrize("way", [parametrizations.weight_norm, nn.utils.weight_norm, parametrizations.spectral_norm])
-@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.* is deprecated")
-def test_parametrized_weights(way):
+def test_a_scale_by_width_is_gone_through():
+    """As in muP."""
     model, batch = pair()
-    way(model.lm_head, "weight")
-    model.eval()
+    patch(model.lm_head, lambda f: lambda x: f(x) / x.shape[-1] ** 0.5)
     expected = from_logits(model, batch)
-    found = fused(model, batch)
-    assert_same(found, expected)
-    assert sum("lm_head" in name for name in expected.gradients) >= 1
-
-
-# Hooks.
-
-
-def test_a_hook_that_looks():
-    """It sees a tensor, and changes nothing."""
-    model, batch = pair()
-    expected = from_logits(model, batch)
-    shapes = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
-    model.lm_head.register_forward_pre_hook(lambda module, inputs: None)
-    fuse_policy_loss(model)
-    shapes.clear()
-    assert_same(fused_already(model, batch), expected)
-    assert shapes == [(1, 1, 1)]
-    with torch.no_grad():
-        model(batch.ids, policy={"tokens": batch.policy["tokens"], "return_entropy": True})
-    assert shapes[1:] == [(*batch.ids.shape, 1)]
-
-
-HOOKS = {
-    "output": lambda module, inputs, output: output * 2,
-    "output in place": lambda module, inputs, output: output.mul_(2) and None,
-    "input": lambda module, inputs: (inputs[0] + 1,),
-}
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("kind", HOOKS)
-def test_a_hook_that_changes_something_is_refused_by_name(kind, when):
-    model, batch = pair()
-    register = "register_forward_pre_hook" if kind == "input" else "register_forward_hook"
-    if when == "before":
-        getattr(model.lm_head, register)(HOOKS[kind])
-        with pytest.raises(ValueError, match=r"a forward (pre-)?hook tests.integrations.test_wrappers.<lambda>"):
-            fuse_policy_loss(model)
-    else:
-        fuse_policy_loss(model)
-        getattr(model.lm_head, register)(HOOKS[kind])
-        with pytest.raises(ValueError, match=r"a forward (pre-)?hook tests.integrations.test_wrappers.<lambda>"):
-            model(batch.ids, policy=batch.policy)
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_offloaded_by_accelerate(when):
-    """Weights on the meta device until the forward of their module."""
-    model, batch = pair()
-    model.requires_grad_(False)
-    model.model.embed_tokens.weight.requires_grad_()
-    expected = from_logits(model, batch)
-    kept = {"weight": model.lm_head.weight.detach().clone()}
-
-    def offload():
-        add_hook_to_module(model.lm_head, AlignDevicesHook("cpu", offload=True, weights_map=kept))
-
-    if when == "before":
-        offload()
-    fuse_policy_loss(model)
-    if when == "after":
-        offload()
-    assert model.lm_head.weight.is_meta
-    assert_same(fused_already(model, batch), expected)
-    assert model.lm_head.weight.is_meta
-
-
-# Around the model.
-
-
-def accelerator_of(precision):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return accelerate.Accelerator(cpu=True, mixed_precision=precision)
-
-
-def prepared(model):
-    return accelerator_of("bf16").prepare(model)
-
-
-def test_autocast_put_around_the_forward():
-    """Reported: a model prepared by accelerate and fused then ran its decoder in float32."""
-    model = make_model()
-    batch = make_batch(model)
-    early, late = prepared(fuse_policy_loss(copy.deepcopy(model))), fuse_policy_loss(prepared(copy.deepcopy(model)))
-    results, dtypes = [], []
-    for each in (early, late):
-        each.model.layers[0].mlp.up_proj.register_forward_hook(lambda *given: dtypes.append(given[2].dtype))
-        results.append(differentiated(each, each(batch.ids, attention_mask=batch.attention, policy=batch.policy)))
-    assert dtypes == [torch.bfloat16] * 2
-    assert_bits(results[0].loss, results[1].loss, "loss")
-    for name, gradient in results[0].gradients.items():
-        assert_bits(gradient, results[1].gradients[name], name)
-    assert not torch.is_autocast_enabled("cpu")
-    assert results[0].loss != fused(model, batch).loss
-
-
-def test_replicas_of_data_parallel_are_refused():
-    model = fuse_policy_loss(make_model())
-    for module in (model, model.lm_head, copy.deepcopy(model)):
-        with pytest.raises(RuntimeError, match=r"nn.DataParallel makes replicas .* one process a device"):
-            module._replicate_for_data_parallel()
-
-
-# What is kept, and what comes out.
-
-
-def test_positions_by_mask_and_by_row():
-    """As transformers 5.24 takes them."""
-    model, batch = pair()
-    mask = batch.policy["mask"].clone()
-    mask[0, 2:4] = False
-    logits = model(batch.ids, attention_mask=batch.attention).logits
-    policy = {k: v[mask] if torch.is_tensor(v) and v.dim() == 2 else v for k, v in batch.policy.items()}
-    policy["cu_seqlens"] = nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-    expected = differentiated(model, ek.logits_policy_loss(logits[mask], backend="reference", **policy))
-    assert_same(fused(model, batch._replace(policy=policy), logits_to_keep=mask), expected)
-    rows = torch.tensor([[3, 4], [4, 5], [2, 3], [0, 1]])
-    policy = {k: v.gather(1, rows) if torch.is_tensor(v) and v.dim() == 2 else v for k, v in batch.policy.items()}
-    logits = model(batch.ids, attention_mask=batch.attention).logits
-    chosen = logits.gather(1, rows[..., None].expand(-1, -1, VOCAB))
-    expected = differentiated(model, ek.logits_policy_loss(chosen, backend="reference", **policy))
-    assert_same(fused(model, batch._replace(policy=policy), logits_to_keep=rows), expected)
-
-
-def test_a_gradient_through_the_entropy_alone():
-    model, batch = pair()
-    policy = {"tokens": batch.policy["tokens"], "return_entropy": True}
-    fuse_policy_loss(model)
-    model(batch.ids, policy=policy).entropy.sum().backward()
-    found = model.lm_head.weight.grad.clone()
-    model.zero_grad()
-    ek.token_log_probs(model(batch.ids).logits, backend="reference", **policy).entropy.sum().backward()
-    assert_rounding(found, model.lm_head.weight.grad)
-
-
-def test_an_auxiliary_loss_is_refused():
-    model, batch = pair()
-    fuse_policy_loss(model)
-    with pytest.raises(ValueError, match="output_router_logits is True with policy"):
-        model(batch.ids, policy=batch.policy, output_router_logits=True)
-    model.config.output_router_logits = True
-    with pytest.raises(ValueError, match="output_router_logits is True with policy"):
-        model(batch.ids, policy=batch.policy)
-
-
-# More that may stand there. Each of these was gone past in silence once.
+    assert_same(fused(model, batch), expected)
 
 
 def with_adapter(forward):
@@ -343,14 +170,6 @@ def test_more_patches_that_are_refused(name):
         fuse_policy_loss(model)
 
 
-def test_a_scale_by_width_is_gone_through():
-    """As in muP."""
-    model, batch = pair()
-    patch(model.lm_head, lambda f: lambda x: f(x) / x.shape[-1] ** 0.5)
-    expected = from_logits(model, batch)
-    assert_same(fused(model, batch), expected)
-
-
 @pytest.mark.parametrize("cut", [lambda o: o[..., :VOCAB], lambda o: o.index_fill(-1, torch.arange(VOCAB, 64), -1e30)])
 def test_a_head_wider_than_the_vocabulary_of_the_config(cut):
     """Padded ids that a patch cuts off or masks."""
@@ -361,154 +180,21 @@ def test_a_head_wider_than_the_vocabulary_of_the_config(cut):
         fuse_policy_loss(model)
 
 
+@pytest.mark.parametrize("way", [parametrizations.weight_norm, nn.utils.weight_norm, parametrizations.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.* is deprecated")
+def test_parametrized_weights(way):
+    model, batch = pair()
+    way(model.lm_head, "weight")
+    model.eval()
+    expected = from_logits(model, batch)
+    found = fused(model, batch)
+    assert_same(found, expected)
+    assert sum("lm_head" in name for name in expected.gradients) >= 1
+
+
 def test_no_parameter_and_no_generator_is_touched():
     model, _ = pair()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     fuse_policy_loss(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state) and not model.training and not model.lm_head.training
-
-
-@pytest.mark.parametrize("kind", ["full_backward_hook", "full_backward_pre_hook"])
-def test_backward_hooks_of_the_head_are_refused(kind):
-    model, _ = pair()
-    getattr(model.lm_head, f"register_{kind}")(lambda *_: None)
-    with pytest.raises(ValueError, match=r"the head has a backward hook tests\.integrations"):
-        fuse_policy_loss(model)
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_hook_on_the_model_that_changes_its_logits_is_refused(when):
-    model, batch = pair()
-
-    def scale(module, inputs, output):
-        if hasattr(output, "logits"):
-            output.logits = output.logits * 0.5
-
-    def register():
-        model.register_forward_hook(scale)
-
-    if when == "before":
-        register()
-    with pytest.raises(ValueError, match=r"test_wrappers\.test_a_hook_on_the_model.* changes what the model returns"):
-        fuse_policy_loss(model)
-        register()
-        model(batch.ids, policy=batch.policy)
-
-
-CHANGES = {
-    "in training": lambda module, inputs, output: output * 0.5 if module.training else None,
-    "with a gradient": lambda module, inputs, output: output * 0.5 if output.requires_grad and output.dim() else None,
-    "narrower": lambda module, inputs, output: output.bfloat16() if output.numel() == 1 else None,
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_hook_that_changes_something_now_and_then(name):
-    """Where it was not seen when it was tried, it is in the call."""
-    model, batch = pair()
-    exact = from_logits(model, batch).loss
-    model.lm_head.register_forward_hook(CHANGES[name])
-    if name == "narrower":  # a dtype alone is taken back
-        assert_rounding(fused(model, batch).loss, exact)
-        return
-    with pytest.raises(ValueError, match=r"changes what the head returns|came back with other numbers"):
-        fuse_policy_loss(model)
-        model.train()
-        model(batch.ids, policy=batch.policy)
-
-
-def test_inside_of_adapters():
-    """Parts of peft's layers are read, and never called."""
-    peft = pytest.importorskip("peft", reason="peft is not installed (make parity installs it)")
-    config = peft.LoraConfig(r=2, target_modules=["lm_head"])
-    for part in ("base_layer", "lora_A", "lora_B"):
-        for late in (False, True):
-            model = peft.get_peft_model(make_model(), config)
-            batch = make_batch(model)
-            head = model.get_base_model().lm_head
-            inner = head.base_layer if part == "base_layer" else getattr(head, part)["default"]
-            if late:
-                fuse_policy_loss(model)
-            patch(inner, halved)
-            with pytest.raises(ValueError, match=r"within the head, around Linear, stands tests\.integrations"):
-                fuse_policy_loss(model) if not late else model(batch.ids, policy=batch.policy)
-
-
-def test_around_one_of_several_heads():
-    peft = pytest.importorskip("peft", reason="peft is not installed (make parity installs it)")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    for late in (False, True):
-        model = peft.get_peft_model(make_model(), config)
-        batch = make_batch(model)
-        head = model.get_base_model().lm_head
-        if late:
-            fuse_policy_loss(model)
-        head.modules_to_save["default"].register_forward_hook(lambda *given: given[2] * 2)
-        with pytest.raises(ValueError, match="within the head, around Linear, stands"):
-            fuse_policy_loss(model) if not late else model(batch.ids, policy=batch.policy)
-
-
-# Where calls meet.
-
-
-def test_a_checkpoint_around_the_model():
-    """It may run the forward once more within the forward."""
-    model, batch = pair()
-    fuse_policy_loss(model)
-    expected = model(batch.ids, policy=batch.policy).loss
-    found = torch.utils.checkpoint.checkpoint(
-        lambda ids: model(ids, policy=batch.policy).loss, batch.ids, use_reentrant=False
-    )
-    assert_bits(found, expected, "loss")
-    gradients = [torch.autograd.grad(loss, model.lm_head.weight)[0] for loss in (found, expected)]
-    assert_bits(*gradients, "gradient")
-
-
-def test_calls_of_several_threads():
-    model, batch = pair()
-    fuse_policy_loss(model)
-    ids = [batch.ids.roll(shift, 0) for shift in range(4)]
-    policies = [{"tokens": batch.policy["tokens"].roll(shift, 0)} for shift in range(4)]
-
-    def call(number):
-        with torch.no_grad():
-            return model(ids[number % 4], policy=policies[number % 4]).log_probs
-
-    wanted = [call(number) for number in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        for number, found in enumerate(pool.map(call, range(40))):
-            assert_bits(found, wanted[number % 4], "log_probs")
-
-
-def test_a_call_within_a_call_and_after_an_error():
-    model, batch = pair()
-    fuse_policy_loss(model)
-    policy = {"tokens": batch.policy["tokens"]}
-    inner = []
-
-    def look(*_):
-        if not inner:
-            inner.append(None)
-            with torch.no_grad():
-                inner.append(model(batch.ids, policy=policy).log_probs)
-
-    handle = model.model.norm.register_forward_hook(look)
-    outer = model(batch.ids, policy=policy).log_probs
-    assert_bits(inner[1], outer, "log_probs")
-    handle.remove()
-    with pytest.raises(ValueError, match="tokens"):
-        model(batch.ids, policy={"tokens": batch.policy["tokens"] + VOCAB})
-    assert model(batch.ids).logits.shape == (*batch.ids.shape, VOCAB)
-    assert_bits(model(batch.ids, policy=policy).log_probs, outer, "log_probs")
-
-
-def test_unwrapped_by_accelerate():
-    """`keep_fp32_wrapper=False` makes a method of the forward that it finds."""
-    model = make_model()
-    batch = make_batch(model)
-    accelerator = accelerator_of("bf16")
-    wrapped = accelerator.prepare(fuse_policy_loss(model))
-    bare = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    assert_same(fused_already(bare, batch), fused(make_model(), batch))
-    assert not torch.is_autocast_enabled("cpu")
