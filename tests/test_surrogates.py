@@ -23,7 +23,7 @@ CONFIGS = [
     PolicyLossConfig(clip_low=1.0, clip_high=4.0, dual_clip=1.5),
     PolicyLossConfig(surrogate="cispo", clip_high=0.5, max_log_ratio=2.0),
     PolicyLossConfig(surrogate="cispo", clip_low=1.0, ratio_cap=0.9),
-    PolicyLossConfig(surrogate="cispo", clip_low=0.1, ratio_cap=0.85),
+    PolicyLossConfig(surrogate="cispo", clip_low=0.1, ratio_cap=0.95),
     PolicyLossConfig(surrogate="sapo", max_log_ratio=2.0),
     PolicyLossConfig(surrogate="sapo", tau_positive=20.0, tau_negative=0.1),
     PolicyLossConfig(surrogate="gmpo", max_log_ratio=2.0),

@@ -245,13 +245,15 @@ def loss_configs(draw) -> PolicyLossConfig:
         )
     )
     surrogate = draw(st.sampled_from(["clip", "clip", "clip", "cispo", "sapo", "gmpo"]))
-    clips = surrogate == "clip"
+    clips, clip_low = surrogate == "clip", draw(st.sampled_from([0.2, 0.0, 1.0]))
+    # A cap lies above the lower bound.
+    caps = [None, 5.0, 0.9] if clip_low else [None, 5.0]
     return PolicyLossConfig(
         surrogate=surrogate,
         ratio=draw(st.sampled_from(["token", "token", "sequence", "sequence_token"])) if clips else "token",
-        clip_low=0.2 if surrogate == "sapo" else draw(st.sampled_from([0.2, 0.0, 1.0])),
+        clip_low=0.2 if surrogate == "sapo" else clip_low,
         clip_high=0.2 if surrogate == "sapo" else draw(st.sampled_from([0.2, 0.28, 0.0])),
-        ratio_cap=draw(st.sampled_from([None, 5.0, 0.9])) if surrogate == "cispo" else None,
+        ratio_cap=draw(st.sampled_from(caps)) if surrogate == "cispo" else None,
         dual_clip=draw(st.sampled_from([None, 3.0, 1.5])) if clips else None,
         tau_positive=draw(st.sampled_from([1.0, 4.0])) if surrogate == "sapo" else 1.0,
         tau_negative=draw(st.sampled_from([1.05, 0.1])) if surrogate == "sapo" else 1.05,
