@@ -153,7 +153,9 @@ def _model_forward(model: Any, forward: Callable[..., Any], *inputs: Any, policy
         forward(*inputs, **named)
     finally:
         for head, other in zip(heads, before, strict=True):
-            head._policy_calls[thread] = other
+            head._policy_calls.pop(thread)
+            if other is not None:
+                head._policy_calls[thread] = other
     return call.result()
 
 
