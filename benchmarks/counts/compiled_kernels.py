@@ -33,6 +33,7 @@ from benchmarks.counts.launches import (
 from benchmarks.counts.offline import compile_source, gpu_target, resources_of
 from benchmarks.counts.sass import sweeps
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
+from egpo_kernels.triton import launch
 
 ODD_VOCAB = 151665
 
@@ -52,7 +53,8 @@ class Compiler:
     @contextlib.contextmanager
     def catching(self) -> Iterator[None]:
         """Let every kernel launched inside come here, whosever it is."""
-        with mock.patch.object(JITFunction, "run", lambda kernel, *args, **kwargs: self.run(kernel, *args, **kwargs)):
+        run = mock.patch.object(JITFunction, "run", lambda kernel, *args, **kwargs: self.run(kernel, *args, **kwargs))
+        with run, mock.patch.object(launch, "architecture", lambda device: self.target):
             yield
 
     def run(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

@@ -5,31 +5,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from egpo_kernels.triton.launch import launch_for, num_programs
 from egpo_kernels.triton.settings import load_settings, row_pointers, settings_tensor
-from egpo_kernels.triton.softmax import (
-    launch_options,
-    load_token,
-    matrix,
-    num_programs,
-    row_inverse_temperature,
-    row_pointer,
-    sweep_gradient,
-    write_zeros,
-)
+from egpo_kernels.triton.softmax import RowStatistics, load_token, matrix, row_inverse_temperature, row_pointer
+from egpo_kernels.triton.softmax_gradient import sweep_gradient
+from egpo_kernels.triton.strips import write_zeros
 from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
 
 @triton.jit(do_not_specialize=["length", "out_length", "num_rows"])
 def logits_gradient_kernel(
     logits, out, rows, maximum_ptr, sum_exp_ptr, entropy_ptr, slope_ptr, bonus_ptr, settings_ptr,
-    length, out_length, num_rows, vocab, DTYPE: tl.constexpr, BLOCK_V: tl.constexpr,
+    length, out_length, num_rows, extent, launch, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every num_programs-th row; one that nothing flows into is zeroed without being read."""
     settings = load_settings(settings_ptr)
     TILTED: tl.constexpr = bonus_ptr is not None
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        row_ptr = row_pointer(logits, row, length)
-        out_ptr = row_pointer(out, row, out_length)
+        row_ptr = row_pointer(logits, row, length, launch.aligned)
+        out_ptr = row_pointer(out, row, out_length, launch.aligned and launch.agrees)
         live = tl.load(rows.mask_ptr + row) != 0
         slope = tl.load(slope_ptr + row, mask=live, other=0.0)
         bonus = slope * 0.0
@@ -38,16 +32,17 @@ def logits_gradient_kernel(
             bonus = tl.load(bonus_ptr + row, mask=live, other=0.0)
             entropy = tl.load(entropy_ptr + row)
         live = live & ((slope != 0) | (bonus != 0))
-        token, logit = load_token(rows, row, row_ptr, vocab, live, DTYPE)
+        token, logit = load_token(rows, row, row_ptr, extent.vocab, live, DTYPE)
         # In place, every warp must have read the token's logit before one of them writes over it.
         tl.debug_barrier()
         if live & (logit != float("-inf")):
+            found = RowStatistics(tl.load(maximum_ptr + row), tl.load(sum_exp_ptr + row), None)
             sweep_gradient(
-                row_ptr, out_ptr, vocab, token, logit, tl.load(maximum_ptr + row), tl.load(sum_exp_ptr + row), entropy,
-                slope, bonus, row_inverse_temperature(rows, row, settings), DTYPE, TILTED, BLOCK_V,
+                row_ptr, out_ptr, extent, token, logit, found, entropy, slope, bonus,
+                row_inverse_temperature(rows, row, settings), launch, DTYPE, TILTED,
             )  # fmt: skip
         else:
-            write_zeros(out_ptr, vocab, BLOCK_V)
+            write_zeros(out_ptr, extent.vocab, launch)
 
 
 def logits_gradient(
@@ -62,13 +57,14 @@ def logits_gradient(
 
     ``statistics`` are maximum, sum of exponentials and entropy, as `row_statistics` gave them.
     """
-    num_rows, vocab = rows.mask.shape[0], logits.shape[-1]
+    num_rows = rows.mask.shape[0]
     if num_rows == 0:
         return
     dtype = compute_dtype(logits.dtype)
     where, length = matrix(logits)
     target, out_length = matrix(out)
-    logits_gradient_kernel[(num_programs(num_rows, logits.device),)](
+    launched = launch_for("logits_gradient_kernel", logits, out)
+    logits_gradient_kernel[(num_programs("logits_gradient_kernel", num_rows, logits),)](
         where,
         target,
         row_pointers(rows),
@@ -78,7 +74,8 @@ def logits_gradient(
         length,
         out_length,
         num_rows,
-        vocab,
+        launched.extent,
+        launched.launch,
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
-        **launch_options(vocab, logits.dtype),
+        **launched.options,
     )

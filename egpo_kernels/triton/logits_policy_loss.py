@@ -5,20 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from egpo_kernels.triton.launch import launch_for, num_programs
 from egpo_kernels.triton.settings import choices_of, load_settings, row_pointers, settings_tensor
 from egpo_kernels.triton.softmax import (
     LOG2_E,
-    launch_options,
     load_token,
     matrix,
-    num_programs,
     row_inverse_temperature,
     row_pointer,
-    sweep_gradient,
     sweep_statistics,
     token_statistics,
-    write_zeros,
 )
+from egpo_kernels.triton.softmax_gradient import sweep_gradient
+from egpo_kernels.triton.strips import write_zeros
 from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_terms
 from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
@@ -26,8 +25,7 @@ from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 @triton.jit(do_not_specialize=["length", "out_length", "num_rows"])
 def logits_policy_loss_kernel(
     logits, out, rows, log_probs_ptr, entropy_ptr, settings_ptr, choices, length, out_length, num_rows,
-    vocab, SURROGATE: tl.constexpr, DTYPE: tl.constexpr, ENTROPY: tl.constexpr, TILTED: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    extent, launch, SURROGATE: tl.constexpr, DTYPE: tl.constexpr, ENTROPY: tl.constexpr, TILTED: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every num_programs-th row: two sweeps, the second meant to be served by the cache.
 
@@ -35,12 +33,12 @@ def logits_policy_loss_kernel(
     """
     settings = load_settings(settings_ptr)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        out_ptr = row_pointer(out, row, out_length)
+        out_ptr = row_pointer(out, row, out_length, launch.aligned and launch.agrees)
         if tl.load(rows.mask_ptr + row) != 0:
-            row_ptr = row_pointer(logits, row, length)
+            row_ptr = row_pointer(logits, row, length, launch.aligned)
             inverse_temperature = row_inverse_temperature(rows, row, settings)
-            token, logit = load_token(rows, row, row_ptr, vocab, True, DTYPE)
-            found = sweep_statistics(row_ptr, vocab, LOG2_E * inverse_temperature, DTYPE, ENTROPY, BLOCK_V)
+            token, logit = load_token(rows, row, row_ptr, extent.vocab, True, DTYPE)
+            found = sweep_statistics(row_ptr, extent, LOG2_E * inverse_temperature, launch, DTYPE, ENTROPY)
             log_prob, entropy = token_statistics(found, logit, inverse_temperature)
             tl.store(log_probs_ptr + row, log_prob)
             if ENTROPY:
@@ -54,13 +52,13 @@ def logits_policy_loss_kernel(
             bonus = tl.where(live, -factor * settings.entropy_coef, 0.0)
             if (slope != 0) | (bonus != 0):
                 sweep_gradient(
-                    row_ptr, out_ptr, vocab, token, logit, found.maximum, found.sum_exp, entropy, slope, bonus,
-                    inverse_temperature, DTYPE, TILTED, BLOCK_V,
+                    row_ptr, out_ptr, extent, token, logit, found, entropy, slope, bonus, inverse_temperature, launch,
+                    DTYPE, TILTED,
                 )  # fmt: skip
             else:
-                write_zeros(out_ptr, vocab, BLOCK_V)
+                write_zeros(out_ptr, extent.vocab, launch)
         else:
-            write_zeros(out_ptr, vocab, BLOCK_V)
+            write_zeros(out_ptr, extent.vocab, launch)
 
 
 def logits_loss_gradient(
@@ -73,13 +71,14 @@ def logits_loss_gradient(
     out: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob and entropy ``[N]`` of each row (0 outside the mask); its gradient goes to ``out``, maybe ``logits``."""
-    num_rows, vocab = rows.mask.shape[0], logits.shape[-1]
+    num_rows = rows.mask.shape[0]
     dtype = compute_dtype(logits.dtype)
     log_probs, entropy = (logits.new_zeros(num_rows, dtype=dtype) for _ in range(2))
     if num_rows > 0:
         where, length = matrix(logits)
         target, out_length = matrix(out)
-        logits_policy_loss_kernel[(num_programs(num_rows, logits.device),)](
+        launched = launch_for("logits_policy_loss_kernel", logits, out)
+        logits_policy_loss_kernel[(num_programs("logits_policy_loss_kernel", num_rows, logits),)](
             where,
             target,
             row_pointers(rows),
@@ -90,11 +89,12 @@ def logits_loss_gradient(
             length,
             out_length,
             num_rows,
-            vocab,
+            launched.extent,
+            launched.launch,
             SURROGATE=SURROGATES[config.surrogate],
             DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
             ENTROPY=want_entropy,
             TILTED=config.entropy_coef != 0,
-            **launch_options(vocab, logits.dtype),
+            **launched.options,
         )
     return log_probs, entropy if want_entropy else None

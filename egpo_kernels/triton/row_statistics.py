@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from egpo_kernels.triton.launch import launch_for
 from egpo_kernels.triton.settings import load_settings, row_pointers, settings_tensor
 from egpo_kernels.triton.softmax import (
     LOG2_E,
-    launch_options,
     load_token,
     matrix,
     row_inverse_temperature,
@@ -21,17 +21,17 @@ from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
 @triton.jit(do_not_specialize=["length"])
 def row_statistics_kernel(
-    logits, rows, log_probs_ptr, entropy_ptr, maximum_ptr, sum_exp_ptr, settings_ptr, length, vocab,
-    DTYPE: tl.constexpr, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits, rows, log_probs_ptr, entropy_ptr, maximum_ptr, sum_exp_ptr, settings_ptr, length, extent,
+    launch, DTYPE: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """One program a row; rows outside the mask are not read and keep their 0."""
     row = tl.program_id(0)
     if tl.load(rows.mask_ptr + row) == 0:
         return
-    row_ptr = row_pointer(logits, row, length)
+    row_ptr = row_pointer(logits, row, length, launch.aligned)
     inverse_temperature = row_inverse_temperature(rows, row, load_settings(settings_ptr))
-    _, logit = load_token(rows, row, row_ptr, vocab, True, DTYPE)
-    found = sweep_statistics(row_ptr, vocab, LOG2_E * inverse_temperature, DTYPE, ENTROPY, BLOCK_V)
+    _, logit = load_token(rows, row, row_ptr, extent.vocab, True, DTYPE)
+    found = sweep_statistics(row_ptr, extent, LOG2_E * inverse_temperature, launch, DTYPE, ENTROPY)
     log_prob, entropy = token_statistics(found, logit, inverse_temperature)
     tl.store(log_probs_ptr + row, log_prob)
     tl.store(maximum_ptr + row, found.maximum)
@@ -44,13 +44,14 @@ def row_statistics(
     logits: Tensor, rows: Rows, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-prob, entropy (``[0]`` unless wanted), maximum and sum of exponentials ``[N]``; 0 outside the mask."""
-    num_rows, vocab = rows.mask.shape[0], logits.shape[-1]
+    num_rows = rows.mask.shape[0]
     dtype = compute_dtype(logits.dtype)
     log_probs, maximum, sum_exp = (logits.new_zeros(num_rows, dtype=dtype) for _ in range(3))
     entropy = logits.new_zeros(num_rows if want_entropy else 0, dtype=dtype)
     if num_rows == 0:
         return log_probs, entropy, maximum, sum_exp
     where, length = matrix(logits)
+    launched = launch_for("row_statistics_kernel", logits)
     row_statistics_kernel[(num_rows,)](
         where,
         row_pointers(rows),
@@ -60,9 +61,10 @@ def row_statistics(
         sum_exp,
         settings_tensor(PolicyLossConfig(), temperature, 1.0, dtype, logits.device),
         length,
-        vocab,
+        launched.extent,
+        launched.launch,
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
         ENTROPY=want_entropy,
-        **launch_options(vocab, logits.dtype),
+        **launched.options,
     )
     return log_probs, entropy, maximum, sum_exp

@@ -1,14 +1,17 @@
-"""Device functions over one row of logits: statistics in one sweep, gradient (or zeros) in another.
+"""Device functions over one row of logits: its statistics in one sweep.
 
 Exponents are kept in powers of two: ``x = (z - m) log2(e) / temperature``, so that an exponential is one instruction.
+The maximum is subtracted before anything is rounded: one instruction more than ``z scale - m scale``, and a row's
+results do not depend on where its logits lie.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from egpo_kernels.triton.strips import block_places, first_access, load_block
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -50,34 +53,14 @@ def scratch_bytes(logits: torch.Tensor) -> int:
     return 0
 
 
-def launch_options(vocab: int, dtype: torch.dtype) -> dict[str, int]:
-    """Block and warps from vocabulary and dtype alone, so that a row's bits do not depend on the rows beside it."""
-    # 32 elements a thread share the cost of a block's maximum and of the loop. Where a row starts anywhere each element
-    # is loaded by itself, which takes more registers than there are for so many.
-    largest = 1024 if dtype == torch.float64 else 16384 if vocab % 16 == 0 else 8192
-    block = min(max(triton.next_power_of_2(vocab), 2), largest)
-    return {"BLOCK_V": block, "num_warps": max(1, min(16, block // 256))}
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 4
-    properties = torch.get_device_module(device).get_device_properties(device)
-    name = "multi_processor_count" if hasattr(properties, "multi_processor_count") else "max_compute_units"
-    return int(getattr(properties, name))
-
-
-def num_programs(num_rows: int, device: torch.device) -> int:
-    """Programs of a persistent launch; one a processor keeps a row in cache between its two sweeps."""
-    return min(num_rows, _processors(device))
-
-
 @triton.jit
-def row_pointer(matrix, row, length):
+def row_pointer(matrix, row, length, ALIGNED: tl.constexpr):
     """Pointer to the first logit of a row, in 64-bit arithmetic but for the division, which is slow there."""
     batch, place = tl.cast(row // length, tl.int64), tl.cast(row % length, tl.int64)
-    return matrix.ptr + batch * matrix.batch_stride + place * matrix.row_stride
+    pointer = matrix.ptr + batch * matrix.batch_stride + place * matrix.row_stride
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
@@ -100,35 +83,128 @@ def load_token(rows, row, row_ptr, vocab, live, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def merge_block(found, z, scale, ENTROPY: tl.constexpr):
-    """Add a block of logits to running per-lane sums, with one maximum per block."""
-    maximum = tl.maximum(found.maximum, tl.max(z, 0))
-    x = (z - maximum) * scale
+def start_statistics(launch, DTYPE: tl.constexpr):
+    """Statistics of nothing: a number for each thread, in an odd row for each of its elements in a strip."""
+    lowest: tl.constexpr = START_FLOAT64 if DTYPE == tl.float64 else START
+    if launch.odd:
+        zeros = tl.zeros((launch.threads, launch.width), DTYPE)
+    else:
+        zeros = tl.zeros((launch.threads,), DTYPE)
+    return RowStatistics(zeros + lowest, zeros, zeros)
+
+
+@triton.jit
+def within(block, launch):
+    """Sum of a block's strips; also of a thread's neighbours, but in an odd row, which may start anywhere."""
+    if launch.odd:
+        return tl.sum(block, 0)
+    else:
+        return tl.sum(tl.sum(block, 2), 0)
+
+
+@triton.jit
+def merge_block(found, z, scale, launch, ENTROPY: tl.constexpr):
+    """Add a block ``[strips, threads, width]`` of logits to running statistics, with one maximum each."""
+    if launch.odd:
+        maximum = tl.maximum(found.maximum, tl.max(z, 0))
+        x = (z - maximum[None, :, :]) * scale
+    else:
+        maximum = tl.maximum(found.maximum, tl.max(tl.max(z, 2), 0))
+        x = (z - maximum[None, :, None]) * scale
     e = tl.exp2(x)
     shift = tl.maximum((found.maximum - maximum) * scale, LOWEST)
     decay = tl.exp2(shift)
     weighted = found.weighted
     if ENTROPY:
-        weighted = decay * (weighted + shift * found.sum_exp) + e * tl.maximum(x, LOWEST)
-    return RowStatistics(maximum, decay * found.sum_exp + e, weighted)
+        weighted = decay * (weighted + shift * found.sum_exp) + within(e * tl.maximum(x, LOWEST), launch)
+    return RowStatistics(maximum, decay * found.sum_exp + within(e, launch), weighted)
 
 
 @triton.jit
-def sweep_statistics(row_ptr, vocab, scale, DTYPE: tl.constexpr, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Statistics of a row in one read; the last, partial block is apart so that the others need no mask."""
-    offs_v = tl.arange(0, BLOCK_V)
-    zeros = tl.zeros((BLOCK_V,), DTYPE)
-    lowest: tl.constexpr = START_FLOAT64 if DTYPE == tl.float64 else START
-    found = RowStatistics(tl.full((), lowest, DTYPE), zeros, zeros)
-    full = vocab // BLOCK_V * BLOCK_V
-    for start in range(0, full, BLOCK_V):
-        z = tl.load(row_ptr + start + offs_v).to(DTYPE)
-        found = merge_block(found, z, scale, ENTROPY)
-    if full < vocab:
-        valid_v = full + offs_v < vocab
-        z = tl.load(row_ptr + full + offs_v, mask=valid_v, other=float("-inf")).to(DTYPE)
-        found = merge_block(found, z, scale, ENTROPY)
-    return RowStatistics(found.maximum, tl.sum(found.sum_exp, 0), tl.sum(found.weighted, 0))
+def sweep_statistics(row_ptr, extent, scale, launch, DTYPE: tl.constexpr, ENTROPY: tl.constexpr):
+    """Statistics of a row in one read, several blocks of which are on their way at a time.
+
+    The end of the row, which needs a mask, is asked for first and used last.
+    """
+    vectors: tl.constexpr = launch.odd or launch.aligned
+    first, start_ptr = first_access(row_ptr, launch)
+    if launch.end > 0:
+        left = extent.vocab - first - extent.full
+        end = load_block(start_ptr + extent.full, left, launch, DTYPE, launch.end, vectors, "")
+    found = start_statistics(launch, DTYPE)
+    block: tl.constexpr = launch.strips * launch.threads * launch.width
+    for start in tl.range(0, extent.full, block, num_stages=launch.stages):
+        z = load_block(start_ptr + start, None, launch, DTYPE, launch.strips, vectors, "")
+        found = merge_block(found, z, scale, launch, ENTROPY)
+    if launch.end > 0:
+        if launch.odd:
+            # What lies behind the inner part is among the edges.
+            place = extent.full + first + block_places(launch, launch.end)
+            end = tl.where(place < extent.inner, end, float("-inf"))
+        found = merge_block(found, end, scale, launch, ENTROPY)
+    if launch.odd:
+        return odd_row(found, row_ptr, first, extent, scale, launch, ENTROPY)
+    else:
+        return even_row(found, scale, ENTROPY)
+
+
+@triton.jit
+def even_row(found, scale, ENTROPY: tl.constexpr):
+    """Statistics of a row from those of its threads."""
+    maximum = tl.max(found.maximum, 0)
+    shift = tl.maximum((found.maximum - maximum) * scale, LOWEST)
+    decay = tl.exp2(shift)
+    weighted = maximum * 0.0
+    if ENTROPY:
+        weighted = tl.sum(decay * (found.weighted + shift * found.sum_exp), 0)
+    return RowStatistics(maximum, tl.sum(decay * found.sum_exp, 0), weighted)
+
+
+@triton.jit
+def exact_sum(values, counted):
+    """Sum of float32 numbers in whole units of 2^-36: the same bits in whatever order they lie; NaN if any is."""
+    broken = tl.sum(tl.sum((counted & (values != values)).to(tl.int32), 1), 0)
+    whole = tl.where(counted & (values == values), values, 0.0) * 68719476736.0
+    whole = (whole + tl.where(whole < 0, -0.5, 0.5)).to(tl.int64)
+    total = tl.sum(tl.sum(whole, 1), 0).to(tl.float32) * 1.4551915228366852e-11
+    return tl.where(broken > 0, float("nan"), total)
+
+
+@triton.jit
+def odd_row(found, row_ptr, first, extent, scale, launch, ENTROPY: tl.constexpr):
+    """Statistics of a row that starts anywhere in its 16 bytes, the same bits wherever that is.
+
+    A thread's places hold different elements as the row starts elsewhere, so each place has a number of its own, and
+    they are added up in whole numbers. The first ``width`` elements of each strip, which a place may share with the
+    strip before, are left to the edges.
+    """
+    place = tl.arange(0, launch.threads)[:, None] * launch.width + tl.arange(0, launch.width)[None, :] + first
+    counted = (place >= launch.width) & (place < launch.threads * launch.width)
+    z, edge = load_edges(row_ptr, extent, launch)
+    maximum = tl.max(tl.max(tl.where(counted, found.maximum, START), 1), 0)
+    maximum = tl.maximum(maximum, tl.max(tl.where(edge, z, START), 0))
+    shift = tl.maximum((found.maximum - maximum) * scale, LOWEST)
+    decay = tl.exp2(shift)
+    x = (z - maximum) * scale
+    e = tl.exp2(x)
+    sum_exp = exact_sum(decay * found.sum_exp, counted) + tl.sum(e, 0)
+    weighted = maximum * 0.0
+    if ENTROPY:
+        weighted = exact_sum(decay * (found.weighted + shift * found.sum_exp), counted)
+        weighted += tl.sum(e * tl.maximum(x, LOWEST), 0)
+    return RowStatistics(maximum, sum_exp, weighted)
+
+
+@triton.jit
+def load_edges(row_ptr, extent, launch):
+    """Logits ``[edges]`` that no place of an odd row has to itself, and which of these lanes hold one."""
+    strip: tl.constexpr = launch.threads * launch.width
+    lane = tl.arange(0, launch.edges)
+    heads = tl.cdiv(extent.inner, strip) * launch.width
+    head = lane // launch.width * strip + lane % launch.width
+    offs = tl.where(lane < heads, head, extent.inner + lane - heads)
+    inside = tl.where(lane < heads, head < extent.inner, offs < extent.vocab)
+    return tl.load(row_ptr + offs, mask=inside, other=float("-inf")).to(tl.float32), inside
 
 
 @triton.jit
@@ -139,60 +215,3 @@ def token_statistics(found, logit, inverse_temperature):
     log_prob = tl.where(logit == float("-inf"), float("-inf"), log_prob)
     entropy = tl.where(found.sum_exp == 0, 0.0, log_sum - LN_2 * found.weighted / found.sum_exp)
     return log_prob, entropy
-
-
-@triton.jit
-def gradient_block(z, maximum, scale, level, tilt, TILTED: tl.constexpr):
-    """``2^x (level + tilt x)``: the gradient away from the token, level and tilt already divided by sum_exp."""
-    x = (z - maximum) * scale
-    e = tl.exp2(x)
-    if TILTED:
-        return e * (level + tilt * tl.maximum(x, LOWEST))
-    return e * level
-
-
-@triton.jit
-def sweep_gradient(
-    row_ptr, out_ptr, vocab, token, logit, maximum, sum_exp, entropy, slope, bonus, inverse_temperature,
-    DTYPE: tl.constexpr, TILTED: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Write dz of a row from slope = dL/dl and bonus = dL/dEnt; ``out_ptr`` may be ``row_ptr``.
-
-    ``dz = (slope (onehot - p) - bonus p (log p + Ent)) / temperature`` with ``log p = x ln 2 - log sum_exp``.
-    """
-    # Half a block at a time: a whole one does not fit in the registers beside its gradient.
-    HALF: tl.constexpr = BLOCK_V // 2
-    offs_v = tl.arange(0, HALF)
-    scale = LOG2_E * inverse_temperature
-    level = -slope * inverse_temperature / sum_exp
-    tilt = level * 0.0
-    if TILTED:
-        level -= bonus * inverse_temperature * (entropy - tl.log(sum_exp)) / sum_exp
-        tilt = -bonus * inverse_temperature * LN_2 / sum_exp
-    full = vocab // HALF * HALF
-    for start in range(0, full, HALF):
-        z = tl.load(row_ptr + start + offs_v, eviction_policy="evict_first").to(DTYPE)
-        dz = gradient_block(z, maximum, scale, level, tilt, TILTED).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + start + offs_v, dz, eviction_policy="evict_first")
-    if full < vocab:
-        valid_v = full + offs_v < vocab
-        z = tl.load(row_ptr + full + offs_v, mask=valid_v, other=float("-inf")).to(DTYPE)
-        dz = gradient_block(z, maximum, scale, level, tilt, TILTED).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + full + offs_v, dz, mask=valid_v)
-    own = gradient_block(logit, maximum, scale, level, tilt, TILTED) + slope * inverse_temperature
-    # Another thread may have written the token's place: order the two stores.
-    tl.debug_barrier()
-    inside = (token >= 0) & (token < vocab)
-    tl.store(out_ptr + tl.where(inside, token, 0), own.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def write_zeros(out_ptr, vocab, BLOCK_V: tl.constexpr):
-    """Write a row of zeros without reading one."""
-    offs_v = tl.arange(0, BLOCK_V)
-    zeros = tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty)
-    full = vocab // BLOCK_V * BLOCK_V
-    for start in range(0, full, BLOCK_V):
-        tl.store(out_ptr + start + offs_v, zeros, eviction_policy="evict_first")
-    if full < vocab:
-        tl.store(out_ptr + full + offs_v, zeros, mask=full + offs_v < vocab)

@@ -1,0 +1,185 @@
+"""How kernels over logits are launched: one table of constants by kernel, GPU, vocabulary and dtype.
+
+The order in which a row is summed up follows from these constants and from nothing else, never from the rows beside it.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+ACCESS_BYTES = 16
+"""What a thread loads or stores at once."""
+
+
+MAX_ODD = 1 << 26
+"""An odd vocabulary up to here has its sums in whole numbers that 64 bits hold."""
+
+
+class Constants(NamedTuple):
+    """What a measurement may change. A strip is one access of every thread of a program.
+
+    ``strips`` make a block of the sweep for statistics, ``gradient_strips`` one of the sweep for the gradient. With
+    ``stages`` above 1 so many blocks less one are on their way to shared memory while one is computed. ``programs`` is
+    how many share a processor where each takes row after row: one, where a row has to stay in cache to be read twice.
+    """
+
+    num_warps: int
+    strips: int
+    stages: int
+    gradient_strips: int
+    programs: int
+
+
+class Rule(NamedTuple):
+    """Constants of a kernel where everything named fits: the beginning of an architecture, a vocabulary or more."""
+
+    kernel: str
+    architecture: str
+    itemsizes: tuple[int, ...]
+    vocab: int
+    constants: Constants
+
+
+ANY = (2, 4, 8)
+# The first rule that fits is taken. What is not measured is predicted: see benchmarks/NOTES.md.
+TABLE = (
+    # Interpreted, a block is small, so that a vocabulary of a thousand has several.
+    Rule("", "interpreter", ANY, 0, Constants(1, 2, 3, 2, 1)),
+    Rule("", "gfx", ANY, 0, Constants(16, 2, 1, 2, 1)),
+    # Read once: nothing has to stay in cache, and several programs hide each other's waiting.
+    Rule("row_statistics_kernel", "", ANY, 0, Constants(4, 4, 3, 4, 1)),
+    Rule("logits_gradient_kernel", "", (8,), 0, Constants(8, 4, 1, 4, 2)),
+    Rule("logits_gradient_kernel", "", ANY, 0, Constants(8, 4, 1, 8, 2)),
+    # 64 KiB of a row on their way; 64 elements a thread share the cost of a block.
+    Rule("logits_policy_loss_kernel", "", (8,), 0, Constants(8, 4, 3, 4, 1)),
+    Rule("logits_policy_loss_kernel", "", ANY, 0, Constants(8, 8, 3, 8, 1)),
+)
+
+
+class Launch(NamedTuple):
+    """Constants of one launch as a kernel sees them, all known when it is compiled.
+
+    ``threads`` times ``width`` elements are a strip. ``odd`` says that rows are not whole numbers of accesses, so that
+    each starts elsewhere in its 16 bytes; ``aligned`` that every row of the logits starts an access, ``agrees`` that
+    every row of the gradient lies in its 16 bytes as the row of logits does. ``end`` are the strips after the last
+    whole block, ``edges`` the lanes for what no whole access covers wherever an odd row starts.
+    """
+
+    threads: Any
+    width: Any
+    strips: Any
+    stages: Any
+    gradient_strips: Any
+    odd: Any
+    aligned: Any
+    agrees: Any
+    end: Any
+    edges: Any
+
+
+class Extent(NamedTuple):
+    """Elements of a row: all, those in whole blocks of the sweep for statistics, and where the part ends that whole
+    accesses cover wherever the row starts.
+    """
+
+    vocab: Any
+    full: Any
+    inner: Any
+
+
+class Launched(NamedTuple):
+    """What a launch over rows of logits is given beside its tensors."""
+
+    launch: Launch
+    extent: Extent
+    options: dict[str, int]
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """What the table knows a device by: sm_90, gfx942, interpreter."""
+    if device.type == "cpu":
+        return "interpreter"
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def constants_for(kernel: str, vocab: int, itemsize: int, device: torch.device) -> Constants:
+    """The table's constants of ``kernel``."""
+    found = architecture(device)
+    return next(
+        rule.constants
+        for rule in TABLE
+        if rule.kernel in ("", kernel) and found.startswith(rule.architecture)
+        and itemsize in rule.itemsizes and vocab >= rule.vocab
+    )  # fmt: skip
+
+
+def launch_for(kernel: str, logits: torch.Tensor, out: torch.Tensor | None = None) -> Launched:
+    """How ``kernel`` goes over ``logits [B, T, V]`` and, where there is one, their gradient."""
+    vocab, itemsize = logits.shape[-1], logits.element_size()
+    constants = constants_for(kernel, vocab, itemsize, logits.device)
+    warp = 64 if architecture(logits.device).startswith("gfx") else 32
+    return _launch(constants, warp, vocab, itemsize, _aligned(logits), out is None or _agree(logits, out))
+
+
+@functools.lru_cache(maxsize=256)
+def _launch(constants: Constants, warp: int, vocab: int, itemsize: int, aligned: bool, agrees: bool) -> Launched:
+    width = ACCESS_BYTES // itemsize
+    odd = vocab % width != 0
+    if odd and (itemsize == 8 or vocab > MAX_ODD):
+        width, odd = 1, False
+    num_warps = constants.num_warps
+    while num_warps > 1 and num_warps * warp * width > vocab:
+        num_warps //= 2
+    threads = num_warps * warp
+    strip = threads * width
+    most = triton.next_power_of_2(triton.cdiv(vocab, strip))
+    strips, gradient_strips = min(constants.strips, most), min(constants.gradient_strips, most)
+    # An odd row may begin up to an access late.
+    covered = max(vocab - width, 0) if odd else vocab
+    full, inner = (covered // size * size for size in (strips * strip, width))
+    end = triton.next_power_of_2(triton.cdiv(inner - full, strip)) if inner > full else 0
+    edges = triton.next_power_of_2(width * triton.cdiv(inner, strip) + 2 * width) if odd else 0
+    made = (threads, width, strips, constants.stages, gradient_strips, odd, aligned and not odd, agrees, end, edges)
+    return Launched(
+        Launch(*(tl.constexpr(value) for value in made)), Extent(vocab, full, inner), {"num_warps": num_warps}
+    )
+
+
+def _aligned(tensor: torch.Tensor) -> bool:
+    """Whether every row starts a 16-byte access."""
+    return tensor.data_ptr() % ACCESS_BYTES == 0 and not any(_steps(tensor))
+
+
+def _agree(logits: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether rows of both lie alike in their 16 bytes."""
+    return (logits.data_ptr() - out.data_ptr()) % ACCESS_BYTES == 0 and _steps(logits) == _steps(out)
+
+
+def _steps(tensor: torch.Tensor) -> list[int]:
+    """By how much of 16 bytes rows are shifted from one to the next, in each dimension that has more than one."""
+    sizes = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    return [stride * tensor.element_size() % ACCESS_BYTES if size > 1 else 0 for size, stride in sizes]
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    if device.type == "cpu":
+        return 4
+    properties = torch.get_device_module(device).get_device_properties(device)
+    name = "multi_processor_count" if hasattr(properties, "multi_processor_count") else "max_compute_units"
+    return int(getattr(properties, name))
+
+
+def num_programs(kernel: str, num_rows: int, logits: torch.Tensor) -> int:
+    """Programs of a persistent launch."""
+    constants = constants_for(kernel, logits.shape[-1], logits.element_size(), logits.device)
+    return min(num_rows, constants.programs * processors(logits.device))
