@@ -8,8 +8,10 @@ import pytest
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.support.interpreter import round_bfloat16_to_nearest
+from tests.support.interpreter_speed import hurry
 
 round_bfloat16_to_nearest()
+hurry()
 
 
 # Handed out in order, so that what takes minutes does not begin last.
