@@ -7,7 +7,7 @@ from benchmarks.counts.traffic import count_traffic
 from egpo_kernels import PolicyLossConfig, egpo_loss, logits_policy_loss, recipes, token_log_probs
 from tests.support.strategies import PUBLISHED
 
-SEQUENCES, LENGTH, VOCAB = 4, 3, 16500
+SEQUENCES, LENGTH, VOCAB = 4, 3, 16512
 DTYPES = [torch.float32, torch.bfloat16]
 
 
