@@ -1,4 +1,4 @@
-"""Rows in strips of 16 bytes a thread: every launch constant, every place a row may start at, and every one in a strip."""
+"""Rows in strips of 16 bytes a thread: every launch constant, every place a row may start at, every one in a strip."""
 
 from unittest import mock
 
