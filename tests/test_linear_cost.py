@@ -4,8 +4,6 @@ import pytest
 import torch
 
 import egpo_kernels as ek
-from egpo_kernels.linear import chunks
-from egpo_kernels.linear.head import Head, Wanted
 from tests.support.batches import FAST_BACKEND
 from tests.support.cost import multiplications, peak_bytes, products
 
@@ -183,55 +181,6 @@ def test_rows_without_upstream_are_not_multiplied_again():
 
 
 # Memory.
-
-
-def head_of(dtype, softcap=0.0, device="cpu"):
-    weight = torch.empty(1000, 4, dtype=dtype, device=device)
-    return Head(weight, None, None, None, 1.0, 1.0, softcap, weight.dtype)
-
-
-FROZEN, TRAINS = Wanted.only_hidden(), Wanted(True, True, False, False, False)
-BYTES = [
-    (torch.float32, 0.0, FROZEN, 4000),
-    (torch.float32, 0.0, TRAINS, 4000),
-    (torch.bfloat16, 0.0, FROZEN, 2000),
-    # Its float32 copy: a CPU cannot add a product of 16-bit matrices to a float32 one.
-    (torch.bfloat16, 0.0, TRAINS, 6000),
-    # A softcap's derivative needs the logits beside their gradient.
-    (torch.float32, 30.0, FROZEN, 8000),
-    (torch.bfloat16, 30.0, TRAINS, 8000),
-]
-MANY = 10**9
-
-
-@pytest.mark.parametrize("dtype, softcap, wanted, per_row", BYTES)
-def test_rows_of_a_chunk(dtype, softcap, wanted, per_row):
-    head = head_of(dtype, softcap)
-    assert chunks.chunk_rows(head, wanted, 10 * per_row, 0, MANY) == 10
-    assert chunks.chunk_rows(head, wanted, 11 * per_row - 1, 0, MANY) == 10
-    assert chunks.chunk_rows(head, wanted, 1, 0, MANY) == 1
-    assert chunks.chunk_rows(head, wanted, None, 0, MANY) == (256 << 20) // per_row
-
-
-def test_scratch_is_part_of_a_chunk():
-    head = head_of(torch.float32)
-    assert chunks.chunk_rows(head, FROZEN, 40_000, 8_000, MANY) == 8
-    assert chunks.chunk_rows(head, FROZEN, 40_000, 10**9, MANY) == 5
-
-
-def test_one_chunk_needs_no_float32():
-    head = head_of(torch.bfloat16)
-    assert chunks.chunk_rows(head, TRAINS, 60_000, 0, 30) == 30
-    assert chunks.chunk_rows(head, TRAINS, 60_000, 0, 31) == 10
-
-
-def test_a_head_that_trains_gets_4096_rows():
-    wide = Head(torch.empty(151936, 4, device="meta"), None, None, None, 1.0, 1.0, 0.0, torch.float32)
-    assert chunks.chunk_rows(wide, TRAINS, None, 0, MANY) == 4096
-    adapters = Wanted(True, False, False, True, True)
-    for wanted in (FROZEN, adapters):
-        assert chunks.chunk_rows(wide, wanted, None, 0, MANY) == (256 << 20) // (151936 * 4)
-    assert chunks.chunk_rows(wide, TRAINS, 256 << 20, 0, MANY) == (256 << 20) // (151936 * 4)
 
 
 @pytest.mark.parametrize("rows, wide", [(32, False), (7, True)])

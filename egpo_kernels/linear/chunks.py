@@ -6,14 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from egpo_kernels.linear import sizes
 from egpo_kernels.linear.head import Head, Wanted, sums_apart
 from egpo_kernels.types import Rows
 from egpo_kernels.validation import checks_values
-
-CHUNK_BYTES = 256 << 20
-"""What a chunk takes at most, unless the caller says."""
-TRAINED_ROWS = 4096
-"""With a weight that trains a chunk has at least as many rows: its gradient is read and written once a chunk."""
 
 
 class Chunk(NamedTuple):
@@ -42,17 +38,11 @@ class Plan(NamedTuple):
 
 
 def chunk_rows(head: Head, wanted: Wanted, max_chunk_bytes: int | None, scratch: int, total: int) -> int:
-    """Rows of a chunk: as many as fit, with everything that is alive of a chunk counted, a backend's scratch too."""
-    per_row = head.vocab * head.logits_dtype.itemsize * (2 if head.softcap else 1)
-    if head.logits_dtype != head.weight.dtype:
-        per_row += head.vocab * head.weight.dtype.itemsize  # the gradient as it is multiplied
-    limit = max_chunk_bytes or CHUNK_BYTES
-    limit -= min(scratch, limit // 2)
-    least = TRAINED_ROWS if wanted.weight and max_chunk_bytes is None else 1
-    rows = max(limit // per_row, least)
-    if rows < total and wanted.of_head and sums_apart(head.weight):
-        rows = max(limit // (per_row + head.vocab * 4), least)
-    return rows
+    """Rows of a chunk, of ``total`` that are multiplied."""
+    weight = head.weight
+    apart = wanted.of_head and sums_apart(weight)
+    kind = sizes.Kind(head.vocab, head.logits_dtype, weight.dtype, bool(head.softcap), wanted.weight, apart)
+    return sizes.chunk_rows(kind, total, max_chunk_bytes, sizes.device_memory(weight.device), scratch)
 
 
 def check_num_active(mask: Tensor, num_active: int | None) -> None:
