@@ -122,7 +122,8 @@ def _product(out: Tensor, left: Tensor, weight: Tensor, beta: float, alpha: floa
 class HeadGradients:
     """Gradients of the head, summed over chunks in float32 (float64): rounding each chunk's would bias training.
 
-    Where there is ``once`` only something to add, it is rounded once anyway.
+    Where there is ``once`` only something to add, it is rounded once anyway. The first product is written to memory
+    that holds anything, which ``beta = 0`` does not read.
     """
 
     def __init__(self, head: Head, wanted: Wanted, once: bool) -> None:
@@ -130,9 +131,10 @@ class HeadGradients:
         dtype = head.weight.dtype if once else compute_dtype(head.weight.dtype)
         self.widens = not once and sums_apart(head.weight)
         self.sums = [
-            None if tensor is None or not asked else tensor.new_zeros(tensor.shape, dtype=dtype)
+            None if tensor is None or not asked else tensor.new_empty(tensor.shape, dtype=dtype)
             for tensor, asked in zip(head[:4], wanted[1:], strict=True)
         ]
+        self.kept = 0.0
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         """Add what flows back through ``gradient [R, V]`` into the logits of ``hidden [R, H]``."""
@@ -143,24 +145,27 @@ class HeadGradients:
         if self.widens:
             gradient, hidden = gradient.float(), hidden.float()
         if weight is not None:
-            _accumulate_(weight, gradient.t(), hidden, gain)
+            self._accumulate_(weight, gradient.t(), hidden, gain)
         if bias is not None:
-            bias.add_(gradient.sum(0, dtype=compute_dtype(bias.dtype)), alpha=gain)
+            column = gradient.sum(0, dtype=compute_dtype(bias.dtype))
+            bias.add_(column, alpha=gain) if self.kept else bias.copy_(column.mul_(gain))
         if lora_a is not None and head.lora_b is not None:
             inner = gradient @ head.lora_b.to(gradient.dtype)
-            _accumulate_(lora_a, inner.t(), hidden, gain * head.lora_scale)
+            self._accumulate_(lora_a, inner.t(), hidden, gain * head.lora_scale)
         if lora_b is not None and head.lora_a is not None:
             inner = hidden @ head.lora_a.to(hidden.dtype).t()
-            _accumulate_(lora_b, gradient.t(), inner, gain * head.lora_scale)
+            self._accumulate_(lora_b, gradient.t(), inner, gain * head.lora_scale)
+        self.kept = 1.0
+
+    def _accumulate_(self, total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+        if total.dtype == left.dtype:
+            total.addmm_(left, right, beta=self.kept, alpha=alpha)
+        else:
+            torch.addmm(total, left, right, out_dtype=total.dtype, beta=self.kept, alpha=alpha, out=total)
 
     def rounded(self) -> list[Tensor]:
         """The sums in the dtype of what they are gradients of; empty where none was asked for."""
-        weight = self.head.weight
-        return [weight.new_empty(0) if found is None else found.to(weight.dtype) for found in self.sums]
-
-
-def _accumulate_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right, alpha=alpha)
-    else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=alpha, out=total)
+        weight, sums = self.head.weight, self.sums
+        if not self.kept:
+            sums = [None if found is None else found.zero_() for found in sums]
+        return [weight.new_empty(0) if found is None else found.to(weight.dtype) for found in sums]
