@@ -15,7 +15,7 @@ from torch.library import CustomOpDef
 
 from egpo_kernels import metrics
 from egpo_kernels.dispatch import implementation
-from egpo_kernels.linear import passes
+from egpo_kernels.linear import flops, passes
 from egpo_kernels.linear.chunks import too_many
 from egpo_kernels.linear.head import Head, Wanted
 from egpo_kernels.ops import OptionalTensors, Tensors, checked_rows, operator, policy_config
@@ -189,3 +189,6 @@ def linear_policy_loss(
 def _(hidden: Tensor, head: OptionalTensors, *others: Any) -> VectorAndGradients:
     vector = hidden.new_empty(len(metrics.TOKEN.keys), dtype=compute_dtype(hidden.dtype))
     return vector, *_fake_gradients(hidden, head, others[-2])
+
+
+flops.register_when_imported()

@@ -1,0 +1,89 @@
+"""What the operators multiply, for `torch.utils.flop_counter.FlopCounterMode`, which cannot look inside them.
+
+Chunks and a softcap change nothing. All rows count, or ``num_active`` where it is given: how many of them a mask leaves
+is not in its shape, and where the host knows it fewer rows are multiplied than are counted here.
+"""
+
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+import torch
+
+COUNTER = "torch.utils.flop_counter"
+
+Shape = tuple[int, ...]
+
+
+def _products(hidden: Shape, head: list[Shape | None], num_active: int | None, wanted: list[bool]) -> int:
+    """Logits once, and the gradients that are wanted of hidden states, weight, bias and both adapters."""
+    weight, _, lora_a, lora_b = head
+    assert weight is not None
+    rows, (vocab, width) = hidden[0] * hidden[1], weight
+    if num_active is not None:
+        rows = torch.sym_min(rows, num_active)
+    of_hidden, of_weight, _, of_a, of_b = wanted
+    whole = 2 * rows * width * vocab * (1 + of_hidden + of_weight)
+    if lora_a is None or lora_b is None:
+        return whole
+    # Each needs one product with A and one with B.
+    return whole + 2 * rows * lora_a[0] * (width + vocab) * (1 + of_hidden + of_a + of_b)
+
+
+def linear_row_statistics(
+    hidden: Shape, head: Any, rows: Any, host_mask: Any, scalars: Any, num_active: int | None, *others: Any, **_: Any
+) -> int:
+    """Of log-probs, with the gradient of the hidden states where it is made at once."""
+    with_gradient = others[-2]
+    return _products(hidden, head, num_active, [with_gradient, False, False, False, False])
+
+
+def linear_gradient(
+    hidden: Shape, head: Any, rows: Any, host_mask: Any, scalars: Any, num_active: int | None, *others: Any, **_: Any
+) -> int:
+    """Of gradients with the logits made once more, and of a loss with its gradients."""
+    wanted = others[-2]
+    return _products(hidden, head, num_active, wanted)
+
+
+FORMULAS = {
+    "linear_row_statistics": linear_row_statistics,
+    "linear_gradient": linear_gradient,
+    "linear_policy_loss": linear_gradient,
+}
+
+
+def register(counter: ModuleType) -> None:
+    """Tell the counter's module of the operators; it refuses those that it knows, as it does after a reload."""
+    for name, formula in FORMULAS.items():
+        operator = getattr(torch.ops.egpo_kernels, name)
+        if operator not in counter.flop_registry:
+            counter.register_flop_formula(operator)(formula)
+
+
+class _Finder(MetaPathFinder):
+    """Registers the formulas when somebody imports the counter: it loads triton, which this package does not."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != COUNTER:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            register(module)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register_when_imported() -> None:
+    """Now, where the counter is there, or else as soon as it is."""
+    if COUNTER in sys.modules:
+        register(sys.modules[COUNTER])
+    sys.meta_path.insert(0, _Finder())
