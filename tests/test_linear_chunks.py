@@ -57,8 +57,11 @@ def test_one_chunk_needs_no_float32():
 
 
 def test_scratch_is_part_of_a_chunk():
+    """All of it, or, where that leaves less room, as much as so few rows need: twice a row in float32."""
     assert sizes.chunk_rows(kind_of(), MANY, 40_000, None, 8_000) == 8
-    assert sizes.chunk_rows(kind_of(), MANY, 40_000, None, 10**9) == 5
+    assert sizes.chunk_rows(kind_of(), MANY, 40_000, None, 10**9) == 3
+    assert sizes.chunk_rows(kind_of(logits=BF16), MANY, 40_000, None, 10**9) == 4
+    assert sizes.chunk_rows(kind_of(logits=FP64), MANY, 48_000, None, 10**9) == 2
 
 
 HEADS = [
@@ -161,14 +164,15 @@ def test_every_size(kind, total, bound, memory, scratch):
     rows = sizes.chunk_rows(kind, total, bound, memory, scratch)
     assert rows == sizes.chunk_rows(kind, total, bound, memory, scratch) >= 1
     limit = bound or (DEFAULT if memory is None else memory // 32)
-    limit -= min(scratch, limit // 2)
     count = max(-(-total // rows), 1)
     per_row = kind.row_bytes + (4 * kind.vocab if kind.sums_apart and count > 1 else 0)
-    most = limit // per_row
-    least = 1
+    double = FP64 if kind.logits_dtype == FP64 else FP32
+    beside = 2 * kind.vocab * double.itemsize
+    most, least = max((limit - scratch) // per_row, limit // (per_row + (beside if scratch else 0))), 1
     if bound is None:
         least = max(4096 if kind.weight_trains else 1, 2048 if memory is not None else 1)
     assert rows <= max(most, least)
+    assert rows <= least or rows * per_row + min(scratch, rows * beside) <= limit
     # Shared evenly, by as few chunks as the bound and the tiles allow.
     tile = 256 if memory is not None and max(most, least) >= 256 else 1
     if count == 1:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from egpo_kernels.types import compute_dtype
+
 CHUNK_BYTES = 256 << 20
 """What a chunk takes at most, unless the caller says, on a CPU and where a device does not tell its memory."""
 DEVICE_SHARE = 32
@@ -38,6 +40,11 @@ class Kind(NamedTuple):
         size = self.logits_dtype.itemsize * (2 if self.capped else 1)
         return self.vocab * (size + (0 if self.logits_dtype == self.weight_dtype else self.weight_dtype.itemsize))
 
+    @property
+    def scratch_bytes(self) -> int:
+        """What a backend holds beside a row at most: probabilities and as much again, in the compute dtype."""
+        return 2 * self.vocab * compute_dtype(self.logits_dtype).itemsize
+
 
 @functools.cache
 def device_memory(device: torch.device) -> int | None:
@@ -55,22 +62,27 @@ def chunk_rows(kind: Kind, total: int, max_chunk_bytes: int | None, memory: int 
         total: Rows to multiply; up to as many as one chunk holds, that is the answer.
         max_chunk_bytes: A bound that is kept to, down to a single row; None: a default, which has a least of rows too.
         memory: See `device_memory`; where it is known, rows come in multiples of `TILE` if so many fit.
-        scratch: Bytes that a backend holds beside; at most half of the bound is left to it.
+        scratch: Bytes that a backend holds beside at most, if there are rows for so many.
     """
     limit = max_chunk_bytes or (CHUNK_BYTES if memory is None else memory // DEVICE_SHARE)
-    limit -= min(scratch, limit // 2)
     least = 1
     if max_chunk_bytes is None:
         least = max(TRAINED_ROWS if kind.weight_trains else 1, 1 if memory is None else DEVICE_ROWS)
-    most = max(limit // kind.row_bytes, least)
+    most = max(_fit(kind, kind.row_bytes, limit, scratch), least)
     if most < total and kind.sums_apart:
-        most = max(limit // (kind.row_bytes + 4 * kind.vocab), least)
+        most = max(_fit(kind, kind.row_bytes + 4 * kind.vocab, limit, scratch), least)
     if most >= total:
         return max(total, 1)
     step = 1 if memory is None or most < TILE else TILE
     most -= most % step
     even = _over(total, _over(total, most))  # as many chunks as there must be, none much smaller than the rest
     return _over(even, step) * step
+
+
+def _fit(kind: Kind, row: int, limit: int, scratch: int) -> int:
+    """Rows of ``row`` bytes beside all of the scratch, or, where that is more, each beside a scratch of its own."""
+    own = kind.scratch_bytes if scratch else 0
+    return max((limit - scratch) // row, limit // (row + own))
 
 
 def _over(number: int, divisor: int) -> int:

@@ -19,9 +19,8 @@ DEVICE_CHUNK_BYTES = 256 << 20
 
 
 def scratch_bytes(logits: Tensor) -> int:
-    """What a walk over rows of that dtype holds beside logits and gradient: ``spare``, and ``p`` if it is 16-bit."""
-    chunk = CPU_CHUNK_BYTES if logits.device.type == "cpu" else DEVICE_CHUNK_BYTES
-    return chunk if logits.dtype == compute_dtype(logits.dtype) else 2 * chunk
+    """What a walk over rows holds beside logits and gradient: ``spare``, and ``p`` unless the gradient can hold it."""
+    return 2 * (CPU_CHUNK_BYTES if logits.device.type == "cpu" else DEVICE_CHUNK_BYTES)
 
 
 class Chunk(NamedTuple):
