@@ -170,8 +170,10 @@ def linear_policy_loss(
         metrics: ``all``, ``active`` or ``none``; see `logits_policy_loss`.
         num_active: Rows that count, or more, for a mask on a device, where counting them would wait for it. Too few
             raise on a CPU; on a device they make the loss NaN, and raise under ``EGPO_KERNELS_DEBUG=1``.
-        max_chunk_bytes: Memory of a chunk, a backend's scratch included; None: 256 MiB, but at least 4096 rows where
-            weight trains, whose float32 gradient is read and written once a chunk.
+        max_chunk_bytes: Memory of a chunk, a backend's scratch included, which is never exceeded but by a single row.
+            None: 256 MiB on a CPU; on a GPU a 32nd of its memory (all of it: what is free changes from call to call,
+            and with the chunks the bits would), at least 2048 rows; at least 4096 rows where weight trains, whose
+            float32 gradient is read and written once a chunk.
         backend: ``auto``, ``triton``, ``portable`` or ``reference`` (which makes the logits whole).
 
     Returns:
