@@ -13,8 +13,8 @@ from egpo_kernels import group_advantages, linear_policy_loss, logits_policy_los
 OURS = "egpo_kernels"
 NATIVE = "eager, in the logits' dtype"
 GEMMS = "bare GEMMs"
-SMALL_CHUNKS = (64, 32)
-"""MiB, beside the default."""
+CHUNKS = {64: "cpu", 32: "cpu", 256: "cuda"}
+"""MiB, beside the default, and where: a GPU's default is a share of its memory, and 64 MiB are too few rows for one."""
 Run = Callable[[Batch], Outputs]
 
 
@@ -105,6 +105,14 @@ def _ours_linear(**options) -> Run:
     return run
 
 
+def _ours_in_chunks(size: int, where: str) -> Provider:
+    def unavailable(device: str) -> str | None:
+        return None if device == where else "a size for a GPU" if where == "cuda" else "a size for a CPU"
+
+    name = f"egpo_kernels, chunks of {size} MiB"
+    return Provider(name, OURS, _ours_linear(max_chunk_bytes=size << 20), unavailable)
+
+
 def bare_gemms() -> Run:
     """The products that no implementation can do without, of whole matrices, into memory that is there: no loss."""
     made: list[Tensor] = []
@@ -191,10 +199,7 @@ def own_providers(workload: str) -> list[Provider]:
     """Ours first, then by hand."""
     linear = [
         Provider(OURS, OURS, _ours_linear()),
-        *(
-            Provider(f"egpo_kernels, chunks of {size} MiB", OURS, _ours_linear(max_chunk_bytes=size << 20))
-            for size in SMALL_CHUNKS
-        ),
+        *(_ours_in_chunks(size, device) for size, device in CHUNKS.items()),
         Provider("eager", "eager", eager_linear),
         Provider("torch.compile", "torch.compile", eager_linear, prepare=_compiled_loss(_linear_by_hand, "hidden")),
         # A bar, not a rival.
