@@ -17,8 +17,8 @@ from tests.support.cost import products
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 MANY = 10**9
 GIB, DEFAULT = 1 << 30, 256 << 20
-H100 = 85_029_158_912
-"""What `total_memory` of a card of 80 GB is about."""
+CARD = 80 * GIB
+"""Memory of a GPU."""
 
 
 def kind_of(vocab=1000, logits=FP32, weight=None, capped=False, trains=False, apart=False):
@@ -105,12 +105,12 @@ def test_a_cpu_has_256_mebibytes(kind, rows):
 
 
 GPU_DEFAULTS = [
-    # 2.5 GB hold 8744 rows, of several chunks 8704, and fewer are shared evenly.
-    (kind_of(151936, BF16), MANY, H100, 8704),
-    (kind_of(151936, BF16), 8192, H100, 8192),
-    (kind_of(151936, BF16), 8745, H100, 4608),
-    (kind_of(151936, BF16), 17409, H100, 5888),
-    (kind_of(151936, FP32, BF16), MANY, H100, 2816),
+    # 2.5 GiB hold 8833 rows, of several chunks 8704, and fewer are shared evenly.
+    (kind_of(151936, BF16), MANY, CARD, 8704),
+    (kind_of(151936, BF16), 8192, CARD, 8192),
+    (kind_of(151936, BF16), 8834, CARD, 4608),
+    (kind_of(151936, BF16), 17409, CARD, 5888),
+    (kind_of(151936, FP32, BF16), MANY, CARD, 2816),
     # A small card: 2048 rows all the same, and 4096 where the weight trains.
     (kind_of(151936, BF16), MANY, 8 * GIB, 2048),
     (kind_of(151936, BF16), 2049, 8 * GIB, 1280),
@@ -129,15 +129,15 @@ def test_a_gpu_has_a_share_of_its_memory(kind, total, memory, rows):
 def test_the_bound_of_256_mebibytes_on_a_gpu():
     """883 rows fit: 3 tiles of them, not 883 and a rest of 245."""
     kind = kind_of(151936, BF16)
-    assert sizes.chunk_rows(kind, MANY, DEFAULT, H100, 0) == 768
-    assert sizes.chunk_rows(kind, 8192, DEFAULT, H100, 0) == 768
-    assert sizes.chunk_rows(kind, 4 * 883 - 1, DEFAULT, H100, 0) == 768
-    assert sizes.chunk_rows(kind, 883, DEFAULT, H100, 0) == 883
-    assert sizes.chunk_rows(kind, 884, DEFAULT, H100, 0) == 512
+    assert sizes.chunk_rows(kind, MANY, DEFAULT, CARD, 0) == 768
+    assert sizes.chunk_rows(kind, 8192, DEFAULT, CARD, 0) == 768
+    assert sizes.chunk_rows(kind, 4 * 883 - 1, DEFAULT, CARD, 0) == 768
+    assert sizes.chunk_rows(kind, 883, DEFAULT, CARD, 0) == 883
+    assert sizes.chunk_rows(kind, 884, DEFAULT, CARD, 0) == 512
     assert sizes.chunk_rows(kind, 8192, DEFAULT, None, 0) == 820
 
 
-@pytest.mark.parametrize("memory", [None, 1, 8 * GIB, H100, 10**15])
+@pytest.mark.parametrize("memory", [None, 1, 8 * GIB, CARD, 10**15])
 @pytest.mark.parametrize("bound", [None, 1, DEFAULT])
 def test_no_rows_and_one(bound, memory):
     for total in (0, 1):
@@ -199,12 +199,12 @@ def test_all_of_a_gpus_memory_is_asked_for_once(device, monkeypatch):
 
     def properties(device):
         asked.append(device)
-        return SimpleNamespace(total_memory=H100)
+        return SimpleNamespace(total_memory=CARD)
 
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(get_device_properties=properties))
     sizes.device_memory.cache_clear()
     try:
-        assert [sizes.device_memory(torch.device(device)) for _ in range(3)] == [H100] * 3
+        assert [sizes.device_memory(torch.device(device)) for _ in range(3)] == [CARD] * 3
     finally:
         sizes.device_memory.cache_clear()
     assert asked == [torch.device(device)]
@@ -233,7 +233,7 @@ WALKS = [(300, [256, 256, 188]), (600, [512, 188]), (255, [234, 234, 232]), (700
 def test_tiles_of_rows(fit, rows, trains, monkeypatch):
     """The walk of a GPU, on a CPU that says it has a GPU's memory."""
     whole = step(trains)
-    monkeypatch.setattr(sizes, "device_memory", lambda device: H100)
+    monkeypatch.setattr(sizes, "device_memory", lambda device: CARD)
     monkeypatch.setattr(portable, "scratch_bytes", lambda logits: 0)
     found = {}
     seen = products(lambda: found.update(step(trains, max_chunk_bytes=fit * 11 * 4)))
