@@ -111,7 +111,8 @@ def test_the_worked_example_of_contributing_agrees(tmp_path, monkeypatch):
     imports = {
         "in_torch": "import torch\nfrom torch import Tensor\nfrom egpo_kernels.types import PolicyLossConfig\n"
         "from egpo_kernels.surrogates import SurrogateTerms\n",
-        "on_device": "import triton\nimport triton.language as tl\n",
+        "on_device": "import triton\nimport triton.language as tl\n"
+        "from egpo_kernels.triton.arithmetic import exponential\n",
     }
     for name, code in (("in_torch", in_torch), ("on_device", on_device)):
         (tmp_path / f"example_{name}.py").write_text(f"{imports[name]}\n\n{code}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from egpo_kernels import metrics
 from egpo_kernels.advantages import batch_scale
+from egpo_kernels.triton.arithmetic import divide, square_root
 from egpo_kernels.triton.group_statistics import (
     Pointers,
     Settings,
@@ -41,7 +42,7 @@ Rules = namedtuple("Rules", "single unusable collapsed any_correct penalised com
 def raw_weights(uncertainty, known, mean_uncertainty, settings):
     """Group mean of H over own H (Eq. 7); 1 without own H, and where the mean is next to nothing."""
     weighed = known & (mean_uncertainty > settings.uncertainty_eps)
-    return tl.where(weighed, mean_uncertainty / (uncertainty + settings.uncertainty_eps), 1.0)
+    return tl.where(weighed, divide(mean_uncertainty, uncertainty + settings.uncertainty_eps), 1.0)
 
 
 @triton.jit
@@ -104,11 +105,11 @@ def relative_rewards(mine, group, squares, settings, choices):
     base = mine.reward - mean_reward
     freedom = tl.maximum(group.usable - 1, 1).to(base.dtype)
     if choices.baseline == "leave_one_out":
-        base = base * (group.usable.to(base.dtype) / freedom)
+        base = base * divide(group.usable.to(base.dtype), freedom)
     if choices.scale == "group_std":
-        base = base / (tl.sqrt(squares / freedom) + settings.std_eps)
+        base = divide(base, square_root(divide(squares, freedom)) + settings.std_eps)
     elif choices.scale == "group_mean":
-        base = tl.where(mean_reward > 0, base / (mean_reward + settings.std_eps), 0.0)
+        base = tl.where(mean_reward > 0, divide(base, mean_reward + settings.std_eps), 0.0)
     return base
 
 
@@ -144,10 +145,10 @@ def final_weights(mine, group, rules, total, settings, choices):
         weights = raw_weights(mine.uncertainty, mine.known, mean_uncertainty, settings)
         size = group.size.to(weights.dtype)
         if choices.renorm == "before":
-            weights = tl.where(total > 0, weights * size / total, weights)
+            weights = tl.where(total > 0, divide(weights * size, total), weights)
         weights = clamped(weights, mine.correct, settings, choices)
         if choices.renorm == "after":
-            weights = tl.where(total > 0, weights * size / total, weights)
+            weights = tl.where(total > 0, divide(weights * size, total), weights)
         if choices.lock_all_wrong:
             weights = tl.where(rules.penalised, 1.0, weights)
         return tl.where(rules.single, 1.0, weights)

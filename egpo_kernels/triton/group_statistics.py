@@ -8,6 +8,8 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
+from egpo_kernels.triton.arithmetic import divide
+
 NO_SEQUENCE = tl.constexpr(2**31 - 1)
 NO_REWARD = tl.constexpr(float("inf"))
 
@@ -105,5 +107,6 @@ def gather_groups(pointers, mine, num_sequences, settings, BLOCK_J: tl.constexpr
 @triton.jit
 def means(group):
     """Mean reward and mean uncertainty of each group."""
-    reward = group.reward / tl.maximum(group.usable, 1).to(group.reward.dtype)
-    return reward, group.uncertainty / tl.maximum(group.known, 1).to(group.reward.dtype)
+    dtype = group.reward.dtype
+    reward = divide(group.reward, tl.maximum(group.usable, 1).to(dtype))
+    return reward, divide(group.uncertainty, tl.maximum(group.known, 1).to(dtype))

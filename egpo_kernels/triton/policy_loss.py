@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels import metrics
+from egpo_kernels.triton.arithmetic import divide, exponential
 from egpo_kernels.triton.segments import combine, store_maxima, store_sums
 from egpo_kernels.triton.settings import Choices, choices_of, load_settings, row_pointers, settings_tensor
 from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_log_ratio, token_terms
@@ -67,7 +68,7 @@ def sequence_kernel(rows, scores, offsets_ptr, settings_ptr, choices, SURROGATE:
         total += tl.where(live, log_ratio, 0.0)
         count += counted.to(tl.int32)
     length = tl.maximum(tl.sum(count, axis=0), 1).to(dtype)
-    mean = tl.sum(total, axis=0) / length
+    mean = divide(tl.sum(total, axis=0), length)
     tl.store(scores.log_ratio_ptr + sequence, mean)
     if scores.slope_ptr is not None:
         slopes = tl.zeros([BLOCK], dtype)
@@ -78,7 +79,7 @@ def sequence_kernel(rows, scores, offsets_ptr, settings_ptr, choices, SURROGATE:
             terms = token_terms(rows, offs, live, log_prob, shared, settings, choices, SURROGATE, True)
             factor = tl.load(rows.factor_ptr + offs, mask=live, other=0.0)
             slopes += tl.where(live, factor * terms.slope, 0.0)
-        tl.store(scores.slope_ptr + sequence, tl.sum(slopes, axis=0) / length)
+        tl.store(scores.slope_ptr + sequence, divide(tl.sum(slopes, axis=0), length))
 
 
 @triton.jit
@@ -121,7 +122,7 @@ def policy_loss_kernel(
 
     # From here on: the slots of `egpo_kernels.metrics.TOKEN`, in its order.
     log_ratio = tl.where(live, terms.log_ratio, 0.0)
-    ratio = tl.exp(log_ratio)
+    ratio = exponential(log_ratio)
     sums = (
         counted,
         loss,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from egpo_kernels.triton.arithmetic import divide
 from egpo_kernels.triton.settings import on_device
 from egpo_kernels.types import compute_dtype
 
@@ -23,7 +24,7 @@ def rescale_kernel(
     expected = tl.load(expected_ptr)
     upstream = tl.load(upstream_ptr).to(expected.dtype)
     if upstream != expected:
-        ratio = upstream / expected
+        ratio = divide(upstream, expected)
         # Rounding up could pass 2^31.
         chunks_per_row = tl.cdiv(tl.cast(width, tl.int64), BLOCK)
         for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):

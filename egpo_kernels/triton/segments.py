@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels.metrics import NOTHING, Table
+from egpo_kernels.triton.arithmetic import divide
 
 # Fewer warps, and the float64 kernel spills on a B200.
 SEGMENT = {"BLOCK": 1024, "num_warps": 8}
@@ -32,7 +33,7 @@ def segment_mean_kernel(values_ptr, mask_ptr, offsets_ptr, means_ptr, counts_ptr
     segment = tl.program_id(0)
     start, stop = tl.load(offsets_ptr + segment), tl.load(offsets_ptr + segment + 1)
     total, count = segment_total(values_ptr, mask_ptr, start, stop, BLOCK)
-    mean = total / tl.maximum(count, 1).to(total.dtype)
+    mean = divide(total, tl.maximum(count, 1).to(total.dtype))
     known = (count > 0) & (tl.abs(mean) < float("inf"))
     tl.store(means_ptr + segment, tl.where(known, tl.maximum(mean, 0.0), float("nan")))
     tl.store(counts_ptr + segment, count)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from egpo_kernels import types
+from egpo_kernels.triton.arithmetic import divide, exponential
 
 
 class Terms(NamedTuple):
@@ -36,7 +37,7 @@ class Terms(NamedTuple):
 @triton.jit
 def clip(log_prob, log_ratio, inside, advantage, settings):
     """Clipped surrogate of PPO; dual_clip is inf when off."""
-    ratio = tl.exp(log_ratio)
+    ratio = exponential(log_ratio)
     low = (advantage < 0) & (ratio < settings.ratio_low)
     high = (advantage > 0) & (ratio > settings.ratio_high)
     dual = (advantage < 0) & (ratio > settings.dual_clip)
@@ -49,7 +50,7 @@ def clip(log_prob, log_ratio, inside, advantage, settings):
 @triton.jit
 def cispo(log_prob, log_ratio, inside, advantage, settings):
     """Bounded ratio as the weight of a log-prob: no derivative through the ratio, so ``inside`` does not matter."""
-    ratio = tl.exp(log_ratio)
+    ratio = exponential(log_ratio)
     below, above = ratio < settings.ratio_low, ratio > settings.ratio_high
     bounded = tl.where(above, settings.ratio_high, tl.where(below, settings.ratio_low, ratio))
     slope = -bounded * advantage
@@ -59,18 +60,18 @@ def cispo(log_prob, log_ratio, inside, advantage, settings):
 @triton.jit
 def sapo(log_prob, log_ratio, inside, advantage, settings):
     """Soft gate around a ratio of 1; its derivative has 1 - sigmoid(x) as sigmoid(-x), which loses no digits."""
-    ratio = tl.exp(log_ratio)
+    ratio = exponential(log_ratio)
     tau = tl.where(advantage > 0, settings.tau_positive, settings.tau_negative)
-    shut = 1.0 / (1.0 + tl.exp(tau * (ratio - 1.0)))
-    open_ = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
+    shut = divide(1.0, 1.0 + exponential(tau * (ratio - 1.0)))
+    open_ = divide(1.0, 1.0 + exponential(-tau * (ratio - 1.0)))
     slope = tl.where(inside, 4.0 * open_ * shut * ratio, 0.0)
-    return -open_ * (4.0 / tau) * advantage, -slope * advantage, inside & False, inside & False
+    return -open_ * divide(4.0, tau) * advantage, -slope * advantage, inside & False, inside & False
 
 
 @triton.jit
 def gmpo(log_prob, log_ratio, inside, advantage, settings):
     """Geometric mean of a sequence's ratios, trimmed before they are pooled."""
-    ratio = tl.exp(log_ratio)
+    ratio = exponential(log_ratio)
     slope = tl.where(inside, ratio, 0.0)
     return -ratio * advantage, -slope * advantage, inside & False, inside & False
 
@@ -94,7 +95,8 @@ def kl_estimate(log_prob, ref_log_prob, settings, choices):
     elif choices.kl == "k2":
         value, slope = x * x * 0.5, -x
     else:
-        value, slope = tl.exp(x) - x - 1.0, 1.0 - tl.exp(x)
+        ratio = exponential(x)
+        value, slope = ratio - x - 1.0, 1.0 - ratio
     value, bounded = clamped(value, settings.kl_max)
     return value, tl.where(inside & bounded, slope, 0.0)
 
@@ -151,7 +153,7 @@ def token_terms(
         if choices.kl_times_ratio == "on_policy":
             kl_slope += kl
         elif choices.kl_times_ratio:
-            ratio = tl.exp(log_ratio)
+            ratio = exponential(log_ratio)
             kl_term, kl_slope = kl * ratio, kl_slope * ratio
             slope += tl.where(passes, settings.kl_coef * kl_term, 0.0)
     return Terms(loss, slope, kl, kl_term, kl_slope, trimmed_low | low, trimmed_high | high, log_ratio, inside)
