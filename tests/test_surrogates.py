@@ -12,7 +12,7 @@ import triton.language as tl
 
 from egpo_kernels import surrogates as torch_side
 from egpo_kernels.triton import surrogates as triton_side
-from egpo_kernels.triton.settings import choices_of, load_settings, settings_tensor
+from egpo_kernels.triton.settings import choices_of, read_settings, settings_of
 from egpo_kernels.types import PolicyLossConfig
 from tests.support.device import DEVICE
 
@@ -32,10 +32,10 @@ CONFIGS = [
 
 @triton.jit
 def surrogate_kernel(
-    log_probs_ptr, old_ptr, advantages_ptr, out_ptr, settings_ptr, SURROGATE: tl.constexpr, BLOCK: tl.constexpr
+    log_probs_ptr, old_ptr, advantages_ptr, out_ptr, numbers, SURROGATE: tl.constexpr, BLOCK: tl.constexpr
 ):
     offs = tl.arange(0, BLOCK)
-    settings, log_prob = load_settings(settings_ptr), tl.load(log_probs_ptr + offs)
+    settings, log_prob = read_settings(numbers, tl.float64), tl.load(log_probs_ptr + offs)
     log_ratio, inside = triton_side.clamped(log_prob - tl.load(old_ptr + offs), settings.max_log_ratio)
     loss, slope, low, high = SURROGATE(log_prob, log_ratio, inside, tl.load(advantages_ptr + offs), settings)
     tl.store(out_ptr + offs, loss)
@@ -45,17 +45,13 @@ def surrogate_kernel(
 
 
 @triton.jit
-def kl_kernel(log_probs_ptr, ref_ptr, out_ptr, settings_ptr, choices, BLOCK: tl.constexpr):
+def kl_kernel(log_probs_ptr, ref_ptr, out_ptr, numbers, choices, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     value, slope = triton_side.kl_estimate(
-        tl.load(log_probs_ptr + offs), tl.load(ref_ptr + offs), load_settings(settings_ptr), choices
+        tl.load(log_probs_ptr + offs), tl.load(ref_ptr + offs), read_settings(numbers, tl.float64), choices
     )
     tl.store(out_ptr + offs, value)
     tl.store(out_ptr + BLOCK + offs, slope)
-
-
-def settings_of(config):
-    return settings_tensor(config, 1.0, 1.0, torch.float64, torch.device(DEVICE))
 
 
 def points(count=256):
@@ -81,7 +77,8 @@ def assert_agree(torch_function, device_function, config):
     (slope,) = torch.autograd.grad(terms.loss.sum(), leaf)
 
     out = torch.empty(4, len(log_probs), dtype=torch.float64, device=DEVICE)
-    surrogate_kernel[(1,)](log_probs, old, advantages, out, settings_of(config), device_function, len(log_probs))
+    numbers = settings_of(config, 1.0, 1.0, torch.float64)
+    surrogate_kernel[(1,)](log_probs, old, advantages, out, numbers, device_function, len(log_probs))
     # What a rounding may change: everything is a multiple of the advantage, at most the ratio and a gate's 4 times it.
     size = 4 * advantages.abs() * (1 + log_ratio.detach().exp()) * (1 + log_probs.abs())
     eps = torch.finfo(torch.float64).eps
@@ -133,7 +130,8 @@ def test_kl_estimators_agree(kl, bounds):
     (slope,) = torch.autograd.grad(value.sum(), leaf)
 
     out = torch.empty(2, len(log_probs), dtype=torch.float64, device=DEVICE)
-    kl_kernel[(1,)](log_probs, ref, out, settings_of(config), choices_of(config), len(log_probs))
+    numbers = settings_of(config, 1.0, 1.0, torch.float64)
+    kl_kernel[(1,)](log_probs, ref, out, numbers, choices_of(config), len(log_probs))
     eps = torch.finfo(torch.float64).eps
     assert (out[0] - value.detach()).abs().max() <= 4 * eps * (ref - log_probs).exp().max()
     assert (out[1] - slope).abs().max() <= 4 * eps * (ref - log_probs).exp().max()

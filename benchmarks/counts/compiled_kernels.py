@@ -120,21 +120,26 @@ def every_option(compiler: Compiler) -> None:
 
 
 def many_values(compiler: Compiler) -> None:
-    """Change every number that is not an option: lengths, counts, coefficients, clip values, scales."""
+    """Change every number that is not an option: lengths, counts, coefficients, clips, scales; 0, 1 and absent."""
     sizes = (Size(1, 1), Size(2, 2), Size(16, 16), Size(3, 37), Size(33, 1))
     for number, size in enumerate(sizes, start=1):
-        compiler.label = {"number": number}
+        off = number == 2
         config = PolicyLossConfig(
-            ratio="sequence", clip_low=0.1 * number, clip_high=0.2 * number, dual_clip=1.0 + number, kl_coef=number,
-            entropy_coef=0.1 * number, max_log_ratio=10.0 * number, kl_max=number,
+            ratio="sequence", clip_low=0.1 * number, clip_high=0.2 * number, dual_clip=None if off else 1.0 + number,
+            kl_coef=0.0 if off else number, entropy_coef=0.1 * number, max_log_ratio=10.0 * number,
+            kl_max=None if off else number,
         )  # fmt: skip
         gate = PolicyLossConfig(surrogate="sapo", tau_positive=number, tau_negative=0.5 * number)
-        launch_log_probs(torch.float32, True, gate, size)
-        launch_logits(torch.bfloat16, True, config, size, vocab=32000, scale=0.5 * number)
-        launch_log_probs(torch.float32, True, config, size)
         bounds = (1 / (number + 1), 1.0 + number)
-        scales = {"nsr_scale": number, "positive_scale": number, "negative_scale": 0.5 * number}
-        launch_groups(torch.float32, AdvantageConfig(weight_bounds=bounds, **scales), True, size)
+        scales = {"nsr_scale": number, "positive_scale": number, "negative_scale": 0.0 if off else 0.5 * number}
+        small = {"std_eps": 1e-6 * number, "uncertainty_eps": 0.5 * number, "correct_threshold": number - 1}
+        groups = AdvantageConfig(weight_bounds=bounds, **scales, **small)
+        for logits, dtype in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+            compiler.label = {"number": number, "dtype": str(dtype).removeprefix("torch.")}
+            launch_logits(logits, True, config, size, vocab=32000, scale=0.5 * number)
+            launch_log_probs(dtype, True, gate, size)
+            launch_log_probs(dtype, True, config, size)
+            launch_groups(dtype, groups, True, size)
 
 
 def main(target: str, what: str = "options") -> None:

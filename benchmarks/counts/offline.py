@@ -37,6 +37,8 @@ class Resources(NamedTuple):
     """Bytes per thread. Triton's kernels keep nothing but spills there."""
     shared: int
     """Bytes of shared memory per program."""
+    approximate: dict[str, int]
+    """Float32 instructions of NVIDIA that are not correctly rounded, as "div.full.f32": how many in the PTX."""
 
 
 class Compiled(NamedTuple):
@@ -48,6 +50,7 @@ class Compiled(NamedTuple):
     spill_stores: int
     spill_loads: int
     shared: int
+    approximate: dict[str, int]
     load_widths: dict[int, int]
     """Bytes one thread loads from global memory in one instruction -> how many such instructions."""
     store_widths: dict[int, int]
@@ -124,7 +127,8 @@ def _resources(binary, target: str) -> Resources:
         text = binary.asm["amdgcn"]
         registers, stack = r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)"
     found = (int(re.search(pattern, text)[1]) for pattern in (registers, stack))
-    return Resources(target, *found, shared=binary.metadata.shared)
+    approximate = Counter(re.findall(r"\b((?:div\.full|\w+\.approx)[\w.]*f32)\b", binary.asm.get("ptx", "")))
+    return Resources(target, *found, shared=binary.metadata.shared, approximate=dict(approximate))
 
 
 def _dump(asm: Mapping, what: str) -> str:

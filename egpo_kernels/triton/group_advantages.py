@@ -18,13 +18,14 @@ from egpo_kernels.triton.group_statistics import (
     Pointers,
     Settings,
     gather_groups,
+    load_ids,
     load_sequences,
-    load_settings,
     means,
     meet,
+    read_settings,
 )
 from egpo_kernels.triton.segments import as_bytes, combine, sequence_uncertainty, store_maxima, store_sums
-from egpo_kernels.triton.settings import on_device
+from egpo_kernels.triton.settings import as_arguments
 from egpo_kernels.types import AdvantageConfig
 
 LAUNCH = {"BLOCK_I": 16, "BLOCK_J": 128, "num_warps": 8}
@@ -59,12 +60,12 @@ def clamped(weights, correct, settings, choices):
 
 
 @triton.jit
-def spread_groups(pointers, mine, group, num_sequences, settings, choices, BLOCK_J: tl.constexpr):
+def spread_groups(pointers, ids, group, num_sequences, settings, choices, BLOCK_J: tl.constexpr):
     """Second round: squared distances from the group's mean reward; to renormalise, the sum of weights."""
     mean_reward, mean_uncertainty = means(group)
     squares, weights = tl.zeros_like(mean_reward), tl.zeros_like(mean_reward)
     for first in range(0, num_sequences, BLOCK_J):
-        others, same, any_same = meet(pointers, mine, first, num_sequences, settings, BLOCK_J)
+        others, same, any_same = meet(pointers, ids, first, num_sequences, settings, BLOCK_J)
         if any_same:
             distance = others.reward[None, :] - mean_reward[:, None]
             squares += tl.sum(tl.where(same & others.usable[None, :], distance * distance, 0.0), axis=1)
@@ -192,15 +193,17 @@ def store_metrics(row_ptr, pointers, mine, group, rules, advantages, weights, in
 
 @triton.jit(do_not_specialize=["num_sequences", "group_size"])
 def group_advantages_kernel(
-    pointers, partials_ptr, settings_ptr, choices, num_sequences, group_size, BLOCK_I: tl.constexpr,
+    pointers, partials_ptr, numbers, choices, num_sequences, group_size, BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Advantages (Eq. 11) of a block of sequences; ``group_size`` 0 stands for any."""
-    settings = load_settings(settings_ptr)
+    settings = read_settings(numbers, pointers.rewards_ptr.dtype.element_ty)
     offs = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    ids = load_ids(pointers, offs, num_sequences)
+    group = gather_groups(pointers, ids, num_sequences, settings, BLOCK_J)
+    squares, total = spread_groups(pointers, ids, group, num_sequences, settings, choices, BLOCK_J)
+    # Not before: what the meetings do not need would take registers there.
     mine = load_sequences(pointers, offs, num_sequences, settings)
-    group = gather_groups(pointers, mine, num_sequences, settings, BLOCK_J)
-    squares, total = spread_groups(pointers, mine, group, num_sequences, settings, choices, BLOCK_J)
     rules = find_rules(mine, group, settings, choices)
     base = base_advantages(pointers, mine, group, rules, squares, settings, choices)
     weights = final_weights(mine, group, rules, total, settings, choices)
@@ -215,13 +218,13 @@ def group_advantages_kernel(
 
 @triton.jit(do_not_specialize=["num_sequences"])
 def unscaled_base_kernel(
-    pointers, compared_ptr, settings_ptr, choices, num_sequences, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
+    pointers, compared_ptr, numbers, choices, num_sequences, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
 ):
     """Base advantages of a block of sequences as the batch's scale is made of them, and where there is one."""
-    settings = load_settings(settings_ptr)
+    settings = read_settings(numbers, pointers.rewards_ptr.dtype.element_ty)
     offs = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    group = gather_groups(pointers, load_ids(pointers, offs, num_sequences), num_sequences, settings, BLOCK_J)
     mine = load_sequences(pointers, offs, num_sequences, settings)
-    group = gather_groups(pointers, mine, num_sequences, settings, BLOCK_J)
     rules = find_rules(mine, group, settings, choices)
     base = unscaled_base(mine, group, rules, mine.reward, settings, choices)
     tl.store(pointers.base_ptr + offs, base, mask=mine.valid)
@@ -229,11 +232,10 @@ def unscaled_base_kernel(
 
 
 @functools.lru_cache(maxsize=256)
-def _settings_tensor(config: AdvantageConfig, tolerance: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Put the numbers of ``config`` on ``device``, once for each set of values."""
-    numbers = (config.correct_threshold, tolerance, config.std_eps, config.nsr_scale, config.uncertainty_eps)
-    values = Settings(*numbers, *config.weight_bounds, config.positive_scale, config.negative_scale)
-    return on_device(values, dtype, device)
+def _settings_of(config: AdvantageConfig, tolerance: float, dtype: torch.dtype) -> tuple[float, ...]:
+    """The numbers of ``config`` as a kernel argument for `read_settings`."""
+    first = (config.correct_threshold, tolerance, config.std_eps, config.nsr_scale, config.uncertainty_eps)
+    return as_arguments(Settings(*first, *config.weight_bounds, config.positive_scale, config.negative_scale), dtype)
 
 
 @functools.lru_cache(maxsize=256)
@@ -243,7 +245,7 @@ def _choices_of(config: AdvantageConfig) -> Choices:
 
 
 def _with_batch_scale(
-    pointers: Pointers, lengths: Tensor | None, settings: Tensor, choices: Choices, config: AdvantageConfig
+    pointers: Pointers, lengths: Tensor | None, numbers: tuple[float, ...], choices: Choices, config: AdvantageConfig
 ) -> Pointers:
     """Fill ``batch_ptr``; only whitening needs to know all base advantages first."""
     rewards, base = pointers.rewards_ptr, pointers.base_ptr
@@ -251,7 +253,7 @@ def _with_batch_scale(
     if lengths is not None:
         num_sequences = rewards.shape[0]
         grid = (triton.cdiv(num_sequences, LAUNCH["BLOCK_I"]),)
-        unscaled_base_kernel[grid](pointers, as_bytes(compared), settings, choices, num_sequences, **LAUNCH)
+        unscaled_base_kernel[grid](pointers, as_bytes(compared), numbers, choices, num_sequences, **LAUNCH)
     scale = torch.stack(batch_scale(base, compared, rewards, lengths, config))
     return pointers._replace(batch_ptr=scale)
 
@@ -270,11 +272,11 @@ def group_advantages(
             uncertainty, counts = sequence_uncertainty(values, mask, offsets)
         inputs = (ids.contiguous(), rewards.contiguous(), as_bytes(correct), uncertainty, counts)
         pointers = Pointers(*inputs, None, advantages, weights, base)
-        settings = _settings_tensor(config, tolerance, rewards.dtype, rewards.device)
+        numbers = _settings_of(config, tolerance, rewards.dtype)
         choices = _choices_of(config)
         if config.of_batch:
-            pointers = _with_batch_scale(pointers, lengths, settings, choices, config)
+            pointers = _with_batch_scale(pointers, lengths, numbers, choices, config)
         group_advantages_kernel[(partials.shape[0],)](
-            pointers, partials, settings, choices, ids.shape[0], group_size or 0, **LAUNCH
+            pointers, partials, numbers, choices, ids.shape[0], group_size or 0, **LAUNCH
         )
     return advantages, weights, base, uncertainty, combine(partials, metrics.GROUP)

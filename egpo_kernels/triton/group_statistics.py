@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 
 from egpo_kernels.triton.arithmetic import divide
+from egpo_kernels.triton.settings import read_number
 
 NO_SEQUENCE = tl.constexpr(2**31 - 1)
 NO_REWARD = tl.constexpr(float("inf"))
 
-# The numbers of the group level, in the order they lie in the settings tensor.
+# The numbers of the group level, in the order of the argument.
 Settings = namedtuple(
     "Settings",
     "correct_threshold collapsed std_eps nsr_scale uncertainty_eps weight_low weight_high"
@@ -31,20 +32,26 @@ Group = namedtuple("Group", "first size usable correct known reward high low unc
 
 
 @triton.jit
-def load_settings(settings_ptr):
-    """Read the settings tensor; every program reads the same few bytes, which stay in cache."""
+def read_settings(numbers, DTYPE: tl.constexpr):
+    """Settings from the numbers of the group level as a kernel argument."""
     return Settings(
-        tl.load(settings_ptr), tl.load(settings_ptr + 1), tl.load(settings_ptr + 2),
-        tl.load(settings_ptr + 3), tl.load(settings_ptr + 4), tl.load(settings_ptr + 5),
-        tl.load(settings_ptr + 6), tl.load(settings_ptr + 7), tl.load(settings_ptr + 8),
+        read_number(numbers, 0, DTYPE), read_number(numbers, 1, DTYPE), read_number(numbers, 2, DTYPE),
+        read_number(numbers, 3, DTYPE), read_number(numbers, 4, DTYPE), read_number(numbers, 5, DTYPE),
+        read_number(numbers, 6, DTYPE), read_number(numbers, 7, DTYPE), read_number(numbers, 8, DTYPE),
     )  # fmt: skip
+
+
+@triton.jit
+def load_ids(pointers, offs, num_sequences):
+    """Group ids of a block of sequences."""
+    return tl.load(pointers.ids_ptr + offs, mask=offs < num_sequences, other=0)
 
 
 @triton.jit
 def load_sequences(pointers, offs, num_sequences, settings):
     """Read a block of sequences; those past the end are not valid, usable, correct or known."""
     valid = offs < num_sequences
-    ids = tl.load(pointers.ids_ptr + offs, mask=valid, other=0)
+    ids = load_ids(pointers, offs, num_sequences)
     reward = tl.load(pointers.rewards_ptr + offs, mask=valid, other=float("nan"))
     usable = tl.abs(reward) < float("inf")
     if pointers.correct_ptr is None:
@@ -64,10 +71,10 @@ def number(flags):
 
 
 @triton.jit
-def meet(pointers, mine, first, num_sequences, settings, BLOCK_J: tl.constexpr):
-    """Return sequences from ``first`` on, which pairs ``[mine, others]`` share a group, whether any does."""
+def meet(pointers, ids, first, num_sequences, settings, BLOCK_J: tl.constexpr):
+    """Return sequences from ``first`` on, which pairs ``[ids, others]`` share a group, whether any does."""
     others = load_sequences(pointers, first + tl.arange(0, BLOCK_J), num_sequences, settings)
-    same = (mine.ids[:, None] == others.ids[None, :]) & others.valid[None, :]
+    same = (ids[:, None] == others.ids[None, :]) & others.valid[None, :]
     return others, same, tl.sum(number(same), axis=0) > 0
 
 
@@ -92,12 +99,12 @@ def joined(group, same, others):
 
 
 @triton.jit
-def gather_groups(pointers, mine, num_sequences, settings, BLOCK_J: tl.constexpr):
+def gather_groups(pointers, ids, num_sequences, settings, BLOCK_J: tl.constexpr):
     """First round of meetings: everything that needs no mean."""
-    none, zero = tl.zeros_like(mine.offs), tl.zeros_like(mine.reward)
+    none, zero = tl.zeros(ids.shape, tl.int32), tl.zeros(ids.shape, pointers.rewards_ptr.dtype.element_ty)
     group = Group(none + NO_SEQUENCE, none, none, none, none, zero, zero - NO_REWARD, zero + NO_REWARD, zero)
     for first in range(0, num_sequences, BLOCK_J):
-        others, same, any_same = meet(pointers, mine, first, num_sequences, settings, BLOCK_J)
+        others, same, any_same = meet(pointers, ids, first, num_sequences, settings, BLOCK_J)
         # Most blocks hold no sequence of these groups; adding nothing would change no bit.
         if any_same:
             group = joined(group, same, others)

@@ -6,20 +6,20 @@ import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels.triton.launch import launch_for, num_programs
-from egpo_kernels.triton.settings import load_settings, row_pointers, settings_tensor
+from egpo_kernels.triton.settings import read_temperature, row_pointers, temperature_of
 from egpo_kernels.triton.softmax import RowStatistics, load_token, matrix, row_inverse_temperature, row_pointer
 from egpo_kernels.triton.softmax_gradient import sweep_gradient
 from egpo_kernels.triton.strips import write_zeros
-from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
+from egpo_kernels.types import Rows, compute_dtype
 
 
 @triton.jit(do_not_specialize=["length", "out_length", "num_rows"])
 def logits_gradient_kernel(
-    logits, out, rows, maximum_ptr, sum_exp_ptr, entropy_ptr, slope_ptr, bonus_ptr, settings_ptr,
+    logits, out, rows, maximum_ptr, sum_exp_ptr, entropy_ptr, slope_ptr, bonus_ptr, numbers,
     length, out_length, num_rows, extent, launch, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every num_programs-th row; one that nothing flows into is zeroed without being read."""
-    settings = load_settings(settings_ptr)
+    settings = read_temperature(numbers, DTYPE)
     TILTED: tl.constexpr = bonus_ptr is not None
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row_ptr = row_pointer(logits, row, length, launch.aligned)
@@ -70,7 +70,7 @@ def logits_gradient(
         row_pointers(rows),
         *statistics,
         *upstream,
-        settings_tensor(PolicyLossConfig(), temperature, 1.0, dtype, logits.device),
+        temperature_of(temperature, dtype),
         length,
         out_length,
         num_rows,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels.triton.launch import launch_for, num_programs
-from egpo_kernels.triton.settings import choices_of, load_settings, row_pointers, settings_tensor
+from egpo_kernels.triton.settings import choices_of, read_settings, row_pointers, settings_of
 from egpo_kernels.triton.softmax import (
     LOG2_E,
     load_token,
@@ -24,14 +24,14 @@ from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
 @triton.jit(do_not_specialize=["length", "out_length", "num_rows"])
 def logits_policy_loss_kernel(
-    logits, out, rows, log_probs_ptr, entropy_ptr, settings_ptr, choices, length, out_length, num_rows,
+    logits, out, rows, log_probs_ptr, entropy_ptr, numbers, choices, length, out_length, num_rows,
     extent, launch, SURROGATE: tl.constexpr, DTYPE: tl.constexpr, ENTROPY: tl.constexpr, TILTED: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every num_programs-th row: two sweeps, the second meant to be served by the cache.
 
     Rows outside the mask are not read; a row whose gradient is 0 is not read a second time.
     """
-    settings = load_settings(settings_ptr)
+    settings = read_settings(numbers, DTYPE)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         out_ptr = row_pointer(out, row, out_length, launch.aligned and launch.agrees)
         if tl.load(rows.mask_ptr + row) != 0:
@@ -84,7 +84,7 @@ def logits_loss_gradient(
             row_pointers(rows),
             log_probs,
             entropy,
-            settings_tensor(config, temperature, grad_scale, dtype, logits.device),
+            settings_of(config, temperature, grad_scale, dtype),
             choices_of(config),
             length,
             out_length,

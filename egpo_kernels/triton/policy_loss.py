@@ -10,7 +10,7 @@ from torch import Tensor
 from egpo_kernels import metrics
 from egpo_kernels.triton.arithmetic import divide, exponential
 from egpo_kernels.triton.segments import combine, store_maxima, store_sums
-from egpo_kernels.triton.settings import Choices, choices_of, load_settings, row_pointers, settings_tensor
+from egpo_kernels.triton.settings import Choices, choices_of, read_settings, row_pointers, settings_of
 from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_log_ratio, token_terms
 from egpo_kernels.types import PolicyLossConfig, Rows
 
@@ -53,12 +53,12 @@ def row_terms(rows, scores, offs, live, log_prob, settings, choices, SURROGATE: 
 
 
 @triton.jit
-def sequence_kernel(rows, scores, offsets_ptr, settings_ptr, choices, SURROGATE: tl.constexpr, BLOCK: tl.constexpr):
+def sequence_kernel(rows, scores, offsets_ptr, numbers, choices, SURROGATE: tl.constexpr, BLOCK: tl.constexpr):
     """One sequence per program: mean log-ratio (GSPO, arXiv 2507.18071, Eq. 7) and, if asked for, its slope."""
-    settings = load_settings(settings_ptr)
     sequence = tl.program_id(0)
     start, stop = tl.load(offsets_ptr + sequence), tl.load(offsets_ptr + sequence + 1)
-    dtype = scores.log_probs_ptr.dtype.element_ty
+    dtype: tl.constexpr = scores.log_probs_ptr.dtype.element_ty
+    settings = read_settings(numbers, dtype)
     total, count = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], tl.int32)
     for first in range(start, stop, BLOCK):
         offs = first + tl.arange(0, BLOCK)
@@ -67,10 +67,13 @@ def sequence_kernel(rows, scores, offsets_ptr, settings_ptr, choices, SURROGATE:
         log_ratio, _, _, _ = token_log_ratio(rows, offs, live, log_prob, advantage, settings, choices)
         total += tl.where(live, log_ratio, 0.0)
         count += counted.to(tl.int32)
-    length = tl.maximum(tl.sum(count, axis=0), 1).to(dtype)
+    # Added up as floats, which is exact to 2^24: a sum of another type takes registers that there are not.
+    length = tl.maximum(tl.sum(count.to(dtype), axis=0), 1.0)
     mean = divide(tl.sum(total, axis=0), length)
     tl.store(scores.log_ratio_ptr + sequence, mean)
     if scores.slope_ptr is not None:
+        # Read again: kept since the first sweep, what is known of them takes a register too many.
+        start, stop = tl.load(offsets_ptr + sequence), tl.load(offsets_ptr + sequence + 1)
         slopes = tl.zeros([BLOCK], dtype)
         shared = slopes + mean
         for first in range(start, stop, BLOCK):
@@ -104,11 +107,11 @@ def outside_vocab(tokens_ptr, offs, counted, vocab):
 
 @triton.jit(do_not_specialize=["num_rows", "vocab"])
 def policy_loss_kernel(
-    rows, scores, losses_ptr, partials_ptr, settings_ptr, choices, num_rows, vocab,
+    rows, scores, losses_ptr, partials_ptr, numbers, choices, num_rows, vocab,
     SURROGATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Losses of a block of tokens and its partial metrics."""
-    settings = load_settings(settings_ptr)
+    settings = read_settings(numbers, scores.log_probs_ptr.dtype.element_ty)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     counted, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, num_rows)
     terms = row_terms(rows, scores, offs, live, log_prob, settings, choices, SURROGATE)
@@ -149,11 +152,11 @@ def policy_loss_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def policy_loss_gradient_kernel(
-    rows, scores, slopes_ptr, bonus_ptr, settings_ptr, choices, num_rows, SURROGATE: tl.constexpr,
+    rows, scores, slopes_ptr, bonus_ptr, numbers, choices, num_rows, SURROGATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of token losses with respect to log-prob (slopes) and entropy (bonus)."""
-    settings = load_settings(settings_ptr)
+    settings = read_settings(numbers, scores.log_probs_ptr.dtype.element_ty)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, num_rows)
     terms = row_terms(rows, scores, offs, live, log_prob, settings, choices, SURROGATE)
@@ -173,7 +176,7 @@ class Prepared(NamedTuple):
 
     rows: Any
     scores: Scores
-    settings: Tensor
+    numbers: tuple[float, ...]
     choices: Choices
     options: dict[str, Any]
 
@@ -188,7 +191,7 @@ def _prepare(
 ) -> Prepared:
     assert rows.advantages is not None and rows.factor is not None
     pointers = row_pointers(rows)
-    settings = settings_tensor(config, 1.0, 1.0, log_probs.dtype, log_probs.device)
+    numbers = settings_of(config, 1.0, 1.0, log_probs.dtype)
     choices = choices_of(config)
     options = {"SURROGATE": SURROGATES[config.surrogate], **LAUNCH}
     scores = Scores(log_probs.contiguous(), None if entropy is None else entropy.contiguous())
@@ -200,8 +203,8 @@ def _prepare(
         scores = Scores(*scores[:2], index.contiguous(), *shared)
         if num_sequences:
             offsets, launch = offsets.contiguous(), options | SEQUENCE_LAUNCH[log_probs.dtype]
-            sequence_kernel[(num_sequences,)](pointers, scores, offsets, settings, choices, **launch)
-    return Prepared(pointers, scores, settings, choices, options)
+            sequence_kernel[(num_sequences,)](pointers, scores, offsets, numbers, choices, **launch)
+    return Prepared(pointers, scores, numbers, choices, options)
 
 
 def policy_loss(
@@ -219,7 +222,7 @@ def policy_loss(
     if num_rows:
         made = _prepare(log_probs, entropy, rows, segments, config, want_slope=False)
         policy_loss_kernel[(partials.shape[0],)](
-            made.rows, made.scores, losses, partials, made.settings, made.choices, num_rows, vocab, **made.options
+            made.rows, made.scores, losses, partials, made.numbers, made.choices, num_rows, vocab, **made.options
         )
     return losses, combine(partials, metrics.TOKEN)
 
@@ -233,6 +236,6 @@ def policy_loss_gradient(
     if num_rows:
         made = _prepare(log_probs, None, rows, segments, config, want_slope=True)
         policy_loss_gradient_kernel[(triton.cdiv(num_rows, LAUNCH["BLOCK"]),)](
-            made.rows, made.scores, slopes, bonus, made.settings, made.choices, num_rows, **made.options
+            made.rows, made.scores, slopes, bonus, made.numbers, made.choices, num_rows, **made.options
         )
     return slopes, bonus

@@ -1,14 +1,12 @@
 """Scaling a gradient that was computed ahead of its upstream gradient."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels.triton.arithmetic import divide
-from egpo_kernels.triton.settings import on_device
+from egpo_kernels.triton.settings import as_arguments, read_number
 from egpo_kernels.types import compute_dtype
 
 BLOCK = 4096
@@ -17,12 +15,12 @@ MAX_PROGRAMS = 2048
 
 @triton.jit(do_not_specialize=["num_chunks", "inner", "width"])
 def rescale_kernel(
-    gradient_ptr, upstream_ptr, expected_ptr, num_chunks, inner, width, outer_stride, inner_stride,
-    BLOCK: tl.constexpr,
+    gradient_ptr, upstream_ptr, numbers, num_chunks, inner, width, outer_stride, inner_stride,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Multiply ``[outer, inner, width]`` by upstream / expected; when they are equal, leave at once."""
-    expected = tl.load(expected_ptr)
-    upstream = tl.load(upstream_ptr).to(expected.dtype)
+    expected = read_number(numbers, 0, DTYPE)
+    upstream = tl.load(upstream_ptr).to(DTYPE)
     if upstream != expected:
         ratio = divide(upstream, expected)
         # Rounding up could pass 2^31.
@@ -38,12 +36,6 @@ def rescale_kernel(
             else:
                 valid = offs < width
                 tl.store(row_ptr + offs, tl.load(row_ptr + offs, mask=valid, other=0.0) * ratio, mask=valid)
-
-
-@functools.lru_cache(maxsize=256)
-def _on_device(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Keep ``value`` on the device: an argument of a kernel would be rounded to float32."""
-    return on_device(value, dtype, device)
 
 
 def rescale_(gradient: Tensor, upstream: Tensor, expected: float) -> None:
@@ -64,11 +56,12 @@ def rescale_(gradient: Tensor, upstream: Tensor, expected: float) -> None:
     rescale_kernel[(min(num_chunks, MAX_PROGRAMS),)](
         gradient,
         upstream,
-        _on_device(float(expected), dtype, gradient.device),
+        as_arguments([expected], dtype),
         num_chunks,
         inner,
         width,
         outer_stride,
         inner_stride,
+        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
         BLOCK=BLOCK,
     )

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels.triton.launch import launch_for
-from egpo_kernels.triton.settings import load_settings, row_pointers, settings_tensor
+from egpo_kernels.triton.settings import read_temperature, row_pointers, temperature_of
 from egpo_kernels.triton.softmax import (
     LOG2_E,
     load_token,
@@ -16,12 +16,12 @@ from egpo_kernels.triton.softmax import (
     sweep_statistics,
     token_statistics,
 )
-from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
+from egpo_kernels.types import Rows, compute_dtype
 
 
 @triton.jit(do_not_specialize=["length"])
 def row_statistics_kernel(
-    logits, rows, log_probs_ptr, entropy_ptr, maximum_ptr, sum_exp_ptr, settings_ptr, length, extent,
+    logits, rows, log_probs_ptr, entropy_ptr, maximum_ptr, sum_exp_ptr, numbers, length, extent,
     launch, DTYPE: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """One program a row; rows outside the mask are not read and keep their 0."""
@@ -29,7 +29,7 @@ def row_statistics_kernel(
     if tl.load(rows.mask_ptr + row) == 0:
         return
     row_ptr = row_pointer(logits, row, length, launch.aligned)
-    inverse_temperature = row_inverse_temperature(rows, row, load_settings(settings_ptr))
+    inverse_temperature = row_inverse_temperature(rows, row, read_temperature(numbers, DTYPE))
     _, logit = load_token(rows, row, row_ptr, extent.vocab, True, DTYPE)
     found = sweep_statistics(row_ptr, extent, LOG2_E * inverse_temperature, launch, DTYPE, ENTROPY)
     log_prob, entropy = token_statistics(found, logit, inverse_temperature)
@@ -59,7 +59,7 @@ def row_statistics(
         entropy,
         maximum,
         sum_exp,
-        settings_tensor(PolicyLossConfig(), temperature, 1.0, dtype, logits.device),
+        temperature_of(temperature, dtype),
         length,
         launched.extent,
         launched.launch,

@@ -1,6 +1,10 @@
-"""Settings as a kernel sees them: one small tensor, so that no value recompiles a kernel and float64 stays exact."""
+"""Settings as a kernel sees them: arguments by value, so that nothing lies on a device for another stream or a graph to
+find unwritten or gone; no value recompiles a kernel, and float64 stays exact.
+"""
 
 import functools
+import struct
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +15,8 @@ from egpo_kernels.types import PolicyLossConfig, Rows
 
 
 class Settings(NamedTuple):
-    """The numbers of a policy loss, in the order they lie in the settings tensor; where the
-    log-ratio is trimmed, ``ratio_low`` and ``ratio_high`` are bounds of that.
+    """The numbers of a policy loss, in the order of the argument; where the log-ratio is trimmed, ``ratio_low`` and
+    ``ratio_high`` are bounds of that.
     """
 
     ratio_low: Any
@@ -26,6 +30,12 @@ class Settings(NamedTuple):
     entropy_coef: Any
     inverse_temperature: Any
     grad_scale: Any
+
+
+class Temperature(NamedTuple):
+    """What log-probs need of `Settings`."""
+
+    inverse_temperature: Any
 
 
 class Choices(NamedTuple):
@@ -62,11 +72,23 @@ def row_pointers(rows: Rows) -> RowPointers:
     return RowPointers(rows.mask.contiguous().view(torch.uint8), *dense[1:])
 
 
+def as_arguments(values: Iterable[float], dtype: torch.dtype) -> tuple[float, ...]:
+    """Numbers as a kernel argument: one float each, or three for ``dtype`` float64, which `read_number` puts together.
+
+    Triton passes floats by value, as float32, and compiles no kernel anew for another value. The bits of a float64
+    travel as whole numbers of 21 or 22 bits, which float32 holds.
+    """
+    if dtype != torch.float64:
+        return tuple(float(value) for value in values)
+    words = (struct.unpack("<q", struct.pack("<d", value))[0] for value in values)
+    return tuple(float(part) for word in words for part in (word >> 42, word >> 21 & 0x1FFFFF, word & 0x1FFFFF))
+
+
 @functools.lru_cache(maxsize=256)
-def settings_tensor(
-    config: PolicyLossConfig, temperature: float, grad_scale: float, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Put the numbers of ``config`` on ``device``, once for each set of values."""
+def settings_of(
+    config: PolicyLossConfig, temperature: float, grad_scale: float, dtype: torch.dtype
+) -> tuple[float, ...]:
+    """The numbers of ``config`` as a kernel argument for `read_settings`."""
     inf, one = float("inf"), 0 if config.trims else 1
     values = Settings(
         ratio_low=one - config.clip_low,
@@ -81,28 +103,44 @@ def settings_tensor(
         inverse_temperature=1 / temperature,
         grad_scale=grad_scale,
     )
-    return on_device(values, dtype, device)
+    return as_arguments(values, dtype)
 
 
-def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Numbers as a tensor on ``device``, copied without blocking."""
-    made = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
-    return made.to(device, non_blocking=True)
+def temperature_of(temperature: float, dtype: torch.dtype) -> tuple[float, ...]:
+    """What log-probs need of `settings_of`, as a kernel argument for `read_temperature`."""
+    return as_arguments([1 / temperature], dtype)
 
 
 @triton.jit
-def load_settings(settings_ptr):
-    """Read the settings tensor; every program reads the same few bytes, which stay in cache."""
+def read_number(numbers, PLACE: tl.constexpr, DTYPE: tl.constexpr):
+    """One of the numbers that `as_arguments` made, to the last bit of ``DTYPE``."""
+    if DTYPE == tl.float64:
+        high, middle = tl.cast(numbers[3 * PLACE], tl.int64), tl.cast(numbers[3 * PLACE + 1], tl.int64)
+        bits = (high << 42) | (middle << 21) | tl.cast(numbers[3 * PLACE + 2], tl.int64)
+        return tl.cast(bits, tl.float64, bitcast=True)
+    else:
+        return tl.cast(numbers[PLACE], tl.float32)
+
+
+@triton.jit
+def read_settings(numbers, DTYPE: tl.constexpr):
+    """Settings from the argument that `settings_of` made for ``DTYPE``."""
     return Settings(
-        tl.load(settings_ptr),
-        tl.load(settings_ptr + 1),
-        tl.load(settings_ptr + 2),
-        tl.load(settings_ptr + 3),
-        tl.load(settings_ptr + 4),
-        tl.load(settings_ptr + 5),
-        tl.load(settings_ptr + 6),
-        tl.load(settings_ptr + 7),
-        tl.load(settings_ptr + 8),
-        tl.load(settings_ptr + 9),
-        tl.load(settings_ptr + 10),
+        read_number(numbers, 0, DTYPE),
+        read_number(numbers, 1, DTYPE),
+        read_number(numbers, 2, DTYPE),
+        read_number(numbers, 3, DTYPE),
+        read_number(numbers, 4, DTYPE),
+        read_number(numbers, 5, DTYPE),
+        read_number(numbers, 6, DTYPE),
+        read_number(numbers, 7, DTYPE),
+        read_number(numbers, 8, DTYPE),
+        read_number(numbers, 9, DTYPE),
+        read_number(numbers, 10, DTYPE),
     )
+
+
+@triton.jit
+def read_temperature(numbers, DTYPE: tl.constexpr):
+    """Inverse temperature from the argument that `temperature_of` made for ``DTYPE``."""
+    return Temperature(read_number(numbers, 0, DTYPE))
