@@ -5,6 +5,7 @@ maximum of the negated values, so that any two raw vectors merge slot by slot.
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from reprlib import repr as shown
 from typing import Any, NamedTuple
@@ -105,7 +106,7 @@ GROUP = Table(
         _metric("egpo/incorrect/sum", "", "egpo/weight/incorrect/count/sum"),
         *(_metric(f"egpo/{name}/count/sum", "") for name in SUMMARIES),
         *(_metric(f"egpo/{name}/mean", f"egpo/{name}/count/sum", f"egpo/{name}/total/sum") for name in SUMMARIES),
-        *(_metric(f"egpo/{name}/{part}", f"egpo/{name}/count/sum") for name in SUMMARIES for part in ("min", "max")),
+        *(_metric(f"egpo/{name}/{part}", f"egpo/{name}/count/sum") for part in ("min", "max") for name in SUMMARIES),
         Metric("egpo/uncertainty/gap/mean", "gap", "egpo/uncertainty/incorrect/mean", "egpo/uncertainty/correct/mean"),
         _metric("egpo/advantage/sum", "", "egpo/advantage/total/sum"),
         *(_metric(key, "egpo/weight/count/sum") for key in _SHARES),
@@ -162,32 +163,68 @@ def total(values: Tensor) -> Tensor:
     return values.sum(dtype=accumulation_dtype(values.device)).to(values.dtype)
 
 
-@functools.lru_cache(maxsize=64)
-def _plan(table: Table, device: torch.device) -> tuple[Tensor, ...]:
-    """Index and flag tensors that turn a raw vector into the reported one, made once per device."""
-    slots, keys, metrics = table.slots, table.keys, table.metrics
-    gap = [metric.kind == "gap" for metric in metrics]
-    columns = (
-        [0 if metric.kind == "gap" else slots.index(metric.slot) for metric in metrics],
-        [slots.index(metric.over) if metric.key in _COUNT_KEYS else 0 for metric in metrics],
-        [metric.kind == "mean" for metric in metrics],
-        [metric.kind == "min" for metric in metrics],
-        [metric.key in _COUNT_KEYS for metric in metrics],
-        gap,
-        [keys.index(metric.slot) if metric.kind == "gap" else 0 for metric in metrics],
-        [keys.index(metric.over) if metric.kind == "gap" else 0 for metric in metrics],
+class Run(NamedTuple):
+    """Metrics of one kind that follow each other, as views of a raw vector; of a gap, part and place of two means."""
+
+    kind: str
+    slots: Any
+    counts: Any
+
+
+@functools.cache
+def _runs(table: Table) -> tuple[Run, ...]:
+    """Cut the metrics of ``table`` where their slots, or the slots of their counts, do not go on in equal steps.
+
+    A vector is then made of slices alone: an index or a mask would have to lie on the device already, where another
+    stream may find it unwritten.
+    """
+    runs: list[tuple[str, list[int], list[int]]] = []
+    places: dict[str, tuple[int, int]] = {}
+    for metric in table.metrics:
+        if metric.kind == "gap":
+            runs.append(("gap", list(places[metric.slot]), list(places[metric.over])))
+            continue
+        slot = table.slots.index(metric.slot)
+        count = table.slots.index(metric.over) if metric.key in _COUNT_KEYS else 0
+        kind, slots, counts = runs[-1] if runs else ("", [], [])
+        if kind != metric.kind or not (_steady([*slots, slot]) and _steady([*counts, count])):
+            kind, slots, counts = metric.kind, [], []
+            runs.append((kind, slots, counts))
+        slots.append(slot)
+        counts.append(count)
+        places[metric.key] = (len(runs) - 1, len(slots) - 1)
+    return tuple(
+        Run(kind, slots, counts) if kind == "gap" else Run(kind, _slice(slots), _slice(counts))
+        for kind, slots, counts in runs
     )
-    pin = device.type == "cuda"
-    return tuple(torch.tensor(column, device="cpu", pin_memory=pin).to(device, non_blocking=True) for column in columns)
+
+
+def _steady(places: list[int]) -> bool:
+    return len(places) < 3 or len({after - before for before, after in itertools.pairwise(places)}) == 1
+
+
+def _slice(places: list[int]) -> slice:
+    """These places, in equal steps; one of them where all are the same."""
+    first, last = places[0], places[-1]
+    return slice(first, last + 1, max(1, (last - first) // max(1, len(places) - 1)))
 
 
 def finish(raw: Tensor, table: Table) -> Tensor:
     """Turn a raw vector into the reported one; a mean, minimum or maximum over nothing is NaN."""
-    slot, count_slot, is_mean, is_min, counted, is_gap, minuend, subtrahend = _plan(table, raw.device)
-    values, counts = raw[slot], raw[count_slot]
-    values = torch.where(is_mean, values / counts, torch.where(is_min, -values, values))
-    values = torch.where(counted & (counts == 0), torch.nan, values)
-    return torch.where(is_gap, values[minuend] - values[subtrahend], values)
+    parts: list[Tensor] = []
+    for kind, slots, counts in _runs(table):
+        if kind == "gap":
+            minuend, subtrahend = (parts[part][place : place + 1] for part, place in (slots, counts))
+            values = minuend - subtrahend
+        elif kind == "sum":
+            values = raw[slots]
+        elif kind == "mean":
+            values = raw[slots] / raw[counts]  # over nothing 0 / 0
+        else:
+            extremes = raw[slots] if kind == "max" else -raw[slots]
+            values = torch.where(raw[counts] > 0, extremes, torch.nan)
+        parts.append(values)
+    return torch.cat(parts)
 
 
 def named(vector: Tensor, table: Table, without: Sequence[str] = ()) -> Metrics:
