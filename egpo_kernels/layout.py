@@ -138,8 +138,23 @@ def group_ids(groups: Any, num_sequences: int, device: torch.device, group_size:
     if ids.device == device:
         return ids
     check_complete(ids, group_size)
-    pinned = ids.pin_memory() if device.type == "cuda" and ids.device.type == "cpu" else ids
-    return pinned.to(device, torch.long, non_blocking=True)
+    return to_device("groups", ids, device, "it must be a tensor there, or an int")
+
+
+def to_device(name: str, values: Tensor, device: torch.device, wanted: str) -> Tensor:
+    """Copy what the caller gave on the host as ``name`` to ``device``, without blocking; ``wanted`` ends the message.
+
+    Raises:
+        ValueError: A CUDA graph is being captured.
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            f"{name} is on the CPU while a CUDA graph is captured, which would copy from memory that is gone when it "
+            f"is replayed; {wanted}"
+        )
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _is_name(name: Any) -> bool:

@@ -126,14 +126,9 @@ def read_hidden(
         layout = layouts.make_layout("hidden", shape, cu_seqlens, device)
     host_mask = None
     if isinstance(mask, Tensor) and mask.device.type == "cpu" != device.type:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise ValueError(
-                "mask is on the CPU while a CUDA graph is captured, which would copy from memory that is gone by then; "
-                "it must be on hidden's device there: pass it so, with num_active"
-            )
         host_mask = check_tensor("mask", mask, "real", {"tokens' shape": shape}, mask.device).reshape(-1) != 0
-        mask = (host_mask.pin_memory() if device.type == "cuda" else host_mask).to(device, non_blocking=True)
-        mask = mask.view(shape)
+        wanted = "it must be on hidden's device there: pass it so, with num_active"
+        mask = layouts.to_device("mask", host_mask, device, wanted).view(shape)
     limits = (host_mask, check_whole("num_active", given.num_active, 0))
     max_chunk_bytes = check_whole("max_chunk_bytes", given.max_chunk_bytes, 1)
     source = Linear(hidden.unsqueeze(0) if packed else hidden, head, *limits, max_chunk_bytes)
