@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from egpo_kernels.triton.arithmetic import LOG2_E
 from egpo_kernels.triton.launch import launch_for, num_programs
 from egpo_kernels.triton.settings import choices_of, read_settings, row_pointers, settings_of
 from egpo_kernels.triton.softmax import (
-    LOG2_E,
     load_token,
     matrix,
     row_inverse_temperature,

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from egpo_kernels.triton.arithmetic import divide
 from egpo_kernels.triton.strips import block_places, first_access, load_block
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # exp2 of this is 0 in float64 too, and 0 times it is 0, where 0 times -inf would be NaN.
 LOWEST = tl.constexpr(-1e4)
@@ -69,7 +69,7 @@ def row_inverse_temperature(rows, row, settings):
     inverse = settings.inverse_temperature
     if rows.temperature_ptr is not None:
         heat = tl.load(rows.temperature_ptr + row)
-        inverse = tl.where(heat > 0, 1.0 / heat, float("nan"))
+        inverse = tl.where(heat > 0, divide(1.0, heat), float("nan"))
     return inverse
 
 
@@ -213,5 +213,5 @@ def token_statistics(found, logit, inverse_temperature):
     log_sum = tl.log(found.sum_exp)
     log_prob = (logit - found.maximum) * inverse_temperature - log_sum
     log_prob = tl.where(logit == float("-inf"), float("-inf"), log_prob)
-    entropy = tl.where(found.sum_exp == 0, 0.0, log_sum - LN_2 * found.weighted / found.sum_exp)
+    entropy = tl.where(found.sum_exp == 0, 0.0, log_sum - LN_2 * divide(found.weighted, found.sum_exp))
     return log_prob, entropy

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from egpo_kernels.triton.softmax import LN_2, LOG2_E, LOWEST
+from egpo_kernels.triton.arithmetic import LOG2_E, divide
+from egpo_kernels.triton.softmax import LN_2, LOWEST
 from egpo_kernels.triton.strips import first_access, load_block, outer_places, store_block, whole_accesses
 
 
@@ -23,11 +24,12 @@ def levels(found, entropy, slope, bonus, inverse_temperature, TILTED: tl.constex
 
     ``dz = (slope (onehot - p) - bonus p (log p + Ent)) / temperature`` with ``log p = x ln 2 - log sum_exp``.
     """
-    level = -slope * inverse_temperature / found.sum_exp
+    share = divide(inverse_temperature, found.sum_exp)
+    level = -slope * share
     tilt = level * 0.0
     if TILTED:
-        level -= bonus * inverse_temperature * (entropy - tl.log(found.sum_exp)) / found.sum_exp
-        tilt = -bonus * inverse_temperature * LN_2 / found.sum_exp
+        level -= bonus * (entropy - tl.log(found.sum_exp)) * share
+        tilt = -bonus * LN_2 * share
     return level, tilt
 
 
