@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from benchmarks.counts.h200 import resident
 from benchmarks.counts.launches import (
     GROUP_CONFIGS,
     LOSS_CONFIGS,
@@ -83,6 +84,11 @@ class Compiler:
         row["fenced"] = "BAR.SYNC" in sass.partition("STG.")[0]
         if self.target.startswith("sm_"):
             row["sweeps"] = [sweep._asdict() for sweep in sweeps(sass, largest.element_size())]
+            warps = options.get("num_warps", 4)  # Triton's own default
+            programs = resident(row["registers"], warps, row["shared"])
+            for sweep in row["sweeps"]:
+                block = sweep["loads"] * sweep["elements"] * sweep["load_width"] * 32 * warps
+                sweep["in_flight"] = programs * (row["shared"] if sweep["ahead"] else round(block))
         return row
 
 

@@ -43,6 +43,10 @@ class Sweep(NamedTuple):
     loads: float
     stores: float
     barriers: float
+    shuffles: float
+    """Exchanges between the threads of a warp (SHFL)."""
+    ahead: bool
+    """Loads go to shared memory (LDGSTS), to be used iterations later: while one is computed others are on their way."""
     evict_first: bool
     """Every load and store of the row's own leaves the cache to what is read again."""
 
@@ -99,5 +103,7 @@ def _sweep(body: list[Instruction], itemsize: int) -> Sweep:
         loads=len(loads) / elements,
         stores=names["STG"] / elements,
         barriers=names["BAR"] / elements,
+        shuffles=names["SHFL"] / elements,
+        ahead=names["LDGSTS"] > 0,
         evict_first=all("EF" in one.modifiers for one in row),
     )

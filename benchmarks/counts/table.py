@@ -7,7 +7,7 @@ from benchmarks.counts.collect import MAIN_TARGET
 NAMES = {"egpo_kernels": "egpo_kernels", "liger": "Liger", "trl": "TRL"}
 COLUMNS = (
     "", "launches (over logits)", "e read", "as issued", "e written", "extra e", "registers", "spills", "load width",
-    "instructions", "MUFU", "issue ceiling", "MUFU ceiling", "memory ceiling",
+    "instructions", "barriers, shuffles", "KiB in flight", "MUFU", "issue ceiling", "MUFU ceiling", "memory ceiling",
 )  # fmt: skip
 NONE = "-"
 NOTES = """\
@@ -19,7 +19,9 @@ launch, then as issued; extra: memory as large as the logits that is allocated b
 Machine code for a vocabulary of {code_vocab}, bfloat16, temperature 1, for {target}: registers of a thread, bytes of a
 load, instructions and special-function operations (MUFU) per element, a number for each sweep over the logits: of the
 loop's body, so that the last, partial block of a row and what is done once a row come on top, for everybody. Every
-path of a loop counts: most of the rescaling sweep is a masked path that only the end of a row takes. Spills: bytes of
+path of a loop counts: most of the rescaling sweep is a masked path that only the end of a row takes. Barriers and
+shuffles are those of an iteration. In flight: bytes asked for ahead of their use on a multiprocessor full of programs,
+all the time; in brackets those of one iteration, where nothing is on its way while it is computed. Spills: bytes of
 stack, the most of any kernel for {targets}.
 
 The last three columns are ceilings of an H200, in elements a clock and multiprocessor: from instructions issued, from
@@ -80,12 +82,25 @@ def code_cells(case: dict[str, Any]) -> list[str]:
 def sweep_cells(case: dict[str, Any]) -> list[str]:
     """Load width, instructions and special-function operations of the sweeps, and the ceilings."""
     if "sweeps" not in case:
-        return [NONE] * 6
+        return [NONE] * 8
     sweeps, ceilings = case["sweeps"], case["ceilings"]
     lowest = min(ceilings.values())
     return [
         str(min(sweep["load_width"] for sweep in sweeps)),
         " + ".join(f"{sweep['instructions']:.1f}" for sweep in sweeps),
+        " + ".join(f"{iteration(sweep, 'barriers')}, {iteration(sweep, 'shuffles')}" for sweep in sweeps),
+        " + ".join(in_flight(sweep) for sweep in sweeps),
         " + ".join(f"{sweep['special']:.1f}" for sweep in sweeps),
         *(f"**{value:.1f}**" if value == lowest else f"{value:.1f}" for value in ceilings.values()),
     ]
+
+
+def iteration(sweep: dict[str, Any], name: str) -> int:
+    """How many of a kind of instruction an iteration has."""
+    return round(sweep[name] * sweep["elements"])
+
+
+def in_flight(sweep: dict[str, Any]) -> str:
+    """KiB on their way, in brackets where only between computing."""
+    kib = f"{sweep['in_flight'] / 1024:.0f}"
+    return kib if sweep["ahead"] else f"({kib})"

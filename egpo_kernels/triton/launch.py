@@ -52,6 +52,8 @@ TABLE = (
     # Read once: nothing has to stay in cache, and several programs hide each other's waiting.
     Rule("row_statistics_kernel", "", ANY, 0, Constants(4, 4, 3, 4, 1)),
     Rule("logits_gradient_kernel", "", (8,), 0, Constants(8, 4, 1, 4, 2)),
+    # Twice the strips spill there.
+    Rule("logits_gradient_kernel", "sm_10", ANY, 0, Constants(8, 4, 1, 4, 2)),
     Rule("logits_gradient_kernel", "", ANY, 0, Constants(8, 4, 1, 8, 2)),
     # 64 KiB of a row on their way; 64 elements a thread share the cost of a block.
     Rule("logits_policy_loss_kernel", "", (8,), 0, Constants(8, 4, 3, 4, 1)),
