@@ -14,6 +14,21 @@ round_bfloat16_to_nearest()
 hurry()
 
 
+# Here and not in pyproject.toml, so that a run without that file knows them.
+MARKERS = (
+    "gpu: has a meaning on a GPU too (set by itself on what walks over backends); elsewhere it runs interpreted",
+    "cpu: walks over backends, but only a CPU can run it",
+    "memory: takes tens of gigabytes of a GPU, which it therefore has alone",
+    "timeout: a limit of pytest-timeout, for machines that lack it",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the markers known."""
+    for line in MARKERS:
+        config.addinivalue_line("markers", line)
+
+
 # Handed out in order, so that what takes minutes does not begin last.
 FIRST = ("tests/gpu/", "tests/test_properties.py")
 

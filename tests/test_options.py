@@ -13,8 +13,8 @@ import egpo_kernels as ek
 from tests.support.accuracy import assert_alike, assert_rounding
 from tests.support.batches import FAST
 from tests.support.case import Case
+from tests.support.make_case import make_case
 from tests.support.runs import alone, check, nothing
-from tests.support.strategies import make_case
 
 PLAIN = ek.recipes.EGPO.replace(kl_coef=0.1, max_log_ratio=1.0, name="plain")
 OPTIONS = {

@@ -16,8 +16,9 @@ from tests.support.accuracy import assert_accurate, assert_alike, assert_metrics
 from tests.support.batches import FAST, FAST_BACKEND
 from tests.support.case import Case
 from tests.support.device import DEVICE, ON_GPU
+from tests.support.make_case import make_case
 from tests.support.runs import advantages, alone, check, leaf, nothing, whole
-from tests.support.strategies import cases, make_case
+from tests.support.strategies import cases
 from tests.support.terms import gradient_terms, group_metric_terms, group_terms, token_terms
 
 # Interpreted kernels take some milliseconds per block; on a GPU nearly every example compiles kernels of its own.

@@ -11,10 +11,10 @@ import egpo_kernels as ek
 from egpo_kernels.recipes import RECIPES
 from tests.support.batches import FAST
 from tests.support.device import DEVICE
+from tests.support.make_case import PUBLISHED, make_case
 from tests.support.page import shown
 from tests.support.recipe_table import recipe_table
 from tests.support.runs import advantages, check, whole
-from tests.support.strategies import PUBLISHED, make_case
 from tests.support.terms import group_terms
 
 ROOT = Path(__file__).resolve().parent.parent

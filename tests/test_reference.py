@@ -12,8 +12,8 @@ import torch
 
 import egpo_kernels as ek
 from egpo_kernels.types import AdvantageConfig, PolicyLossConfig
+from tests.support.make_case import make_case
 from tests.support.runs import loss_of
-from tests.support.strategies import make_case
 
 INF, NAN = math.inf, math.nan
 LOG2 = math.log(2)

@@ -10,8 +10,8 @@ from tests.support.accuracy import assert_alike, assert_bits, assert_rounding
 from tests.support.batches import BACKENDS, FAST
 from tests.support.case import STRIDES, Case
 from tests.support.device import DEVICE
+from tests.support.make_case import DTYPES, make_case
 from tests.support.rows import assert_same, of_rows, one_pass, picked, rows_of
-from tests.support.strategies import DTYPES, make_case
 
 DTYPES_BUT_DOUBLE = DTYPES[:3]
 

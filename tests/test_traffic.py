@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.counts.traffic import count_traffic
 from egpo_kernels import PolicyLossConfig, egpo_loss, logits_policy_loss, recipes, token_log_probs
-from tests.support.strategies import PUBLISHED
+from tests.support.make_case import PUBLISHED
 
 SEQUENCES, LENGTH, VOCAB = 4, 3, 16512
 DTYPES = [torch.float32, torch.bfloat16]

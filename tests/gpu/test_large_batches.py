@@ -7,8 +7,7 @@ import egpo_kernels as ek
 from tests.support.case import strided
 from tests.support.device import DEVICE, size
 
-# One worker has them all: each takes some tens of gigabytes.
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("memory")]
+pytestmark = [pytest.mark.gpu, pytest.mark.memory]
 
 SEQUENCES, LENGTH, VOCAB = size((3, 2, 515), (8, 2048, 151936))
 PERIOD = 7

@@ -6,8 +6,8 @@ import torch
 import egpo_kernels as ek
 from tests.support.batches import FAST, LAYOUTS
 from tests.support.device import size
+from tests.support.make_case import make_case
 from tests.support.runs import advantages, check, whole
-from tests.support.strategies import make_case
 from tests.support.terms import group_terms
 
 pytestmark = pytest.mark.gpu

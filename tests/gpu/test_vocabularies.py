@@ -4,8 +4,8 @@ import pytest
 
 import egpo_kernels as ek
 from tests.support.device import size
+from tests.support.make_case import DTYPES, make_case
 from tests.support.runs import advantages, check, whole
-from tests.support.strategies import DTYPES, make_case
 from tests.support.terms import group_terms
 
 pytestmark = pytest.mark.gpu
