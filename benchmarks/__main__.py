@@ -4,14 +4,14 @@
     python -m benchmarks linear --linear 2048x576x49152 # from hidden states [2048 x 576] and a head of 49152
     python -m benchmarks all --device cuda --tokens 2048,8192,32768 --out results
 
-Writes benchmarks.json, benchmarks.md and pictures to --out.
+Writes benchmarks.json, benchmarks.md and pictures to --out; the first two after every round, so that a run that is
+killed has written what it knew.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,9 +19,9 @@ from benchmarks.machine import describe
 from benchmarks.pictures import FAMILIES, draw
 from benchmarks.providers import OURS
 from benchmarks.report import Report, make_report, markdown, show
-from benchmarks.session import run
+from benchmarks.session import Facts, Who, run
 from benchmarks.timing import copy_bandwidth
-from benchmarks.workloads import DTYPES, HIDDEN, SEQUENCES, WORKLOADS, Case, Sizes, cases
+from benchmarks.workloads import DTYPES, HIDDEN, SEQUENCES, WORKLOADS, Sizes, cases
 
 DEFAULTS = {
     "cpu": {
@@ -66,6 +66,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--linear", type=shapes, metavar="NxHxV", help="tokens, hidden and vocab of linear; several")
     parser.add_argument("--rounds", type=int, help=f"timed calls of each provider, linear {LONG_ROUNDS} at most")
     parser.add_argument("--rivals", type=names, default=["all"], help="all, none, or some of eager, torch.compile, ...")
+    parser.add_argument("--last", type=names, default=[], help="some of --rivals, measured after all others")
     parser.add_argument("--out", type=Path, default=Path("benchmark-out"), help="folder (default benchmark-out)")
     parser.set_defaults(**DEFAULTS["cpu"])
     parser.set_defaults(**DEFAULTS[parser.parse_known_args(given)[0].device])
@@ -79,36 +80,40 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--dtype {', '.join(sorted(unknown))}: choose among {', '.join(DTYPES)}")
     if unknown := set(options.rivals) - {"all", "none"} - set(FAMILIES):
         parser.error(f"--rivals {', '.join(sorted(unknown))}: choose all, none or some of {', '.join(FAMILIES)}")
+    measured = FAMILIES if "all" in options.rivals else options.rivals
+    if unknown := set(options.last) - set(measured):
+        parser.error(f"--last {', '.join(sorted(unknown))}: choose among those measured, {', '.join(measured)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     return options
 
 
 def main() -> None:
-    """Measure, print, write; what is known after each workload is written then."""
+    """Measure, print, write."""
     options = arguments()
     chosen = [name for name in WORKLOADS if options.what == "all" or name.startswith(options.what)]
     machine, bandwidth = describe(options.device), copy_bandwidth(options.device)
     sizes = Sizes(options.dtype, options.tokens, options.vocab, options.linear)
-    facts: dict[tuple[Case, str], dict[str, Any]] = {}
-    for workload in chosen:
-        found = list(cases(workload, options.device, sizes))
-        long = WORKLOADS[workload].given == HIDDEN
-        facts |= run(found, options.rivals, min(options.rounds, LONG_ROUNDS) if long else options.rounds)
-        report = make_report(machine, bandwidth, facts)
-        write(report, options.out)
+    facts: Facts = {}
+
+    def write(known: Facts) -> Report:
+        report = make_report(machine, bandwidth, facts | known, options.last)
+        (options.out / "benchmarks.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.out / "benchmarks.md").write_text(markdown(report))
+        return report
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    for late in (False, True) if options.last else (False,):
+        for workload in chosen:
+            found = list(cases(workload, options.device, sizes))
+            rounds = min(options.rounds, LONG_ROUNDS) if WORKLOADS[workload].given == HIDDEN else options.rounds
+            facts |= run(found, Who(options.rivals, options.last, late), rounds, write)
+            report = write({})
+            draw(report | {"results": [one for one in report["results"] if one["workload"] == workload]}, options.out)
     show(report)
     print(f"written to {options.out}: benchmarks.json, benchmarks.md and pictures")
     if any(one["family"] == OURS and one.get("wrong") for one in report["results"]):
         sys.exit(f"{OURS} is too far from float64: see the rows marked FAR OFF")
-
-
-def write(report: Report, out: Path) -> None:
-    """JSON, Markdown and pictures."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "benchmarks.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "benchmarks.md").write_text(markdown(report))
-    draw(report, out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """From times and facts to one JSON, one table: ratios, rates and memory are worked out here and nowhere else."""
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,11 +18,17 @@ RATES = {"bytes": COLUMNS[3], "FLOPs": "time / bare GEMMs (rate)"}
 BASELINE = "eager"
 
 
-def make_report(machine: dict[str, Any], copy: float, facts: dict[tuple[Case, str], dict[str, Any]]) -> Report:
-    """What is written as JSON: one record for each case and provider."""
-    results = [_record(case, name, found, facts, copy) for (case, name), found in facts.items()]
+def make_report(
+    machine: dict[str, Any], copy: float, facts: dict[tuple[Case, str], dict[str, Any]], last: Sequence[str] = ()
+) -> Report:
+    """What is written as JSON: one record for each case and provider that was timed or refused, so far."""
+    results = [
+        _record(case, name, found, facts, copy)
+        for (case, name), found in facts.items()
+        if found["refused"] is not None or found.get("seconds")
+    ]
     versions = {package: version(package) or "not installed" for package in PACKAGES}
-    return {"machine": machine, "rivals": versions, "copy_bandwidth": copy, "results": results}
+    return {"machine": machine, "rivals": versions, "copy_bandwidth": copy, "last": list(last), "results": results}
 
 
 def _record(case: Case, name: str, found: dict[str, Any], facts: dict[Any, Any], copy: float) -> dict[str, Any]:
@@ -140,10 +147,14 @@ def notes(report: Report) -> str:
     rounds = max((one["seconds"]["rounds"] for one in report["results"] if one["refused"] is None), default=0)
     linear = LINEAR_NOTES if any(_unit(case) == "FLOPs" for case in cases_of(report)) else ""
     versions = ", ".join(f"{package} {found}" for package, found in report["rivals"].items())
+    # Older reports do not say.
+    names = [name for name in report.get("last", ()) if any(one["family"] == name for one in report["results"])]
+    last = f"Measured after all others, in rounds of their own: {', '.join(names)}.\n" if names else ""
     return (
         f"Rivals: {versions}.\n\n"
         + NOTES.format(rounds=rounds, copy=report["copy_bandwidth"] / 1e9, sampled=SAMPLED)
         + linear
+        + last
     )
 
 

@@ -2,12 +2,10 @@
 
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import random
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ from benchmarks.rivals import rivals
 from benchmarks.timing import make_ready, peak_bytes, timer
 from benchmarks.workloads import DTYPES, LARGEST_LOGIT, LOGITS, WORKLOADS, Batch, Case, Outputs, sampled_rows
 
+Facts = dict[tuple[Case, str], dict[str, Any]]
 FLOAT32_ERROR = 2.0**-15
 """What summing a vocabulary in float32, one term after the other, may cost."""
 
@@ -31,31 +30,34 @@ class Entry(NamedTuple):
     case: Case
     provider: Provider
     round: int
+    ends_round: bool
 
 
 class Session:
     """A pytest plugin: makes a test of every entry, keeps one case's inputs at a time, collects what is not a time."""
 
-    def __init__(self, cases: list[Case], chosen: list[str], rounds: int) -> None:
-        self.facts: dict[tuple[Case, str], dict[str, Any]] = {}
-        self.entries = list(self._entries(cases, chosen, rounds))
+    def __init__(self, cases: list[Case], who: "Who", rounds: int, keep: Callable[[Facts], None]) -> None:
+        self.facts: Facts = {}
+        self.keep = keep
+        self.entries = list(self._entries(cases, who, rounds))
         self.runs: dict[str, Any] = {}
         self.case: Case | None = None
         self.progress = Progress(transient=True)
 
-    def _entries(self, cases: list[Case], chosen: list[str], rounds: int) -> Iterator[Entry]:
+    def _entries(self, cases: list[Case], who: "Who", rounds: int) -> Iterator[Entry]:
         shuffle = random.Random(0)
         for case in cases:
             providers = []
-            for provider in selected(case.workload, chosen):
+            for provider in selected(case.workload, who):
                 reason = provider.unavailable(case.device)
                 self.facts[case, provider.name] = {"family": provider.family, "refused": reason}
                 if reason is None:
                     providers.append(provider)
             for number in range(rounds):
                 # In another order each round: a provider is faster after one that left memory of the right kind.
-                for provider in shuffle.sample(providers, len(providers)):
-                    yield Entry(case, provider, number)
+                order = shuffle.sample(providers, len(providers))
+                for provider in order:
+                    yield Entry(case, provider, number, provider is order[-1])
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """Every entry becomes a test of `benchmarks/rounds.py`."""
@@ -89,6 +91,7 @@ class Session:
         for name, provider in providers.items():
             self.runs[name] = provider.prepare() if provider.prepare else provider.run
             self.facts[case, name] |= self._check(provider, truth)
+        self.keep(self.facts)
 
     def _check(self, provider: Provider, truth: Outputs) -> dict[str, Any]:
         """A provider's error at the size that is timed, or why it refused."""
@@ -105,10 +108,16 @@ class Session:
                 self._restore(self.batch)
 
     def time(self, benchmark: Any, entry: Entry) -> None:
-        """One timed call; the check was the first."""
+        """One timed call; the check was the first. What is known is kept after each round."""
         self.enter(entry.case)
+        try:
+            self._time(benchmark, entry)
+        finally:
+            if entry.ends_round:
+                self.keep(self.facts)
+
+    def _time(self, benchmark: Any, entry: Entry) -> None:
         facts = self.facts[entry.case, entry.provider.name]
-        benchmark.extra_info.update(case=list(entry.case), provider=entry.provider.name)
         if facts["refused"]:
             pytest.skip(facts["refused"])
         restore = self._restore if entry.provider.overwrites else None
@@ -119,6 +128,8 @@ class Session:
             if entry.provider.family == OURS:
                 raise
             facts["refused"] = reason(error)
+        else:
+            facts.setdefault("seconds", []).extend(benchmark.stats.stats.data)
 
     def _ready(self) -> None:
         make_ready(self.batch, self.case.device)
@@ -127,10 +138,21 @@ class Session:
         batch.logits.detach().copy_(self.spare)
 
 
-def selected(workload: str, chosen: list[str]) -> list[Provider]:
-    """Ours and those whose family was chosen; ``all`` chooses every one."""
+class Who(NamedTuple):
+    """Whom to measure: ours and the ``chosen`` families (``all`` is every one), but not those that come ``last``, or
+    only those.
+    """
+
+    chosen: Sequence[str]
+    last: Sequence[str] = ()
+    late: bool = False
+
+
+def selected(workload: str, who: Who) -> list[Provider]:
+    """The providers of a workload that are measured now."""
     everyone = own_providers(workload) + rivals(workload)
-    return [one for one in everyone if one.family in (OURS, *chosen) or "all" in chosen]
+    found = [one for one in everyone if one.family in (OURS, *who.chosen) or "all" in who.chosen]
+    return [one for one in found if (one.family in who.last) == who.late]
 
 
 def compared(found: Outputs, truth: Outputs, outputs: tuple[str, ...] | None, case: Case) -> dict[str, Any]:
@@ -158,28 +180,23 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}".rstrip(": ")
 
 
-def run(cases: list[Case], chosen: list[str], rounds: int) -> dict[tuple[Case, str], dict[str, Any]]:
-    """Times, errors, peaks and refusals of every provider of every case."""
-    session = Session(cases, chosen, rounds)
-    with tempfile.TemporaryDirectory() as folder, session.progress:
-        session.progress.add_task("", total=len(session.entries))
-        written = Path(folder) / "benchmark.json"
-        _pytest(session, cases[0].device, written)
-        for measured in json.loads(written.read_text())["benchmarks"]:
-            case = Case(*measured["extra_info"]["case"])
-            facts = session.facts[case, measured["extra_info"]["provider"]]
-            facts.setdefault("seconds", []).extend(measured["stats"]["data"])
-        add_peaks(session)
+def run(cases: list[Case], who: Who, rounds: int, keep: Callable[[Facts], None] = lambda facts: None) -> Facts:
+    """Times, errors, peaks and refusals of every provider of every case; ``keep`` is told after each round."""
+    session = Session(cases, who, rounds, keep)
+    if session.entries:
+        with session.progress:
+            session.progress.add_task("", total=len(session.entries))
+            _pytest(session, cases[0].device)
+            add_peaks(session)
     return session.facts
 
 
-def _pytest(session: Session, device: str, written: Path) -> None:
+def _pytest(session: Session, device: str) -> None:
     clock = timer(device)
     arguments = [
         str(Path(__file__).with_name("rounds.py")), "-c", os.devnull, "--rootdir", str(Path(__file__).parent), "-q",
         "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist", "--benchmark-only", "--benchmark-quiet",
-        "--benchmark-disable-gc", f"--benchmark-json={written}", "--no-header", "-x", "--benchmark-timer",
-        f"{clock.__module__}.{clock.__name__}",
+        "--benchmark-disable-gc", "--no-header", "-x", "--benchmark-timer", f"{clock.__module__}.{clock.__name__}",
     ]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         code = pytest.main(arguments, plugins=[session])
@@ -198,7 +215,7 @@ def add_peaks(session: Session) -> None:
 
 
 def _peak_of(case: Case, name: str) -> int | None:
-    return peak_bytes(case, next(one for one in selected(case.workload, ["all"]) if one.name == name))
+    return peak_bytes(case, next(one for one in selected(case.workload, Who(["all"])) if one.name == name))
 
 
 def _apart(case: Case, name: str) -> int | None:

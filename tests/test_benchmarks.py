@@ -19,7 +19,7 @@ from benchmarks.providers import GEMMS, NATIVE, Provider, own_providers
 from benchmarks.readme import drawn
 from benchmarks.report import make_report, markdown
 from benchmarks.rivals import TRL_KERNEL, rivals
-from benchmarks.session import compared, run, selected
+from benchmarks.session import Who, compared, run, selected
 from benchmarks.workloads import WORKLOADS, Sizes, cases, sampled_rows
 from egpo_kernels import logits_policy_loss
 from tests.support.benchmark import CASE, LINEAR, MACHINE, case_of, fact, judged, spoilt
@@ -140,12 +140,21 @@ def test_the_truth_is_that_of_the_reference():
 
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_who_is_compared_is_chosen_by_family_and_ours_always_is(workload):
-    everyone = {one.family for one in selected(workload, ["all"])}
+    everyone = {one.family for one in selected(workload, Who(["all"]))}
     assert {"egpo_kernels", "eager", "torch.compile"} <= everyone <= set(FAMILIES)
-    assert set(FAMILIES) == {one.family for each in WORKLOADS for one in selected(each, ["all"])}
+    assert set(FAMILIES) == {one.family for each in WORKLOADS for one in selected(each, Who(["all"]))}
     for family in everyone:
-        assert {one.family for one in selected(workload, [family])} == {"egpo_kernels", family}
-    assert {one.family for one in selected(workload, ["none"])} == {"egpo_kernels"}
+        assert {one.family for one in selected(workload, Who([family]))} == {"egpo_kernels", family}
+    assert {one.family for one in selected(workload, Who(["none"]))} == {"egpo_kernels"}
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_families_that_come_last_are_measured_once(workload):
+    last = ["torch.compile", "TRL"]
+    early, late = (selected(workload, Who(["all"], last, late)) for late in (False, True))
+    assert {one.family for one in late} <= set(last) and not {one.family for one in early} & set(last)
+    names = [one.name for one in (*early, *late)]
+    assert sorted(names) == sorted(one.name for one in selected(workload, Who(["all"])))
 
 
 def test_a_run_times_every_provider_as_often_and_measures_memory(monkeypatch):
@@ -156,7 +165,7 @@ def test_a_run_times_every_provider_as_often_and_measures_memory(monkeypatch):
     monkeypatch.setattr(session_module, "own_providers", lambda workload: own)
     # Its processes know only the real providers.
     monkeypatch.setattr(session_module, "_apart", lambda case, name: 7)
-    facts = run([CASE, CASE._replace(tokens=32)], ["all"], 3)
+    facts = run([CASE, CASE._replace(tokens=32)], Who(["all"]), 3)
     for case in (CASE, CASE._replace(tokens=32)):
         for name in ("egpo_kernels", "eager"):
             assert len(facts[case, name]["seconds"]) == 3 and min(facts[case, name]["seconds"]) > 0
@@ -177,13 +186,12 @@ def test_a_provider_that_writes_over_the_logits_is_always_timed_on_the_same_ones
     ours = Provider("egpo_kernels", "egpo_kernels", overwriting, overwrites=True)
     monkeypatch.setattr(session_module, "rivals", lambda workload: [])
     monkeypatch.setattr(session_module, "own_providers", lambda workload: [ours])
-    session_module.run([CASE], ["none"], 3)
+    session_module.run([CASE], Who(["none"]), 3)
     # The check and three rounds.
     assert len(seen) == 4
     assert all(torch.equal(values, seen[0]) for values in seen)
 
 
-@pytest.mark.filterwarnings("ignore:Not saving anything")
 @pytest.mark.parametrize("answered", [0, 1])
 def test_our_own_failure_ends_the_run(answered, monkeypatch):
     calls = iter([own_providers("logits")[0].run] * answered)
@@ -191,7 +199,22 @@ def test_our_own_failure_ends_the_run(answered, monkeypatch):
     ours = Provider("egpo_kernels", "egpo_kernels", lambda batch: next(calls, broken)(batch))
     monkeypatch.setattr(session_module, "own_providers", lambda workload: [ours])
     with pytest.raises(RuntimeError, match="not on Sundays"):
-        run([CASE], ["all"], 1)
+        run([CASE], Who(["all"]), 1)
+
+
+def test_a_run_that_ends_early_has_told_what_it_knew(monkeypatch):
+    calls = iter([own_providers("logits")[0].run] * 3)
+    monkeypatch.setattr(session_module, "rivals", lambda workload: [Provider("failing", "TRL", broken)])
+    ours = Provider("egpo_kernels", "egpo_kernels", lambda batch: next(calls, broken)(batch))
+    monkeypatch.setattr(session_module, "own_providers", lambda workload: [ours])
+    told = []
+    with pytest.raises(RuntimeError, match="not on Sundays"):
+        run([CASE], Who(["all"]), 9, lambda facts: told.append(make_report(MACHINE, 1e9, facts)["results"]))
+    # The check, which times nothing; two rounds after it; the round that failed.
+    assert [[one["provider"] for one in results] for results in told] == [
+        ["failing"], *[["egpo_kernels", "failing"]] * 3
+    ]  # fmt: skip
+    assert told[-1][0]["seconds"]["rounds"] == 2
 
 
 def test_figures_follow_from_the_times():
@@ -237,6 +260,7 @@ def test_cases_lead_with_the_largest_and_vary_one_size_at_a_time():
         (["--tokens", "12"], "--tokens"), (["--vocab", "1"], "--vocab"), (["--rounds", "0"], "--rounds"),
         (["--linear", "12x8x9"], "--linear"), (["--linear", "64x8"], "--linear"), (["--linear", "64x1x9"], "--linear"),
         (["--dtype", "fp8"], "--dtype"), (["--rivals", "nobody"], "--rivals"), (["everything"], "what"),
+        (["--rivals", "eager", "--last", "TRL"], "--last"), (["--last", "nobody"], "--last"),
     ],
 )  # fmt: skip
 def test_arguments_are_refused_by_name(given, named, capsys):
@@ -254,9 +278,10 @@ def test_arguments_have_each_devices_defaults():
 
 def test_the_command_writes_its_report(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "advantages", "--device", "cpu", "--tokens", "16", "--rounds", "2"]
-    options = ["--rivals", "eager", "--out", str(tmp_path)]
+    options = ["--rivals", "eager", "--last", "eager", "--out", str(tmp_path)]
     done = subprocess.run(command + options, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "Measured after all others, in rounds of their own: eager." in (tmp_path / "benchmarks.md").read_text()
     assert {"benchmarks.json", "benchmarks.md", "advantages.png"} <= {path.name for path in tmp_path.iterdir()}
     report = json.loads((tmp_path / "benchmarks.json").read_text())
     assert [one["provider"] for one in report["results"]] == ["egpo_kernels", "eager"]
