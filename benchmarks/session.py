@@ -14,14 +14,13 @@ import pytest
 import torch
 from rich.progress import Progress
 
+from benchmarks.errors import allowance, distance
 from benchmarks.providers import OURS, Provider, own_providers
 from benchmarks.rivals import rivals
 from benchmarks.timing import make_ready, peak_bytes, timer
 from benchmarks.workloads import DTYPES, LARGEST_LOGIT, LOGITS, WORKLOADS, Batch, Case, Outputs, sampled_rows
 
 Facts = dict[tuple[Case, str], dict[str, Any]]
-FLOAT32_ERROR = 2.0**-15
-"""What summing a vocabulary in float32, one term after the other, may cost."""
 
 
 class Entry(NamedTuple):
@@ -161,14 +160,14 @@ def compared(found: Outputs, truth: Outputs, outputs: tuple[str, ...] | None, ca
     error where nothing compares.
     """
     errors, excess, given = [], [], WORKLOADS[case.workload].given == LOGITS
-    allowed = FLOAT32_ERROR + (LARGEST_LOGIT * torch.finfo(DTYPES[case.dtype]).eps if case.hidden else 0)
+    rounded_logits = LARGEST_LOGIT * torch.finfo(DTYPES[case.dtype]).eps if case.hidden else 0
     for name in truth if outputs is None else outputs:
         mine, exact = found[name].detach(), truth[name]
         mine = sampled_rows(mine) if given and name == "gradient" else mine
         if mine.shape != exact.shape:
             raise ValueError(f"{name} is {list(mine.shape)}; it must be {list(exact.shape)}")
-        errors.append((mine.double() - exact).abs().max() / exact.abs().max())
-        excess.append(errors[-1] - allowed - torch.finfo(mine.dtype).eps)
+        errors.append(distance(mine, exact))
+        excess.append(errors[-1] - allowance(mine.dtype) - rounded_logits)
     if not errors:
         return {"error": None, "wrong": False}
     # A tensor's maximum is NaN where one is; Python's may not be.
