@@ -23,10 +23,14 @@ APART := areal ms_swift
 BIN := $(VENV)/bin
 # A machine that comes with its own torch runs `make gpu` by its own Python.
 PYTHON_BIN ?= $(BIN)/python
+# The Python of a machine that comes with its own; it is taken to be x86-64 under Linux.
+WHEELS_FOR ?= 3.12
+FETCH = $(BIN)/python -m pip download -qq -d .whl --only-binary=:all: --python-version $(WHEELS_FOR) --implementation cp \
+	--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 $(BIN)/python -m pip install -qq
 
 .NOTPARALLEL:
-.PHONY: help venv test lint parity apart newest pythons bench gpu demo trl
+.PHONY: help venv test lint parity apart newest pythons bench gpu wheels demo trl
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,8 +66,14 @@ pythons: ## import, a loss and a gradient on other Pythons, with triton and with
 bench: $(VENV)/.stamp-bench ## measure this library and its rivals (ARGS="logits --tokens 512")
 	$(BIN)/python -m benchmarks $(ARGS)
 
-gpu: $(if $(filter $(BIN)/%,$(PYTHON_BIN)),$(VENV)/.stamp-test $(VENV)/.stamp-bench) ## what a CUDA machine can answer, in 9 minutes (ARGS="--only tests", PYTHON_BIN=python3)
+gpu: $(if $(filter $(BIN)/%,$(PYTHON_BIN)),$(VENV)/.stamp-test $(VENV)/.stamp-bench) ## what a CUDA machine can answer, in a quarter of an hour (ARGS="--only first", PYTHON_BIN=python3)
 	$(PYTHON_BIN) -m benchmarks.gpu $(ARGS)
+
+# Rivals without what they depend on, of which torch is the most.
+wheels: $(VENV)/.stamp-test ## fetch into .whl what a CUDA machine without a package index may lack (WHEELS_FOR=3.12)
+	rm -rf .whl
+	$(FETCH) --no-deps $$($(BIN)/python -m benchmarks.gpu.wheels rivals)
+	$(FETCH) $$($(BIN)/python -m benchmarks.gpu.wheels)
 
 demo: $(VENV)/.stamp-demo ## train a small model on CPU (ARGS="--recipe grpo --steps 20")
 	HF_HUB_OFFLINE=1 $(BIN)/python -m demo $(ARGS)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ import torch
 
 from benchmarks.counts.traffic import count_traffic
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import dram, every_kernel, logits_kernels, report, steps, tables
+from benchmarks.gpu import budget, dram, every_kernel, logits_kernels, plan, process, stages, tables, wheels
+from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.process import Finished, run
 from benchmarks.machine import ROOT, UNKNOWN, answer, describe
 
+MACHINE = {"machine": {"device": "x", "commit": "c", "date": "d"}, "limit": 9}
 # What `ncu --csv` prints, shortened by two of the six launches' metrics being whole passes.
 PASS = f"{dram.PASS_BYTES:,}"
 NCU_HEAD = (
@@ -41,20 +45,37 @@ def shell_script(path, body):
 # Budgets.
 
 
-def test_all_steps_end_inside_nine_minutes():
-    assert sum(step.seconds for step in steps.STEPS.values()) < 540
-    assert sum(step.dry_seconds for step in steps.STEPS.values()) < 180
+def test_all_stages_fit_a_lease_start_included():
+    assert budget.START + sum(one.seconds for one in budget.BUDGET.values()) <= budget.LEASE == 15 * 60
+    assert all(one.seconds <= budget.LONGEST == 240 for one in budget.BUDGET.values())
+    assert list(budget.BUDGET) == list(stages.STAGES) == ["first", "tests", "bench", "dram", "sanitizer"]
+    assert sum(one.dry_seconds for one in budget.BUDGET.values()) < 300
 
 
-def test_time_left_over_passes_to_later_steps():
-    every = list(steps.STEPS)
-    assert steps.limit_of("tests", every, 0.0, False) == 270
-    assert steps.limit_of("sanitizer", every, 270.0, False) == 40
-    assert steps.limit_of("sanitizer", every, 100.0, False) == 210
-    assert steps.limit_of("dram", every, 480.0, False) == 50
-    # A step alone has all of it.
-    assert steps.limit_of("bench", ["bench"], 0.0, False) == 530
-    assert steps.limit_of("bench", ["bench", "dram"], 0.0, False) == 480
+def test_calls_ask_for_every_stage_once_in_order_and_each_fits_a_command():
+    assert [name for call in budget.CALLS for name in call] == list(budget.BUDGET)
+    assert all(sum(budget.BUDGET[name].seconds for name in call) <= budget.COMMAND for call in budget.CALLS)
+
+
+def test_the_page_says_what_the_budget_says():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = {name: seconds for name, seconds in re.findall(r"^\| `(\w+)` \|.*\| (\d+) s \|$", page, re.MULTILINE)}
+    assert rows == {name: str(one.seconds) for name, one in budget.BUDGET.items()}
+    assert re.findall(r"^PYTHON_BIN=python3 make gpu ARGS=\"--only ([\w,]+)\"", page, re.MULTILINE) == [
+        ",".join(call) for call in budget.CALLS
+    ]
+
+
+def test_time_left_over_passes_to_later_stages():
+    every = list(budget.BUDGET)
+    assert budget.limit_of("first", every, 0.0, False) == 200
+    assert budget.limit_of("tests", every, 200.0, False) == 220
+    assert budget.limit_of("tests", every, 190.0, False) == 230
+    # But not more than a stage may take at the most.
+    assert budget.limit_of("tests", every, 20.0, False) == 240
+    # A stage alone has its own.
+    assert budget.limit_of("bench", ["bench"], 0.0, False) == 200
+    assert budget.limit_of("dram", ["bench", "dram"], 230.0, False) == 10
 
 
 def test_a_command_that_takes_too_long_is_killed_with_its_children(tmp_path):
@@ -80,26 +101,31 @@ def test_a_command_that_fails_says_so_by_its_last_line(tmp_path):
     assert done.record()["status"] == "failed" and done.record()["reason"] == "exit status 1: no memory"
 
 
-def test_results_are_written_after_every_step_whatever_happens(tmp_path, monkeypatch):
+def test_results_are_written_after_every_stage_whatever_happens(tmp_path, monkeypatch):
     def killed(plan, limit):
         return {"status": "killed", "seconds": 1.0, "reason": "killed after its 1 s"}
 
     def breaks(plan, limit):
-        known = json.loads((plan.out / "gpu.json").read_text())
-        assert known["steps"]["tests"]["status"] == "killed" and (plan.out / "gpu.md").is_file()
+        assert json.loads((plan.out / "tests.json").read_text())["status"] == "killed"
+        assert (plan.out / "gpu.md").is_file()
         raise OSError("disk full")
 
-    monkeypatch.setitem(steps.STEPS, "tests", steps.Step(killed, 270, 100))
-    monkeypatch.setitem(steps.STEPS, "bench", steps.Step(breaks, 170, 50))
-    assert command.main(["--dry-run", "--only", "tests,bench,dram", "--out", str(tmp_path / "new")]) == 1
-    found = json.loads((tmp_path / "new" / "gpu.json").read_text())
-    assert {name: it["status"] for name, it in found["steps"].items()} == {
+    monkeypatch.setitem(stages.STAGES, "tests", killed)
+    monkeypatch.setitem(stages.STAGES, "bench", breaks)
+    out = tmp_path / "new"
+    assert command.main(["--dry-run", "--only", "tests,bench", "--out", str(out)]) == 1
+    # Another call into the same folder leaves what is there.
+    assert command.main(["--dry-run", "--only", "dram", "--out", str(out)]) == 0
+    found = stages.gather(out)
+    assert {name: it["status"] for name, it in found.items()} == {
         "tests": "killed",
         "bench": "failed",
         "dram": "absent",
     }
-    assert found["steps"]["bench"]["reason"] == "OSError: disk full"
-    assert "| tests | killed | 1.0 | killed after its 1 s |" in (tmp_path / "new" / "gpu.md").read_text()
+    assert found["bench"]["reason"] == "OSError: disk full" and found["bench"]["dry_run"]
+    text = (out / "gpu.md").read_text()
+    assert "| tests | killed | 1.0 | 120 |" in text and "| killed after its 1 s |" in text
+    assert "| dram | absent |" in text
 
 
 # Without a GPU.
@@ -111,19 +137,25 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     assert "no CUDA device here" in capsys.readouterr().err
 
 
-def test_steps_by_name(capsys):
-    assert command.steps_of("dram,tests") == ["tests", "dram"]
+def test_stages_by_name(capsys):
+    assert command.stages_of("dram,tests") == ["tests", "dram"]
     with pytest.raises(SystemExit):
         command.main(["--only", "speed"])
-    assert "'speed' is no step; it must be some of tests,sanitizer,bench,dram" in capsys.readouterr().err
-    assert command.folder("NVIDIA H200 141GB", False).name == "nvidia-h200-141gb"
+    assert "'speed' is no stage; it must be some of first,tests,bench,dram,sanitizer" in capsys.readouterr().err
 
 
-class Told(steps.Plan):
+def test_results_go_where_the_environment_says(monkeypatch):
+    monkeypatch.delenv("OUT", raising=False)
+    assert command.folder("NVIDIA H200 141GB", False) == ROOT / "benchmarks" / "results" / "nvidia-h200-141gb"
+    monkeypatch.setenv("OUT", "/elsewhere")
+    assert command.folder("NVIDIA H100", True) == Path("/elsewhere/nvidia-h100-dry-run")
+
+
+class Told(Plan):
     """A plan that writes down its commands instead of running them."""
 
     def run(self, name, command, limit, **environment):
-        log = self.out / f"{name}.txt"
+        log = self.log(f"{name}.txt")
         log.write_text("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n")
         with (self.out / "commands.txt").open("a") as told:
             told.write(" ".join([name, *command[1:]]) + "\n")
@@ -131,29 +163,44 @@ class Told(steps.Plan):
 
 
 @pytest.mark.parametrize("dry", [False, True])
-def test_what_each_step_runs(dry, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "find_tool", lambda name: f"/opt/{name}")
+def test_what_each_stage_runs(dry, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "find_tool", lambda name: f"/opt/{name}")
     plan = Told(tmp_path, dry)
-    found = {name: step.run(plan, 30.0) for name, step in steps.STEPS.items() if name != "dram"}
+    found = {name: run(plan, 40.0) for name, run in stages.STAGES.items() if name != "dram"}
     told = (tmp_path / "commands.txt").read_text()
-    assert found["tests"]["status"] == found["bench"]["status"] == "passed"
+    assert {found[name]["status"] for name in ("first", "tests", "bench")} == {"passed"}
+    device = "cpu" if dry else "cuda"
+    assert f"first -m benchmarks.gpu.first {device} " in told and "sweep.jsonl 40\n" in told
     sizes = (
-        "--tokens 64 --vocab 512 --linear 64x32x512" if dry else "--tokens 2048,8192,32768 --linear 8192x4096x131072"
+        "logits --dtype bf16 --tokens 64 --vocab 512"
+        if dry
+        else "all --tokens 2048,8192 --vocab 151936 --linear 8192x4096x131072"
     )
-    assert f"benchmarks all --device {'cpu' if dry else 'cuda'}" in told and sizes in told
-    assert "--dist loadgroup" in told and "-m gpu tests" in told
+    assert f"benchmarks {sizes}" in told and f"--device {device}" in told and "torch.compile --out" in told
     assert plan.environment["TRITON_INTERPRET"] == ("1" if dry else "0")
     assert found["sanitizer"]["status"] == ("absent" if dry else "passed")
-    assert ("--tool memcheck" in told) is ("--tool racecheck" in told) is not dry
+    assert all((f"--tool {name}" in told) is not dry for name in ("memcheck", "racecheck", "synccheck"))
+
+
+def test_what_no_time_is_left_for_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "find_tool", lambda name: f"/opt/{name}")
+    record = stages.sanitizer(Told(tmp_path, False), 0.5)
+    assert record["runs"]["memcheck"]["reason"] == "0 s were left for it" and record["status"] == "passed"
+
+
+def test_benchmarks_say_what_they_lack(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "installed", lambda module: module != "rich")
+    record = stages.bench(Plan(tmp_path, False), 1.0)
+    assert record["status"] == "absent" and record["reason"].startswith("rich not installed here: `make wheels`")
 
 
 def test_tools_are_found_beside_cuda_too(tmp_path, monkeypatch):
     (tmp_path / "cuda-13" / "bin").mkdir(parents=True)
     shell_script(tmp_path / "cuda-13" / "bin" / "ncu", "exit 0")
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(steps, "TOOL_FOLDERS", (f"{tmp_path}/cuda*/bin",))
-    assert steps.find_tool("ncu") == f"{tmp_path}/cuda-13/bin/ncu"
-    assert steps.find_tool("compute-sanitizer") is None
+    monkeypatch.setattr(plan, "TOOL_FOLDERS", (f"{tmp_path}/cuda*/bin",))
+    assert plan.find_tool("ncu") == f"{tmp_path}/cuda-13/bin/ncu"
+    assert plan.find_tool("compute-sanitizer") is None
 
 
 # What other tools say.
@@ -172,9 +219,9 @@ def test_dram_traffic_in_passes(tmp_path, monkeypatch):
     (tmp_path / "sample.csv").write_text(ncu_text(values))
     shell_script(tmp_path / "ncu", f'while [ "$1" != --log-file ]; do shift; done; cp {tmp_path}/sample.csv "$2"')
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    record = steps.dram(steps.Plan(tmp_path / "out", False), 30.0)
+    record = stages.dram(Plan(tmp_path / "out", False), 30.0)
     assert record["status"] == "passed" and record["kernels"] == rows
-    found = {"machine": {"device": "x"}, "steps": {"dram": record}}
+    found = {"dram": {**MACHINE, **record}}
     assert "| logits_policy_loss_kernel | loss and gradient, in place | 1.0 | 1.0 | 1 | 1 |" in tables.markdown(found)
 
 
@@ -190,51 +237,50 @@ def test_counters_that_are_refused_are_a_record(tmp_path, monkeypatch):
     (tmp_path / "refused").write_text(REFUSED)
     shell_script(tmp_path / "ncu", f"cat {tmp_path}/refused; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    record = steps.dram(steps.Plan(tmp_path / "out", False), 30.0)
+    record = stages.dram(Plan(tmp_path / "out", False), 30.0)
     assert record["status"] == "absent" and "==ERROR== ERR_NVGPUCTRPERM" in record["reason"]
 
 
-TESTS = """
-import pytest
-
-def test_passes(): pass
-def test_fails(): assert 1 == 2, "one is not two"
-def test_skips(): pytest.skip("no colour here")
-
-@pytest.fixture
-def broken(): raise OSError("no disk")
-def test_never_starts(broken): pass
-"""
+# What is taken along.
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_report_of_tests(tmp_path, workers):
-    (tmp_path / "test_sample.py").write_text(TESTS)
-    (tmp_path / "test_unreadable.py").write_text("import nothing_of_that_name\n")
-    lines = tmp_path / "lines"
-    options = ["-p", "benchmarks.gpu.report", "--report-lines", str(lines), "-p", "no:cacheprovider", "-n", workers]
-    # With one file that cannot be read pytest runs nothing unless told to.
-    options += ["--continue-on-collection-errors", "-c", os.devnull, "--rootdir", str(tmp_path)]
-    run([sys.executable, "-m", "pytest", *options, str(tmp_path)], 120, tmp_path / "log", {})
-    found = report.summary(lines)
-    assert (found["passed"], found["failed"], found["skipped"]) == (1, 3, 1), (tmp_path / "log").read_text()
-    assert found["selected"] >= 4
-    said = {failure["test"].rpartition("::")[2]: failure["message"] for failure in found["failures"]}
-    assert "one is not two" in said["test_fails"] and "no disk" in said["test_never_starts"]
-    assert "nothing_of_that_name" in said["test_unreadable.py"]
-    assert "no colour here" in found["skips"][0]["message"]
-    record = {"status": "failed", "seconds": 1.0, **found}
-    text = tables.markdown({"machine": {"device": "x"}, "steps": {"tests": record}})
-    assert "1 passed, 3 failed, 1 skipped" in text and "| test_sample.py::test_fails |" in text
+def make_wheel(folder, name):
+    """A wheel with a module of that name."""
+    info = f"{name}-1.0.dist-info"
+    files = {
+        f"{name}.py": "VALUE = 7\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: by hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        for path, text in files.items():
+            wheel.writestr(path, text)
+        wheel.writestr(f"{info}/RECORD", "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"]))
 
 
-def test_a_report_that_was_cut_off(tmp_path):
-    entry = {"test": "a.py::b", "outcome": "passed", "seconds": 0.5, "message": ""}
-    lines = [{"selected": 9}, entry, {**entry, "outcome": "failed", "message": "in teardown"}]
-    (tmp_path / "lines").write_text("\n".join(map(json.dumps, lines)) + '\n{"test": "a.py::c", "outc')
-    found = report.summary(tmp_path / "lines")
-    assert (found["selected"], found["passed"], found["failed"]) == (9, 0, 1)
-    assert report.summary(tmp_path / "none")["selected"] == 0
+def test_only_wheels_of_what_is_not_installed_are_installed(tmp_path, monkeypatch):
+    for module in (wheels, process):
+        monkeypatch.setattr(module, "SITE", tmp_path / "site")
+    monkeypatch.setattr(wheels, "WHEELS", tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert wheels.install(tmp_path / "log.txt") is None
+    for name in ("taken_along", "torch", "pytest"):
+        make_wheel(tmp_path, name)
+    assert [wheel.name.partition("-")[0] for wheel in wheels.lacking()] == ["taken_along"]
+    assert wheels.install(tmp_path / "log.txt") == "taken_along: passed", (tmp_path / "log.txt").read_text()
+    assert plan.installed("taken_along") and wheels.install(tmp_path / "log.txt") is None
+    # What the stages run finds it too.
+    done = run([sys.executable, "-c", "import taken_along; print(taken_along.VALUE)"], 60, tmp_path / "log.txt", {})
+    assert done.code == 0 and (tmp_path / "log.txt").read_text() == "7\n"
+    # A wheel that cannot be installed is said, and everything else goes on.
+    (tmp_path / "spoilt-1.0-py3-none-any.whl").write_text("no archive")
+    assert wheels.install(tmp_path / "log.txt").startswith("spoilt: failed exit status 1")
+
+
+def test_what_is_taken_along_is_pinned():
+    pytest.importorskip("tomllib")
+    assert wheels.pins(wheels.RIVALS) == [pin for pin in wheels.pins(wheels.RIVALS) if "==" in pin]
+    assert {pin.partition("==")[0] for pin in wheels.pins(wheels.TOOLS)} == set(wheels.TOOLS)
 
 
 # What it launches, and where.

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from benchmarks.machine import ROOT
 
+SITE = ROOT / ".site"
+"""Packages that `wheels` installed for these commands."""
+
 
 class Finished(NamedTuple):
     """How a command ended: ``code`` is None where it was killed for taking longer than ``limit`` seconds."""
@@ -36,7 +39,7 @@ class Finished(NamedTuple):
 def run(command: list[str], limit: float, log: Path, environment: dict[str, str]) -> Finished:
     """Run ``command`` at the repository's root; kill it and all its children after ``limit`` seconds."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]), *([str(SITE)] if SITE.is_dir() else [])]
     start = time.monotonic()
     with log.open("wb") as output:
         # A process group of its own, so that one signal reaches test workers and compilers too.

@@ -1,40 +1,87 @@
-"""A pytest plugin that writes one JSON line a test as it ends, so that a killed run has said what it knew."""
+"""A pytest plugin for a machine that others set up: it needs no option file and no other plugin.
 
-import json
+It writes one JSON line a test as it ends, so that a killed run has said what it knew. Where the CUDA context is lost
+the process ends with the test that lost it: pytest-xdist replaces such a worker; a run without workers is started again
+and goes on behind that test.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.gpu import lines
+from benchmarks.gpu.lost import context_is_lost
+
 MESSAGE_LENGTH = 2000
 DETAIL_LENGTH = 4000
-SEVERITY = ("passed", "skipped", "failed")
+LOST = 86
+"""Exit status of a process without a CUDA context."""
+DIED = "the process ended while this test ran"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Where to write."""
-    parser.addoption("--report-lines", help="file to append one JSON line a test to")
+    parser.addoption("--report-lines", help="file to append one JSON line a test to; without workers, to go on from")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Write in the process that hears of every test, not in its workers."""
+    """Write in the process that hears of every test, leave in the one that runs it."""
     path = config.getoption("--report-lines")
     if path and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(_Writer(Path(path)))
+        alone = not getattr(config.option, "numprocesses", None)
+        config.pluginmanager.register(_Writer(Path(path), alone))
+    config.pluginmanager.register(_Leaver())
+
+
+class _Leaver:
+    """Ends the process once the failure that lost the context is reported."""
+
+    def __init__(self) -> None:
+        self.lost = False
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, call: pytest.CallInfo) -> Iterator[None]:
+        yield
+        self.lost |= call.excinfo is not None and context_is_lost(call.excinfo.value)
+
+    # Around all others: the worker has sent the report, or the writer has written it.
+    @pytest.hookimpl(hookwrapper=True, tryfirst=True)
+    def pytest_runtest_logreport(self) -> Iterator[None]:
+        yield
+        if self.lost:
+            sys.stdout.flush()
+            os._exit(LOST)
 
 
 class _Writer:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, alone: bool) -> None:
         self.path = path
-        path.write_text("")
+        # Workers would not agree on what is known: each reads it when it starts.
+        known = lines.read(path) if alone else []
+        ended = {entry["test"] for entry in known if "test" in entry}
+        begun = {entry["started"] for entry in known if "started" in entry}
+        self.done = ended | begun
+        self.warned: set[tuple[str, ...]] = set()
+        for test in sorted(begun - ended):
+            self.write(test=test, outcome="failed", seconds=0.0, message=DIED)
 
     def write(self, **entry: Any) -> None:
-        with self.path.open("a") as lines:
-            lines.write(json.dumps(entry) + "\n")
+        lines.append(self.path, **entry)
+
+    @pytest.hookimpl(trylast=True)  # of those that -m chose
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        done = [item for item in items if item.nodeid in self.done]
+        if done:
+            config.hook.pytest_deselected(items=done)
+            items[:] = [item for item in items if item.nodeid not in self.done]
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         if session.items:
-            self.write(selected=len(session.items))
+            self.write(selected=len(session.items) + len(self.done))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
@@ -44,9 +91,22 @@ class _Writer:
         if report.failed:
             self.write(test=report.nodeid, outcome="failed", seconds=0.0, **_why(report))
 
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.write(started=nodeid)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
             self.write(test=report.nodeid, outcome=report.outcome, seconds=report.duration, **_why(report))
+
+    def pytest_warning_recorded(self, warning_message: Any, nodeid: str) -> None:
+        place = f"{Path(warning_message.filename).name}:{warning_message.lineno}"
+        said = (warning_message.category.__name__, place, str(warning_message.message)[:MESSAGE_LENGTH])
+        if said not in self.warned:
+            self.warned.add(said)
+            self.write(warning=said[0], place=place, message=said[2], first=nodeid)
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        self.write(finished=int(exitstatus))
 
 
 def _why(report: Any) -> dict[str, str]:
@@ -56,42 +116,3 @@ def _why(report: Any) -> dict[str, str]:
     crash = getattr(getattr(report.longrepr, "reprcrash", None), "message", None)
     found = {"message": str(crash or report.longreprtext)[:MESSAGE_LENGTH]}
     return {**found, "detail": report.longreprtext[-DETAIL_LENGTH:]} if report.failed else found
-
-
-def summary(path: Path) -> dict[str, Any]:
-    """Counts, failures with their messages, skips and the slowest tests, of a report however far it got."""
-    tests: dict[str, dict[str, Any]] = {}
-    selected = 0
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # cut off in the middle
-        selected = max(selected, entry.get("selected", 0))
-        if "test" in entry:
-            known = tests.get(entry["test"], entry)
-            worst = max(known, entry, key=lambda one: SEVERITY.index(one["outcome"]))
-            tests[entry["test"]] = {**worst, "seconds": max(known["seconds"], entry["seconds"])}
-    found = list(tests.values())
-    by_time = sorted(found, key=lambda one: -one["seconds"])
-    return {
-        "selected": max(selected, len(found)),
-        **{outcome: sum(one["outcome"] == outcome for one in found) for outcome in SEVERITY},
-        "failures": [_brief(one) for one in found if one["outcome"] == "failed"],
-        "skips": [_brief(one) for one in found if one["outcome"] == "skipped"],
-        "slowest": [{"test": one["test"], "seconds": round(one["seconds"], 2)} for one in by_time[:10]],
-        "files": _by_file(found),
-    }
-
-
-def _brief(one: dict[str, Any]) -> dict[str, str]:
-    return {name: one[name] for name in ("test", "message", "detail") if name in one}
-
-
-def _by_file(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    files: dict[str, dict[str, Any]] = {}
-    for one in found:
-        row = files.setdefault(one["test"].partition("::")[0], {**dict.fromkeys(SEVERITY, 0), "seconds": 0.0})
-        row[one["outcome"]] += 1
-        row["seconds"] = round(row["seconds"] + one["seconds"], 2)
-    return dict(sorted(files.items()))

@@ -1,0 +1,165 @@
+"""Whole calls, forward and backward: time on the device, time on the host, and how many launches share it."""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+import egpo_kernels as ek
+from benchmarks.timing import make_ready
+from benchmarks.workloads import SEQUENCES, WORKLOADS, Batch, Case
+
+ROWS = {"cuda": (8192, 2048), "cpu": (16,)}
+VOCAB = {"cuda": 151936, "cpu": 1030}
+ROUNDS = {"cuda": 20, "cpu": 2}
+CYCLES = 2e9
+"""Of a GPU in a second, at the most."""
+AHEAD = 3
+"""How many times what a call takes the host the GPU is kept busy first."""
+SMALL = 0.1
+"""A launch is small that takes less than this share of the longest."""
+
+
+class Call(NamedTuple):
+    """What a user would write, and the passes over the logits that any implementation of it must make."""
+
+    name: str
+    passes: int
+    run: Callable[[Batch], Any]
+    overwrites: bool = False
+
+
+def _loss(**options: Any) -> Callable[[Batch], None]:
+    def run(batch: Batch) -> None:
+        rest = (batch.tokens, batch.advantages, batch.mask)
+        found = ek.logits_policy_loss(
+            batch.logits, *rest, old_log_probs=batch.old_log_probs, backend="triton", **options
+        )
+        found.loss.backward()
+
+    return run
+
+
+def _of_groups(batch: Batch) -> None:
+    groups = torch.arange(SEQUENCES, device=batch.mask.device) // 4
+    rewards = (batch.advantages > 0).float()
+    given = {"mask": batch.mask, "old_log_probs": batch.old_log_probs, "backend": "triton"}
+    ek.egpo_loss(batch.logits, batch.tokens, groups, rewards, **given).loss.backward()
+
+
+@torch.no_grad()
+def _log_probs(batch: Batch) -> None:
+    ek.token_log_probs(batch.logits, batch.tokens, mask=batch.mask, return_entropy=True, backend="triton")
+
+
+CALLS = (
+    Call("one pass", 2, _loss()),
+    Call("one pass, in place", 2, _loss(inplace_grad=True), overwrites=True),
+    Call("one pass, no metrics", 2, _loss(metrics="none")),
+    Call("sequence ratio", 2, _loss(config=ek.PolicyLossConfig(ratio="sequence"))),
+    Call("egpo_loss", 2, _of_groups),
+    Call("log-probs and entropy", 1, _log_probs),
+)
+
+
+def calls(device: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """For each size and call a job for its times, then one for its launches."""
+    for rows in ROWS[device]:
+        batch = WORKLOADS["logits"].make(Case("logits", device, "bf16", rows, VOCAB[device]))
+        pristine = batch.logits.detach().clone()
+        for call in CALLS:
+            yield call.name, partial(timed, call, batch, pristine, device)
+            yield f"launches of {call.name}", partial(counted, call, batch, device)
+            batch.logits.detach().copy_(pristine)
+        # Before the next is made.
+        del batch, pristine
+
+
+class Times(NamedTuple):
+    """Seconds of one call on the device and on the host, and whether the device never waited for the host."""
+
+    device: float
+    host: float
+    ahead: bool
+
+
+def once(call: Call, batch: Batch, pristine: torch.Tensor, device: str, sleep: float) -> Times:
+    """Time a call on whole logits, with an empty cache, while the GPU sleeps for so many seconds first."""
+    if call.overwrites:
+        batch.logits.detach().copy_(pristine)
+    make_ready(batch, device)
+    if device == "cpu":
+        start = time.perf_counter()
+        call.run(batch)
+        taken = time.perf_counter() - start
+        return Times(taken, taken, False)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(CYCLES * sleep))
+    first.record()
+    start = time.perf_counter()
+    call.run(batch)
+    host = time.perf_counter() - start
+    ahead = not first.query()
+    last.record()
+    last.synchronize()
+    return Times(first.elapsed_time(last) / 1e3, host, ahead)
+
+
+def timed(call: Call, batch: Batch, pristine: torch.Tensor, device: str) -> dict[str, Any]:
+    """Medians; ``first s`` has the compilers in it, ``host ahead`` is in how many rounds the GPU never waited."""
+    start = time.perf_counter()
+    once(call, batch, pristine, device, 0)
+    compiled = time.perf_counter() - start
+    sleep = AHEAD * max(once(call, batch, pristine, device, 0).host for _ in range(2))
+    times = [once(call, batch, pristine, device, sleep) for _ in range(ROUNDS[device])]
+    seconds = statistics.median(one.device for one in times)
+    return {
+        "kind": "call",
+        "call": call.name,
+        "rows": batch.mask.numel(),
+        "ms": round(1e3 * seconds, 3),
+        "passes": call.passes,
+        "GB/s": round(call.passes * batch.logits.nbytes / seconds / 1e9, 4),
+        "host us": round(1e6 * statistics.median(one.host for one in times), 1),
+        "host ahead": f"{sum(one.ahead for one in times)} of {len(times)}",
+        "first s": round(compiled, 2),
+    }
+
+
+def counted(call: Call, batch: Batch, device: str) -> dict[str, Any]:
+    """How many launches a call is, and what the small ones among them take."""
+    seen = launches(call, batch, device)
+    longest = max((one["us"] / one["launches"] for one in seen), default=0.0)
+    small = [one for one in seen if one["us"] / one["launches"] < SMALL * longest]
+    return {
+        "kind": "launches",
+        "call": call.name,
+        "rows": batch.mask.numel(),
+        "launches": sum(one["launches"] for one in seen),
+        "small": sum(one["launches"] for one in small),
+        "small us": round(sum(one["us"] for one in small), 1),
+        "each": [f"{one['kernel']}: {one['launches']} x, {one['us']:.1f} us" for one in seen],
+    }
+
+
+def launches(call: Call, batch: Batch, device: str) -> list[dict[str, Any]]:
+    """What one call launches, by kernel, those that take most first; nothing on a CPU, which launches nothing."""
+    for leaf in batch.leaves.values():
+        leaf.grad = None
+    with profile(activities=[ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]) as seen:
+        call.run(batch)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    found: dict[str, list[float]] = defaultdict(list)
+    for event in seen.events():
+        if event.device_type == DeviceType.CUDA:
+            found[event.name].append(event.device_time)
+    rows = [{"kernel": name[:80], "launches": len(times), "us": sum(times)} for name, times in found.items()]
+    return sorted(rows, key=lambda one: -one["us"])

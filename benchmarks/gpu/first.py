@@ -1,0 +1,75 @@
+"""First questions to a machine: what it is, how fast it copies, whether values are right, what whole calls take.
+
+python -m benchmarks.gpu.first cuda results.jsonl
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import lines
+from benchmarks.gpu.calls import calls
+from benchmarks.gpu.lost import context_is_lost
+from benchmarks.gpu.plan import find_tool
+from benchmarks.gpu.values import values
+from benchmarks.machine import answer, version
+from benchmarks.timing import copy_bandwidth
+
+PACKAGES = (
+    "torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "pytest-benchmark", "rich",
+    "matplotlib", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels",
+)  # fmt: skip
+CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
+Entry = dict[str, Any]
+Jobs = Iterator[tuple[str, Callable[[], Entry]]]
+"""A name and what makes an entry, each to be called before the next is asked for."""
+
+
+def machine(device: str) -> Entry:
+    """What it is and what is installed on it."""
+    found: Entry = {name: version(name) or "not installed" for name in PACKAGES}
+    found |= {name: find_tool(name) or "not installed" for name in ("ncu", "compute-sanitizer")}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["device"] = properties.name
+        found["capability"] = f"{properties.major}.{properties.minor}"
+        found["multiprocessors"] = properties.multi_processor_count
+        found["L2 MiB"] = properties.L2_cache_size >> 20
+        found["memory GiB"] = properties.total_memory >> 30
+        found[CLOCKS] = answer("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader")
+    return {"kind": "facts", **found}
+
+
+def questions(device: str) -> Jobs:
+    """Facts, the bandwidth that everything else is measured by, values, calls."""
+    yield "machine", lambda: machine(device)
+    yield "copy", lambda: {"kind": "copy", "GB/s": round(copy_bandwidth(device) / 1e9, 1)}
+    yield from values(device)
+    yield from calls(device)
+
+
+def ask(jobs: Jobs, path: Path) -> bool:
+    """Write each answer as it comes, also of a job that fails; False where the CUDA context is lost, which ends it."""
+    for name, job in jobs:
+        try:
+            entry = job()
+        except Exception as error:
+            entry = {
+                "kind": "trouble",
+                "of": name,
+                "message": f"{type(error).__name__}: {error}"[:2000],
+                "right": False,
+            }
+            if context_is_lost(error):
+                lines.append(path, **entry)
+                return False
+        lines.append(path, **entry)
+        print(entry, flush=True)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(0 if ask(questions(sys.argv[1]), Path(sys.argv[2])) else "the CUDA context is lost")

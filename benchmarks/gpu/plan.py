@@ -1,0 +1,70 @@
+"""What all stages share: where results go, how commands are run, which tools are there."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.gpu.process import Finished, run
+
+Record = dict[str, Any]
+# Where CUDA and Nsight Compute put their tools when they do not put them on the path.
+TOOL_FOLDERS = ("/usr/local/cuda*/bin", "/usr/local/cuda*/compute-sanitizer", "/opt/nvidia/nsight-compute/*")
+
+
+class Plan(NamedTuple):
+    """A dry run is the same on a CPU, with the smallest sizes."""
+
+    out: Path
+    dry: bool
+
+    @property
+    def device(self) -> str:
+        """Where the kernels run."""
+        return "cpu" if self.dry else "cuda"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For every command: kernels interpreted in a dry run, else compiled; no compilers that outlive their stage."""
+        return {"TRITON_INTERPRET": "1" if self.dry else "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+    def run(self, name: str, command: list[str], limit: float, **environment: str) -> Finished:
+        """Run a command, its output kept as ``logs/name.txt``."""
+        return run(command, limit, self.log(f"{name}.txt"), {**self.environment, **environment})
+
+    def log(self, name: str) -> Path:
+        """A file in ``logs``, whose folder is there."""
+        folder = self.out / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+
+def find_tool(name: str) -> str | None:
+    """Path of a tool of the CUDA toolkit."""
+    found = shutil.which(name)
+    if found is None:
+        places = [place for pattern in TOOL_FOLDERS for place in sorted(Path("/").glob(pattern.lstrip("/")))]
+        found = next((str(place / name) for place in places if os.access(place / name, os.X_OK)), None)
+    return found
+
+
+def installed(module: str) -> bool:
+    """Whether Python finds a module, without importing it."""
+    return importlib.util.find_spec(module) is not None
+
+
+def absent(reason: str) -> Record:
+    """The record of a stage, or a part of one, that had nothing to run with."""
+    return {"status": "absent", "seconds": 0.0, "reason": reason}
+
+
+def no_tool(tool: str, dry: bool) -> Record:
+    """As `absent`, of a tool that is not there, or would have no GPU to look at."""
+    return absent(f"{tool} needs a GPU" if dry else f"{tool} is not installed here")
+
+
+def worst(statuses: Sequence[str]) -> str:
+    """What several statuses come to."""
+    return next((status for status in ("failed", "killed", "passed") if status in statuses), "absent")

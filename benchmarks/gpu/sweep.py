@@ -1,0 +1,167 @@
+"""Which launch constants are fastest: each candidate held against float64, then timed beside a copy of the same bytes.
+
+python -m benchmarks.gpu.sweep cuda sweep.jsonl 120
+
+Candidates are compiled and checked by processes side by side, which share Triton's cache with this one; here those that
+are right are timed in interleaved rounds, the best of them in place and with fewer rows too.
+"""
+
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import lines
+from benchmarks.gpu.candidates import KERNELS, Candidate, Problem, candidates, problem_of, using
+from benchmarks.gpu.trial import VOCAB
+from egpo_kernels.types import Rows
+
+ROWS = {"cuda": (8192, 2048), "cpu": (8, 4)}
+ROUNDS = {"cuda": 9, "cpu": 1}
+TRIAL_SHARE = 0.7
+"""Of the time, when what is not checked yet is given up."""
+TRIAL_BYTES = 6 << 30
+"""Of the GPU's memory, what a process that checks candidates may come to hold in float64."""
+AHEAD_CYCLES = 3_000_000
+"""A millisecond and a half that the GPU sleeps while the host queues what is timed."""
+BEST = 8
+COPY = "copy"
+
+
+def try_all(device: str, path: Path, deadline: float) -> list[dict[str, Any]]:
+    """Check all candidates in processes side by side; a process that a candidate ended goes on behind it."""
+    shares = 1
+    if device == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory // TRIAL_BYTES
+        shares = max(1, min(12, (os.cpu_count() or 2) - 2, room))
+    logs = [path.with_name(f"trial-{share}.jsonl") for share in range(shares)]
+    command = [sys.executable, "-m", "benchmarks.gpu.trial", device]
+
+    def start(share: int) -> subprocess.Popen:
+        return subprocess.Popen([*command, str(logs[share]), str(share), str(shares)])
+
+    for log in logs:
+        log.unlink(missing_ok=True)
+    running, known = {share: start(share) for share in range(shares)}, [0] * shares
+    while running and time.monotonic() < deadline:
+        time.sleep(0.2)
+        for share, process in list(running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del running[share]
+            count = len(lines.read(logs[share]))
+            # What made no headway will not the next time.
+            if code != 0 and count > known[share]:
+                known[share], running[share] = count, start(share)
+    for process in running.values():
+        process.kill()
+        process.wait()
+    found = [entry for log in logs for entry in lines.read(log) if entry["kind"] == "built"]
+    return sorted(found, key=lambda entry: entry["number"])
+
+
+def make_problem(device: str, rows: int) -> Problem:
+    """An on-policy batch: every row has a gradient, so that every row costs all its passes."""
+    generator, vocab = torch.Generator(device).manual_seed(0), VOCAB[device]
+    logits = torch.empty(1, rows, vocab, dtype=torch.bfloat16, device=device)
+    for part in logits[0].split(512):
+        part.copy_(3 * torch.randn(part.shape, generator=generator, device=device))
+    tokens = torch.randint(vocab, (rows,), generator=generator, device=device)
+    one = torch.ones(rows, device=device)
+    return problem_of(logits, Rows(one.bool(), tokens, None, one, one), one)
+
+
+def milliseconds(run: Callable[[], object], device: str) -> float:
+    """What a call takes, on a GPU between two events with the host ahead."""
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(AHEAD_CYCLES)
+    first.record()
+    run()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last)
+
+
+def launcher(candidate: Candidate, problem: Problem, out: torch.Tensor) -> Callable[[], object]:
+    """A call of a candidate."""
+
+    def run() -> object:
+        with using(candidate):
+            return KERNELS[candidate.kernel].run(problem, out)
+
+    return run
+
+
+def timed(runs: dict[Any, Callable[[], object]], device: str) -> dict[Any, float]:
+    """Median milliseconds of each, in rounds of another order each time; the first call of each is not counted."""
+    for run in runs.values():
+        run()
+    shuffle, taken = random.Random(0), {name: [] for name in runs}
+    for _ in range(ROUNDS[device]):
+        for name in shuffle.sample(list(runs), len(runs)):
+            taken[name].append(milliseconds(runs[name], device))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def ranked(found: dict[Any, float], problem: Problem, built: dict[Candidate, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table, for each kernel the fastest first; rates are of the passes that a kernel must make."""
+    copy, rows = found[COPY], []
+    order = list(KERNELS)
+    for candidate in sorted(built, key=lambda one: (order.index(one.kernel), found[one])):
+        moved, ms = KERNELS[candidate.kernel].passes * problem.logits.nbytes, found[candidate]
+        used = {name: built[candidate].get(name, "") for name in ("registers", "spills", "shared")}
+        speed = {"ms": round(ms, 4), "GB/s": round(moved / ms / 1e6, 4)}
+        share = f"{100 * moved / ms * copy / (2 * problem.logits.nbytes):.1f} %"
+        rows.append({"kernel": candidate.kernel, **candidate.constants._asdict(), **speed, "of copy": share, **used})
+    return rows
+
+
+def main(device: str, path: Path, seconds: float) -> None:
+    """Try, time, rank; each written as soon as it is known."""
+    deadline = time.monotonic() + TRIAL_SHARE * seconds
+    every = candidates(torch.device(device), VOCAB[device])
+    entries = try_all(device, path, deadline)
+    for entry in entries:
+        lines.append(path, **entry)
+    print(f"{len(entries)} of {len(every)} candidates were tried", flush=True)
+    built = {every[entry["number"]]: entry for entry in entries if "error" not in entry}
+    large, small = (make_problem(device, rows) for rows in ROWS[device])
+    out, pristine = (torch.empty_like(large.logits) for _ in range(2))
+    pristine.copy_(large.logits)
+    runs: dict[Any, Callable[[], object]] = {one: launcher(one, large, out) for one in built}
+    found = timed({COPY: lambda: out.copy_(large.logits), **runs}, device)
+    rate = round(2 * large.logits.nbytes / found[COPY] / 1e6, 4)
+    lines.append(path, kind="swept", tried=len(entries), candidates=len(every), **{"copy GB/s": rate})
+    for row in ranked(found, large, built):
+        lines.append(path, kind="ranked", **row)
+    for name, kernel in KERNELS.items():
+        for candidate in sorted((one for one in built if one.kernel == name), key=found.__getitem__)[:BEST]:
+            row = {"kernel": name, **candidate.constants._asdict()}
+            few = timed({0: launcher(candidate, small, out[:, : ROWS[device][1]])}, device)[0]
+            row[f"GB/s, {ROWS[device][1]} rows"] = round(kernel.passes * small.logits.nbytes / few / 1e6, 4)
+            if kernel.passes == 2:
+                ms = statistics.median(in_place(candidate, large, pristine, device) for _ in range(ROUNDS[device]))
+                row["GB/s, in place"] = round(2 * large.logits.nbytes / ms / 1e6, 4)
+            lines.append(path, kind="best", **row)
+
+
+def in_place(candidate: Candidate, problem: Problem, pristine: torch.Tensor, device: str) -> float:
+    """Milliseconds of a call over logits that are whole again."""
+    problem.logits.copy_(pristine)
+    return milliseconds(launcher(candidate, problem, problem.logits), device)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))
