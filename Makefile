@@ -16,6 +16,8 @@ NEWEST_TESTS := tests/test_api.py tests/test_autograd.py tests/test_compile.py t
 	tests/integrations/test_transformers.py tests/integrations/test_trl_options.py tests/integrations/test_wrappers.py tests/integrations/test_wrappers_hooks.py \
 	tests/integrations/test_wrappers_accelerate.py tests/integrations/test_fused_calls.py \
 	tests/parity/test_liger.py tests/parity/test_trl.py
+# The kernels are compiled by these too, beside the one that pyproject.toml pins.
+TRITONS ?= 3.6.0 3.9.0
 PYTHONS ?= python3.10 python3.12 python3.13 python3.14
 # Trainers that want other versions than the rest: .venv with what they need on top of it.
 APART := areal ms_swift
@@ -30,10 +32,10 @@ FETCH = $(BIN)/python -m pip download -qq -d .whl --only-binary=:all: --python-v
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 $(BIN)/python -m pip install -qq
 
 .NOTPARALLEL:
-.PHONY: help venv test lint parity apart newest pythons bench gpu wheels demo trl
+.PHONY: help venv test lint parity apart newest tritons pythons bench gpu wheels demo trl
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.stamp-test ## make .venv with the test extra
 
@@ -53,6 +55,9 @@ apart: $(APART:%=.venv-%/.stamp) ## inside trainers that need an environment of 
 
 newest: .venv-newest/.stamp ## a selection of the tests on the newest versions that install together
 	OMP_WAIT_POLICY=PASSIVE .venv-newest/bin/python -m pytest -n $(JOBS) $(NEWEST_TESTS) $(ARGS)
+
+tritons: $(TRITONS:%=.triton-%/.stamp) $(VENV)/.stamp-test ## what the kernels are compiled to by the oldest and the newest triton
+	for each in $(TRITONS); do PYTHONPATH=.triton-$$each $(BIN)/python -m pytest tests/test_every_triton.py $(ARGS) || exit; done
 
 pythons: ## import, a loss and a gradient on other Pythons, with triton and without (PYTHONS="python3.13")
 	for each in $(PYTHONS); do \
@@ -121,6 +126,11 @@ $(VENV)/.stamp-trl: $(VENV)/.stamp-torch
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-newest/bin/python -m pip install -qq $(NEWEST)
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-newest/bin/python -m pip install -qq -r $<
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-newest/bin/python -m pip install -qq --no-deps -e .
+	@touch $@
+
+.triton-%/.stamp: $(VENV)/.stamp-test
+	@echo "installing triton $* into .triton-$*"
+	@$(PIP) --no-deps --target .triton-$* triton==$*
 	@touch $@
 
 .venv-%/.stamp: tests/integrations/environments/%.txt $(VENV)/.stamp-test $(VENV)/.stamp-parity

@@ -53,8 +53,30 @@ def test_evict_first_is_said_of_a_sweep_whose_every_access_says_so():
 def test_sweeps_of_a_listing():
     # bfloat16: 32 bytes are 16 elements, 16 bytes are 8; sweep 1 has 8 instructions, sweep 2 has 5.
     assert sweeps(SWEEPS, itemsize=2) == [
-        Sweep(16, 16, instructions=8 / 16, special=2 / 16, loads=3 / 16, stores=0, barriers=1 / 16, shuffles=0, ahead=False, evict_first=False),
-        Sweep(8, 16, instructions=5 / 8, special=1 / 8, loads=1 / 8, stores=1 / 8, barriers=0, shuffles=1 / 8, ahead=True, evict_first=False),
+        Sweep(
+            16,
+            16,
+            instructions=8 / 16,
+            special=2 / 16,
+            loads=3 / 16,
+            stores=0,
+            barriers=1 / 16,
+            shuffles=0,
+            ahead=False,
+            evict_first=False,
+        ),
+        Sweep(
+            8,
+            16,
+            instructions=5 / 8,
+            special=1 / 8,
+            loads=1 / 8,
+            stores=1 / 8,
+            barriers=0,
+            shuffles=1 / 8,
+            ahead=True,
+            evict_first=False,
+        ),
     ]
     # float32: half the elements for the same bytes.
     assert [sweep.elements for sweep in sweeps(SWEEPS, itemsize=4)] == [8, 4]
@@ -68,7 +90,18 @@ def test_loops_are_innermost_and_a_branch_to_itself_is_none():
 def test_two_branches_back_to_one_place_are_one_loop():
     twice = listing("LDG.E.64 R2, desc[UR4][R2.64]", "@P0 BRA 0x0000", "IADD3 R1, R1, R2, RZ", "@P1 BRA 0x0000", "EXIT")
     assert sweeps(twice, itemsize=2) == [
-        Sweep(4, 8, instructions=1, special=0, loads=1 / 4, stores=0, barriers=0, shuffles=0, ahead=False, evict_first=False)
+        Sweep(
+            4,
+            8,
+            instructions=1,
+            special=0,
+            loads=1 / 4,
+            stores=0,
+            barriers=0,
+            shuffles=0,
+            ahead=False,
+            evict_first=False,
+        )
     ]
 
 

@@ -2,6 +2,8 @@
 
     python -m benchmarks.counts.compiled_kernels sm_90            # every dtype and option
     python -m benchmarks.counts.compiled_kernels sm_90 values     # one of each, many values; specialised, not compiled
+    python -m benchmarks.counts.compiled_kernels sm_90 hopper     # those over logits, as a Hopper is meant to run them
+    python -m benchmarks.counts.compiled_kernels sm_90 sweep      # those over logits with every constant of the sweep
 
 The library's own host code runs on CPU tensors; where it would launch a kernel, the kernel is compiled for the very
 arguments instead (types, divisibility, absent tensors), so that whatever is added to the library is covered.
@@ -30,9 +32,11 @@ from benchmarks.counts.launches import (
     launch_groups,
     launch_log_probs,
     launch_logits,
+    make_rows,
 )
 from benchmarks.counts.offline import compile_source, gpu_target, resources_of
 from benchmarks.counts.sass import sweeps
+from benchmarks.gpu.candidates import KERNELS, candidates, problem_of, using
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
 from egpo_kernels.triton import launch
 
@@ -148,11 +152,32 @@ def many_values(compiler: Compiler) -> None:
             launch_groups(dtype, groups, True, size)
 
 
+def hopper(compiler: Compiler) -> None:
+    """The kernels over 16-bit logits, entropy reported or in the loss, rows of whole accesses and odd ones."""
+    for dtype, vocab, entropy in itertools.product((torch.bfloat16, torch.float16), (VOCAB, ODD_VOCAB), (0.0, 0.1)):
+        compiler.label = {"dtype": str(dtype).removeprefix("torch."), "vocab": vocab, "tilted": entropy != 0}
+        launch_logits(dtype, True, PolicyLossConfig(entropy_coef=entropy), vocab=vocab, reported=True)
+
+
+def every_candidate(compiler: Compiler) -> None:
+    """What the sweep of `benchmarks.gpu` tries, the table's own constants among it."""
+    logits = torch.zeros(1, 2, VOCAB, dtype=torch.bfloat16)
+    rows = make_rows(torch.float32, False, Size(1, 2), "cpu")
+    problem = problem_of(logits, rows, torch.ones(2))
+    compiler.rows.clear()
+    for number, candidate in enumerate(candidates(torch.device("cuda"), VOCAB)):
+        # The table's come first, one a kernel.
+        compiler.label = {"constants": candidate.title, "own": number < len(KERNELS)}
+        with using(candidate):
+            KERNELS[candidate.kernel].run(problem, torch.empty_like(logits))
+
+
 def main(target: str, what: str = "options") -> None:
     """Let the library launch its kernels into the compiler."""
-    compiler = Compiler(target, compiles=what == "options")
+    compiler = Compiler(target, compiles=what != "values")
+    walks = {"options": every_option, "values": many_values, "hopper": hopper, "sweep": every_candidate}
     with compiler.catching():
-        {"options": every_option, "values": many_values}[what](compiler)
+        walks[what](compiler)
     for row in compiler.rows.values():
         print(json.dumps(row))
 

@@ -43,13 +43,18 @@ def launch_logits(
     vocab: int = VOCAB,
     scale: float = 1,
     device: str = "cpu",
+    reported: bool = False,
 ) -> None:
-    """The kernels over logits, as `logits_policy_loss` and `token_log_probs` launch them."""
+    """The kernels over logits, as `logits_policy_loss` and `token_log_probs` launch them.
+
+    The entropy is made where it is in the loss, or ``reported``.
+    """
     logits = torch.zeros(*size, vocab, dtype=dtype, device=device)
     rows = make_rows(torch.float64 if dtype == torch.float64 else torch.float32, full, size, device)
-    entropy = config.entropy_coef != 0
+    tilted = config.entropy_coef != 0
+    entropy = tilted or reported
     log_probs, bonus, maximum, sum_exp = backend.row_statistics(logits, rows, scale, entropy)
-    upstream = [log_probs, log_probs.clone() if entropy else None]
+    upstream = [log_probs, log_probs.clone() if tilted else None]
     backend.logits_gradient(logits, rows, [maximum, sum_exp, bonus], upstream, scale, torch.zeros_like(logits))
     backend.logits_loss_gradient(logits, rows, config, scale, scale, entropy, torch.zeros_like(logits))
     backend.rescale_(logits, torch.ones((), device=device), 2.0 * scale)
