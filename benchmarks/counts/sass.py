@@ -46,7 +46,7 @@ class Sweep(NamedTuple):
     shuffles: float
     """Exchanges between the threads of a warp (SHFL)."""
     ahead: bool
-    """Loads go to shared memory (LDGSTS), to be used iterations later: others are on their way while one is computed."""
+    """Loads go to shared memory (LDGSTS) and are used iterations later: they are on their way while one computes."""
     evict_first: bool
     """Every load and store of the row's own leaves the cache to what is read again."""
 
