@@ -13,10 +13,11 @@ import triton
 from benchmarks.counts.budgets import CASES, KERNELS, TARGETS, WIDTH, case_figures, kernel_figures
 from benchmarks.counts.cases import Case
 from benchmarks.counts.collect import collect, printed, together
+from benchmarks.counts.launches import VOCAB
 from benchmarks.counts.measure import SMALL_PASS, counted, traffic_of
 from benchmarks.counts.rivals import PACKAGES
 from benchmarks.counts.table import markdown
-from egpo_kernels.triton import softmax
+from egpo_kernels.triton import launch
 from tests.support.once import made_once
 
 # Four targets are compiled for, by one worker while another may be waiting for the result.
@@ -91,12 +92,14 @@ def test_a_processor_has_one_row_at_a_time(monkeypatch):
     monkeypatch.setattr(
         torch, "get_device_module", lambda _: SimpleNamespace(get_device_properties=lambda _: properties)
     )
-    softmax._processors.cache_clear()
+    monkeypatch.setattr(launch, "architecture", lambda _: "sm_90")
+    launch.processors.cache_clear()
     try:
-        device = torch.device("cuda", 0)
-        assert [softmax.num_programs(rows, device) for rows in (1, 132, 133, 10**6)] == [1, 132, 132, 132]
+        logits = SimpleNamespace(shape=(1, 1, VOCAB), element_size=lambda: 2, device=torch.device("cuda", 0))
+        counts = [launch.num_programs("logits_policy_loss_kernel", rows, logits) for rows in (1, 132, 133, 10**6)]
+        assert counts == [1, 132, 132, 132]
     finally:
-        softmax._processors.cache_clear()
+        launch.processors.cache_clear()
 
 
 def test_every_kernel_of_the_package_is_compiled(options):
