@@ -22,6 +22,16 @@ from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_terms
 from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
 
+@triton.jit
+def row_derivatives(rows, row, log_prob, settings, choices, SURROGATE: tl.constexpr):
+    """dL/dl and dL/dEnt of a row; nothing comes from one whose log-prob is -inf."""
+    live = log_prob != float("-inf")
+    factor = tl.load(rows.factor_ptr + row) * settings.grad_scale
+    terms = token_terms(rows, row, live, tl.where(live, log_prob, 0.0), None, settings, choices, SURROGATE, False)
+    slope = tl.where(live, slope_of(terms, factor, settings), 0.0)
+    return slope, tl.where(live, -factor * settings.entropy_coef, 0.0)
+
+
 @triton.jit(do_not_specialize=["length", "out_length", "num_rows"])
 def logits_policy_loss_kernel(
     logits, out, rows, log_probs_ptr, entropy_ptr, numbers, choices, length, out_length, num_rows,
@@ -43,13 +53,7 @@ def logits_policy_loss_kernel(
             tl.store(log_probs_ptr + row, log_prob)
             if ENTROPY:
                 tl.store(entropy_ptr + row, entropy)
-            live = log_prob != float("-inf")
-            factor = tl.load(rows.factor_ptr + row) * settings.grad_scale
-            terms = token_terms(
-                rows, row, live, tl.where(live, log_prob, 0.0), None, settings, choices, SURROGATE, False
-            )
-            slope = tl.where(live, slope_of(terms, factor, settings), 0.0)
-            bonus = tl.where(live, -factor * settings.entropy_coef, 0.0)
+            slope, bonus = row_derivatives(rows, row, log_prob, settings, choices, SURROGATE)
             if (slope != 0) | (bonus != 0):
                 sweep_gradient(
                     row_ptr, out_ptr, extent, token, logit, found, entropy, slope, bonus, inverse_temperature, launch,

@@ -65,8 +65,16 @@ def sweep_gradient(
         z = tl.load(row_ptr + offs, mask=inside, other=float("-inf")).to(DTYPE)
         dz = gradient_of(z, found.maximum, scale, level, tilt, TILTED)
         tl.store(out_ptr + offs, dz.to(out_ptr.dtype.element_ty), mask=inside)
-    own = gradient_of(logit, found.maximum, scale, level, tilt, TILTED) + slope * inverse_temperature
+    write_token(
+        out_ptr, extent.vocab, token, logit, found.maximum, scale, level, tilt, slope * inverse_temperature, TILTED
+    )
+
+
+@triton.jit
+def write_token(out_ptr, vocab, token, logit, maximum, scale, level, tilt, own_slope, TILTED: tl.constexpr):
+    """Write dz of a row's token, in the vocabulary or not, over what the sweep wrote there."""
+    own = gradient_of(logit, maximum, scale, level, tilt, TILTED) + own_slope
     # Another thread may have written the token's place: order the two stores.
     tl.debug_barrier()
-    inside = (token >= 0) & (token < extent.vocab)
+    inside = (token >= 0) & (token < vocab)
     tl.store(out_ptr + tl.where(inside, token, 0), own.to(out_ptr.dtype.element_ty), mask=inside)

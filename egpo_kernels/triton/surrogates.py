@@ -145,7 +145,9 @@ def token_terms(
         weight = tl.where(weight == weight, weight, 1.0)
         loss, slope = loss * weight, slope * weight
     if rows.ref_log_probs_ptr is None:
-        kl, kl_term, kl_slope = tl.zeros_like(loss), tl.zeros_like(loss), tl.zeros_like(loss)
+        # Not zeros_like, which Gluon has with a layout only.
+        kl = (inside & False).to(loss.dtype)
+        kl_term, kl_slope = kl, kl
     else:
         ref = tl.load(rows.ref_log_probs_ptr + offs, mask=live, other=0.0)
         kl, kl_slope = kl_estimate(log_prob, ref, settings, choices)
