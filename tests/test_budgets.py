@@ -110,6 +110,8 @@ def test_every_kernel_of_the_package_is_compiled(options):
         for line in source.read_text().splitlines()
         if line.startswith("def ") and "_kernel(" in line
     }
+    # That one no case launches: its own budget is in tests/test_ring.py.
+    defined -= {"ring_policy_loss_kernel"}
     assert defined == set(KERNELS) >= LOGITS_KERNELS
     assert {row["kernel"] for row in options} == defined
 

@@ -291,6 +291,8 @@ def test_every_kernel_is_launched():
     defined = {line[4:].split("(")[0] for text in sources for line in text.splitlines() if line.startswith("def ")}
     with count_traffic() as traffic:
         every_kernel.main("cpu", "70")
+    # One runs on a Hopper only.
+    defined -= {"ring_policy_loss_kernel"}
     assert set(traffic.kernels) == {name for name in defined if name.endswith("_kernel")}
 
 

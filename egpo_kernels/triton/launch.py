@@ -4,6 +4,7 @@ The order in which a row is summed up follows from these constants and from noth
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,17 @@ ACCESS_BYTES = 16
 MAX_ODD = 1 << 26
 """An odd vocabulary up to here has its sums in whole numbers that 64 bits hold."""
 
+# Of a multiprocessor, and the most a thread may have.
+REGISTERS, MAX_REGISTERS = 1 << 16, 255
+
+
+class Ring(NamedTuple):
+    """Constants of the kernel that keeps a row in shared memory: ``slots`` blocks of ``strips``."""
+
+    num_warps: int
+    strips: int
+    slots: int
+
 
 class Constants(NamedTuple):
     """What a measurement may change. A strip is one access of every thread of a program.
@@ -24,6 +36,7 @@ class Constants(NamedTuple):
     ``strips`` make a block of the sweep for statistics, ``gradient_strips`` one of the sweep for the gradient. With
     ``stages`` above 1 so many blocks less one are on their way to shared memory while one is computed. ``programs`` is
     how many share a processor where each takes row after row: one, where a row has to stay in cache to be read twice.
+    With a ``ring``, rows that it takes go through shared memory instead: see `egpo_kernels.triton.ring`.
     """
 
     num_warps: int
@@ -31,6 +44,7 @@ class Constants(NamedTuple):
     stages: int
     gradient_strips: int
     programs: int
+    ring: Ring | None = None
 
 
 class Rule(NamedTuple):
@@ -67,7 +81,8 @@ class Launch(NamedTuple):
     ``threads`` times ``width`` elements are a strip. ``odd`` says that rows are not whole numbers of accesses, so that
     each starts elsewhere in its 16 bytes; ``aligned`` that every row of the logits starts an access, ``agrees`` that
     every row of the gradient lies in its 16 bytes as the row of logits does. ``end`` are the strips after the last
-    whole block, ``edges`` the lanes for what no whole access covers wherever an odd row starts.
+    whole block, ``edges`` the lanes for what no whole access covers wherever an odd row starts. ``slots`` is the
+    length of the ring in shared memory that rows go through, 0 where they do not.
     """
 
     threads: Any
@@ -80,6 +95,7 @@ class Launch(NamedTuple):
     agrees: Any
     end: Any
     edges: Any
+    slots: Any
 
 
 class Extent(NamedTuple):
@@ -131,6 +147,15 @@ def launch_for(kernel: str, logits: torch.Tensor, out: torch.Tensor | None = Non
     return _launch(constants, warp, vocab, itemsize, _aligned(logits), out is None or _agree(logits, out))
 
 
+def ring_for(kernel: str, logits: torch.Tensor, out: torch.Tensor) -> Launched | None:
+    """How rows of ``logits [B, T, V]`` go through the ring, where the table has one that takes them."""
+    vocab, itemsize = logits.shape[-1], logits.element_size()
+    ring = constants_for(kernel, vocab, itemsize, logits.device).ring
+    if ring is None or not _fits(ring, vocab, itemsize) or not _aligned(logits) or not _agree(logits, out):
+        return None
+    return _through_ring(ring, vocab, itemsize)
+
+
 @functools.lru_cache(maxsize=256)
 def _launch(constants: Constants, warp: int, vocab: int, itemsize: int, aligned: bool, agrees: bool) -> Launched:
     width = ACCESS_BYTES // itemsize
@@ -149,10 +174,36 @@ def _launch(constants: Constants, warp: int, vocab: int, itemsize: int, aligned:
     full, inner = (covered // size * size for size in (strips * strip, width))
     end = triton.next_power_of_2(triton.cdiv(inner - full, strip)) if inner > full else 0
     edges = triton.next_power_of_2(width * triton.cdiv(inner, strip) + 2 * width) if odd else 0
-    made = (threads, width, strips, constants.stages, gradient_strips, odd, aligned and not odd, agrees, end, edges)
-    return Launched(
-        Launch(*(tl.constexpr(value) for value in made)), Extent(vocab, full, inner), {"num_warps": num_warps}
-    )
+    made = (threads, width, strips, constants.stages, gradient_strips, odd, aligned and not odd, agrees, end, edges, 0)
+    return _launched(made, Extent(vocab, full, inner), num_warps)
+
+
+def _launched(made: Sequence[Any], extent: Extent, num_warps: int) -> Launched:
+    return Launched(Launch(*(tl.constexpr(value) for value in made)), extent, {"num_warps": num_warps})
+
+
+def _ring_block(ring: Ring, itemsize: int) -> int:
+    """Elements of a slot."""
+    return ring.strips * ring.num_warps * 32 * (ACCESS_BYTES // itemsize)
+
+
+def _fits(ring: Ring, vocab: int, itemsize: int) -> bool:
+    """Whether a row is of 16-bit numbers in whole accesses, and no longer than twice the ring."""
+    whole = itemsize == 2 and vocab * itemsize % ACCESS_BYTES == 0
+    return whole and vocab <= 2 * ring.slots * _ring_block(ring, itemsize)
+
+
+@functools.lru_cache(maxsize=256)
+def _through_ring(ring: Ring, vocab: int, itemsize: int) -> Launched:
+    """A launch of the kernel in `egpo_kernels.triton.ring`; a short row has a short ring."""
+    block, threads = _ring_block(ring, itemsize), ring.num_warps * 32
+    slots = min(ring.slots, triton.cdiv(vocab, block))
+    full = vocab // block * block
+    end = ring.strips if full < vocab else 0
+    made = (threads, ACCESS_BYTES // itemsize, ring.strips, 1, ring.strips, False, True, True, end, 0, slots)
+    launched = _launched(made, Extent(vocab, full, vocab), ring.num_warps)
+    # Left alone, the compiler spills to make room for another program beside it, for which there is no shared memory.
+    return launched._replace(options=launched.options | {"maxnreg": min(MAX_REGISTERS, REGISTERS // threads)})
 
 
 def _aligned(tensor: torch.Tensor) -> bool:

@@ -1,12 +1,14 @@
 """One launch over the rows: statistics, surrogate, and the gradient while the row is still in cache."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels.triton.arithmetic import LOG2_E
-from egpo_kernels.triton.launch import launch_for, num_programs
+from egpo_kernels.triton.launch import Launch, launch_for, num_programs, ring_for
 from egpo_kernels.triton.settings import choices_of, read_settings, row_pointers, settings_of
 from egpo_kernels.triton.softmax import (
     load_token,
@@ -65,6 +67,15 @@ def logits_policy_loss_kernel(
             write_zeros(out_ptr, extent.vocab, launch)
 
 
+def kernel_of(launch: Launch) -> Any:
+    """The kernel that a launch is for. Gluon is imported only where it is used: it is a part of triton still moving."""
+    if launch.slots.value == 0:
+        return logits_policy_loss_kernel
+    from egpo_kernels.triton import ring
+
+    return ring.ring_policy_loss_kernel
+
+
 def logits_loss_gradient(
     logits: Tensor,
     rows: Rows,
@@ -81,8 +92,9 @@ def logits_loss_gradient(
     if num_rows > 0:
         where, length = matrix(logits)
         target, out_length = matrix(out)
-        launched = launch_for("logits_policy_loss_kernel", logits, out)
-        logits_policy_loss_kernel[(num_programs("logits_policy_loss_kernel", num_rows, logits),)](
+        name = "logits_policy_loss_kernel"
+        launched = ring_for(name, logits, out) or launch_for(name, logits, out)
+        kernel_of(launched.launch)[(num_programs(name, num_rows, logits),)](
             where,
             target,
             row_pointers(rows),
