@@ -4,6 +4,7 @@
     python -m benchmarks.counts.compiled_kernels sm_90 values     # one of each, many values; specialised, not compiled
     python -m benchmarks.counts.compiled_kernels sm_90 hopper     # those over logits, as a Hopper is meant to run them
     python -m benchmarks.counts.compiled_kernels sm_90 sweep      # those over logits with every constant of the sweep
+    python -m benchmarks.counts.compiled_kernels sm_90 ring       # the kernel that no rule of the table launches
 
 The library's own host code runs on CPU tensors; where it would launch a kernel, the kernel is compiled for the very
 arguments instead (types, divisibility, absent tensors), so that whatever is added to the library is covered.
@@ -32,11 +33,13 @@ from benchmarks.counts.launches import (
     launch_groups,
     launch_log_probs,
     launch_logits,
+    launch_one_pass,
     make_rows,
 )
 from benchmarks.counts.offline import compile_source, gpu_target, resources_of
 from benchmarks.counts.sass import sweeps
 from benchmarks.gpu.candidates import KERNELS, candidates, problem_of, using
+from benchmarks.ring import switched_on
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
 from egpo_kernels.triton import launch
 
@@ -74,7 +77,7 @@ class Compiler:
                 _, signature, constants, attributes = kernel._pack_args(
                     self.backend, kwargs, bound, specialisation, options
                 )
-                source = ASTSource(kernel, signature, constants, attributes)
+                source = source_of(kernel)(kernel, signature, constants, attributes)
                 largest = max(tensors((args, tuple(kwargs.values()))), key=torch.Tensor.numel)
                 self.rows[key] |= self.read(source, options, largest)
         self.launched.append(self.rows[key])
@@ -85,7 +88,9 @@ class Compiler:
             return resources_of(source, self.target, **options)._asdict()
         row = compile_source(source, self.target, **options)._asdict()
         sass = row.pop("sass")
-        row["fenced"] = "BAR.SYNC" in sass.partition("STG.")[0]
+        # From the load of 16 bits, the token's own logit, where there is one; else from the beginning.
+        after = sass.partition("LDG.E.U16")[2] or sass
+        row["fenced"] = "BAR.SYNC" in after.partition("STG.")[0]
         if self.target.startswith("sm_"):
             row["sweeps"] = [sweep._asdict() for sweep in sweeps(sass, largest.element_size())]
             warps = options.get("num_warps", 4)  # Triton's own default
@@ -94,6 +99,15 @@ class Compiler:
                 block = sweep["loads"] * sweep["elements"] * sweep["load_width"] * 32 * warps
                 sweep["in_flight"] = programs * (row["shared"] if sweep["ahead"] else round(block))
         return row
+
+
+def source_of(kernel: JITFunction) -> type[ASTSource]:
+    """What a kernel is compiled from; Gluon has its own."""
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def tensors(argument: Any) -> Iterator[torch.Tensor]:
@@ -172,10 +186,28 @@ def every_candidate(compiler: Compiler) -> None:
             KERNELS[candidate.kernel].run(problem, torch.empty_like(logits))
 
 
+@switched_on()
+def through_ring(compiler: Compiler) -> None:
+    """The ring in its dtypes and options."""
+    for dtype, full, coefficient in itertools.product((torch.bfloat16, torch.float16), (False, True), (0.0, 0.1)):
+        compiler.label = {"dtype": str(dtype).removeprefix("torch."), "entropy": coefficient != 0}
+        launch_one_pass(dtype, full, PolicyLossConfig(entropy_coef=coefficient))
+    for config in LOSS_CONFIGS:
+        if not config.pools:
+            compiler.label = {"dtype": "bfloat16", "surrogate": config.surrogate}
+            launch_one_pass(torch.bfloat16, True, config)
+    # Rows that end with a block, and rows that no 16 divides.
+    for vocab in (16 * 8192, ODD_VOCAB // 16 * 16 + 8):
+        compiler.label = {"dtype": "bfloat16", "vocab": vocab}
+        launch_one_pass(torch.bfloat16, True, PolicyLossConfig(), vocab)
+
+
 def main(target: str, what: str = "options") -> None:
     """Let the library launch its kernels into the compiler."""
     compiler = Compiler(target, compiles=what != "values")
-    walks = {"options": every_option, "values": many_values, "hopper": hopper, "sweep": every_candidate}
+    walks = {
+        "options": every_option, "values": many_values, "hopper": hopper, "sweep": every_candidate, "ring": through_ring
+    }  # fmt: skip
     with compiler.catching():
         walks[what](compiler)
     for row in compiler.rows.values():

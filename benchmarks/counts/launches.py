@@ -60,6 +60,13 @@ def launch_logits(
     backend.rescale_(logits, torch.ones((), device=device), 2.0 * scale)
 
 
+def launch_one_pass(dtype: torch.dtype, full: bool, config: PolicyLossConfig, vocab: int = VOCAB) -> None:
+    """The kernel of `logits_policy_loss` that reads the logits, with its entropy where the loss has it."""
+    logits = torch.zeros(*SMALL, vocab, dtype=dtype)
+    rows = make_rows(torch.float32, full, SMALL, "cpu")
+    backend.logits_loss_gradient(logits, rows, config, 1.0, 1.0, config.entropy_coef != 0, torch.zeros_like(logits))
+
+
 def launch_log_probs(
     dtype: torch.dtype, full: bool, config: PolicyLossConfig, size: Size = SMALL, device: str = "cpu"
 ) -> None:

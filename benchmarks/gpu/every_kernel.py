@@ -8,8 +8,10 @@ import sys
 import torch
 
 import egpo_kernels.triton as backend
-from benchmarks.counts.launches import Size, launch_groups, launch_log_probs, launch_logits, make_rows
+from benchmarks.counts.launches import VOCAB, Size, launch_groups, launch_log_probs, launch_logits, make_rows
+from benchmarks.ring import switched_on
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
+from egpo_kernels.triton.launch import architecture
 
 CONFIG = PolicyLossConfig(ratio="sequence", kl_coef=0.1, entropy_coef=0.1)
 WHITENED = AdvantageConfig(scale="batch_whiten", renorm="after")
@@ -33,6 +35,9 @@ def main(device: str = "cuda", vocab: str = "40009") -> None:
     launch_in_place(device, int(vocab))
     launch_log_probs(torch.float32, True, CONFIG, SIZE, device=device)
     launch_groups(torch.float32, WHITENED, True, SIZE, device=device)
+    if architecture(torch.device(device)) == "sm_90":
+        with switched_on():
+            launch_in_place(device, VOCAB)
     if device == "cuda":
         torch.cuda.synchronize()
     print("every kernel was launched")

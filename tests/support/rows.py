@@ -3,6 +3,7 @@
 import torch
 
 import egpo_kernels as ek
+from egpo_kernels.types import Rows
 from tests.support.accuracy import assert_bits
 from tests.support.device import DEVICE
 
@@ -40,3 +41,19 @@ def assert_same(actual: dict, expected: dict, where: str = "") -> None:
 
 def picked(found: dict, rows) -> dict:
     return {name: value[rows] for name, value in found.items()}
+
+
+def rows_of_a_loss(count: int, vocab: int, dtype: torch.dtype) -> tuple[torch.Tensor, Rows]:
+    """Rows of ``[2, count / 2, V]`` with their logits: some masked, some clipped, each at another temperature."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = (4 * torch.randn(2, count // 2, vocab, generator=generator)).to(dtype)
+    tokens = torch.randint(vocab, (count,), generator=generator)
+    mask = torch.rand(count, generator=generator) < 0.75
+    normal = torch.randn(4, count, generator=generator)
+    old = logits.float().log_softmax(-1).flatten(0, 1).gather(1, tokens[:, None])[:, 0] + normal[3]
+    vectors = (mask, tokens, normal[0].exp(), normal[1], normal[2].abs(), old, None, None)
+    return logits.to(DEVICE), Rows(*(None if field is None else field.to(DEVICE) for field in vectors))
+
+
+def picked_rows(rows: Rows, places: list[int]) -> Rows:
+    return Rows(*(None if field is None else field[places] for field in rows))
