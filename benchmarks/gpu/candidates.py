@@ -11,12 +11,13 @@ from torch import Tensor
 import egpo_kernels as ek
 import egpo_kernels.triton as backend
 from egpo_kernels.triton import launch
-from egpo_kernels.triton.launch import Constants
+from egpo_kernels.triton.launch import Constants, Ring
 from egpo_kernels.types import Rows
 
 ITEMSIZE = 2
 """Of the bfloat16 that is swept."""
 CONFIG = ek.PolicyLossConfig(reduction="sum")
+NO_RING = Ring(0, 0, 0)
 Outputs = dict[str, Tensor]
 
 
@@ -77,7 +78,9 @@ class Candidate(NamedTuple):
     @property
     def title(self) -> str:
         """In words, for tables."""
-        return ", ".join(f"{name} {value}" for name, value in self.constants._asdict().items())
+        constants = self.constants._asdict()
+        constants |= {f"ring {name}": value for name, value in (constants.pop("ring") or NO_RING)._asdict().items()}
+        return ", ".join(f"{name} {value}" for name, value in constants.items() if value)
 
 
 def candidates(device: torch.device, vocab: int) -> list[Candidate]:
@@ -89,6 +92,8 @@ def candidates(device: torch.device, vocab: int) -> list[Candidate]:
         found.append(Candidate(name, own[name]._replace(num_warps=2)))
     else:
         found += _loss_candidates(own["logits_policy_loss_kernel"])
+        if launch.architecture(device) == "sm_90":
+            found += _ring_candidates(own["logits_policy_loss_kernel"])
         found += _value_candidates(own["row_statistics_kernel"])
         found += _gradient_candidates(own["logits_gradient_kernel"])
     return list(dict.fromkeys(found))
@@ -107,6 +112,12 @@ def _loss_candidates(own: Constants) -> Iterator[Candidate]:
         yield Candidate(name, own._replace(stages=stages))
     for strips in (1, 2, 4, 8):
         yield Candidate(name, own._replace(gradient_strips=strips))
+
+
+def _ring_candidates(own: Constants) -> Iterator[Candidate]:
+    # From 8 KiB a slot to 32, of 227 KiB; fewer slots leave more of the row to the cache.
+    for warps, strips, slots in ((8, 4, 13), (8, 4, 10), (8, 2, 26), (4, 8, 13), (16, 2, 13), (16, 1, 26), (16, 4, 6)):
+        yield Candidate("logits_policy_loss_kernel", own._replace(ring=Ring(warps, strips, slots)))
 
 
 def _value_candidates(own: Constants) -> Iterator[Candidate]:
