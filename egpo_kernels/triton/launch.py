@@ -14,11 +14,10 @@ import triton.language as tl
 ACCESS_BYTES = 16
 """What a thread loads or stores at once."""
 
-
 MAX_ODD = 1 << 26
 """An odd vocabulary up to here has its sums in whole numbers that 64 bits hold."""
 
-# Of a multiprocessor, and the most a thread may have.
+# Of an NVIDIA multiprocessor, and the most a thread may have.
 REGISTERS, MAX_REGISTERS = 1 << 16, 255
 
 
@@ -35,7 +34,7 @@ class Constants(NamedTuple):
 
     ``strips`` make a block of the sweep for statistics, ``gradient_strips`` one of the sweep for the gradient. With
     ``stages`` above 1 so many blocks less one are on their way to shared memory while one is computed. ``programs`` is
-    how many share a processor where each takes row after row: one, where a row has to stay in cache to be read twice.
+    how many are to share a processor, and its registers: one, where a row has to stay in cache to be read twice.
     With a ``ring``, rows that it takes go through shared memory instead: see `egpo_kernels.triton.ring`.
     """
 
@@ -64,10 +63,8 @@ TABLE = (
     Rule("", "interpreter", ANY, 0, Constants(1, 4, 3, 4, 1)),
     Rule("", "gfx", ANY, 0, Constants(16, 2, 1, 2, 1)),
     # Read once: nothing has to stay in cache, and several programs hide each other's waiting.
-    Rule("row_statistics_kernel", "", ANY, 0, Constants(4, 4, 3, 4, 1)),
+    Rule("row_statistics_kernel", "", ANY, 0, Constants(4, 4, 3, 4, 4)),
     Rule("logits_gradient_kernel", "", (8,), 0, Constants(8, 4, 1, 4, 2)),
-    # Twice the strips spill there.
-    Rule("logits_gradient_kernel", "sm_10", ANY, 0, Constants(8, 4, 1, 4, 2)),
     Rule("logits_gradient_kernel", "", ANY, 0, Constants(8, 4, 1, 8, 2)),
     # 64 KiB of a row on their way; 64 elements a thread share the cost of a block.
     Rule("logits_policy_loss_kernel", "", (8,), 0, Constants(8, 4, 3, 4, 1)),
@@ -143,8 +140,8 @@ def launch_for(kernel: str, logits: torch.Tensor, out: torch.Tensor | None = Non
     """How ``kernel`` goes over ``logits [B, T, V]`` and, where there is one, their gradient."""
     vocab, itemsize = logits.shape[-1], logits.element_size()
     constants = constants_for(kernel, vocab, itemsize, logits.device)
-    warp = 64 if architecture(logits.device).startswith("gfx") else 32
-    return _launch(constants, warp, vocab, itemsize, _aligned(logits), out is None or _agree(logits, out))
+    found = architecture(logits.device)
+    return _launch(constants, found, vocab, itemsize, _aligned(logits), out is None or _agree(logits, out))
 
 
 def ring_for(kernel: str, logits: torch.Tensor, out: torch.Tensor) -> Launched | None:
@@ -157,8 +154,8 @@ def ring_for(kernel: str, logits: torch.Tensor, out: torch.Tensor) -> Launched |
 
 
 @functools.lru_cache(maxsize=256)
-def _launch(constants: Constants, warp: int, vocab: int, itemsize: int, aligned: bool, agrees: bool) -> Launched:
-    width = ACCESS_BYTES // itemsize
+def _launch(constants: Constants, found: str, vocab: int, itemsize: int, aligned: bool, agrees: bool) -> Launched:
+    width, warp = ACCESS_BYTES // itemsize, 64 if found.startswith("gfx") else 32
     odd = vocab % width != 0
     if odd and (itemsize == 8 or vocab > MAX_ODD):
         width, odd = 1, False
@@ -174,12 +171,21 @@ def _launch(constants: Constants, warp: int, vocab: int, itemsize: int, aligned:
     full, inner = (covered // size * size for size in (strips * strip, width))
     end = triton.next_power_of_2(triton.cdiv(inner - full, strip)) if inner > full else 0
     edges = triton.next_power_of_2(width * triton.cdiv(inner, strip) + 2 * width) if odd else 0
-    made = (threads, width, strips, constants.stages, gradient_strips, odd, aligned and not odd, agrees, end, edges, 0)
-    return _launched(made, Extent(vocab, full, inner), num_warps)
+    aligned = aligned and not odd and width > 1
+    made = (threads, width, strips, constants.stages, gradient_strips, odd, aligned, agrees, end, edges, 0)
+    sharing = constants.programs * constants.num_warps if found.startswith("sm_") else None
+    return _launched(made, Extent(vocab, full, inner), num_warps, sharing)
 
 
-def _launched(made: Sequence[Any], extent: Extent, num_warps: int) -> Launched:
-    return Launched(Launch(*(tl.constexpr(value) for value in made)), extent, {"num_warps": num_warps})
+def _launched(made: Sequence[Any], extent: Extent, num_warps: int, sharing: int | None) -> Launched:
+    """With the registers that ``sharing`` warps of a processor leave to a thread.
+
+    Left alone, the compiler spills to make room for one program more than there are to be.
+    """
+    options = {"num_warps": num_warps}
+    if sharing is not None:
+        options["maxnreg"] = min(MAX_REGISTERS, REGISTERS // (32 * sharing))
+    return Launched(Launch(*(tl.constexpr(value) for value in made)), extent, options)
 
 
 def _ring_block(ring: Ring, itemsize: int) -> int:
@@ -201,9 +207,7 @@ def _through_ring(ring: Ring, vocab: int, itemsize: int) -> Launched:
     full = vocab // block * block
     end = ring.strips if full < vocab else 0
     made = (threads, ACCESS_BYTES // itemsize, ring.strips, 1, ring.strips, False, True, True, end, 0, slots)
-    launched = _launched(made, Extent(vocab, full, vocab), ring.num_warps)
-    # Left alone, the compiler spills to make room for another program beside it, for which there is no shared memory.
-    return launched._replace(options=launched.options | {"maxnreg": min(MAX_REGISTERS, REGISTERS // threads)})
+    return _launched(made, Extent(vocab, full, vocab), ring.num_warps, ring.num_warps)
 
 
 def _aligned(tensor: torch.Tensor) -> bool:
