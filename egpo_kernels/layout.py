@@ -149,7 +149,7 @@ def to_device(name: str, values: Tensor, device: torch.device, wanted: str) -> T
     """
     if device.type != "cuda":
         return values.to(device)
-    if torch.cuda.is_current_stream_capturing():
+    if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             f"{name} is on the CPU while a CUDA graph is captured, which would copy from memory that is gone when it "
             f"is replayed; {wanted}"

@@ -16,9 +16,9 @@ from egpo_kernels.triton.launch import Constants, Rule
 from egpo_kernels.types import Rows
 from tests.support.accuracy import assert_accurate, assert_bits
 from tests.support.device import DEVICE, ON_GPU
+from tests.support.make_case import DTYPES, make_case
 from tests.support.rows import of_rows
 from tests.support.runs import advantages, check, whole
-from tests.support.strategies import DTYPES, make_case
 from tests.support.terms import group_terms
 
 pytestmark = pytest.mark.gpu
@@ -106,6 +106,37 @@ def test_a_row_has_the_same_bits_wherever_it_starts(dtype, vocab):
                 backend.logits_loss_gradient(logits, rows, CONFIG, 0.7, 1.0, True, logits)
                 assert_bits(logits, wanted[-1], f"in place, row at {start}")
                 assert memory[: 16 + start].isnan().all() and memory[16 + start + vocab :].isnan().all()
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@EVERY_DTYPE
+def test_a_row_of_whole_accesses_has_the_same_bits_among_rows_that_are_not_aligned(dtype, offset):
+    """Rows of a slice of wider logits: the first may be aligned by itself, and must not be taken another way alone."""
+    generator = torch.Generator().manual_seed(2)
+    wide = torch.randn(1, 9, 513, generator=generator).to(dtype).to(DEVICE)
+    logits = wide[..., offset : offset + 512]
+    rows = rows_on_policy(9)
+    with launched_with(SMALL):
+        together = backend.row_statistics(logits, rows, 0.7, True)
+        for row in range(9):
+            alone = backend.row_statistics(logits[:, row : row + 1], rows_on_policy(1), 0.7, True)
+            for mine, all_of_them in zip(alone, together, strict=True):
+                assert_bits(mine, all_of_them[row : row + 1], f"row {row}")
+        for kernel in ("row_statistics_kernel", "logits_policy_loss_kernel"):
+            ways = {launch.launch_for(kernel, logits[:, row : row + 1]).launch.odd.value for row in range(9)}
+            assert len(ways) == 1
+
+
+def test_a_small_entropy_keeps_its_digits():
+    """All but one logit far below: an odd row's sums are in units of their own size."""
+    tokens, upstream = torch.zeros(1, dtype=torch.long, device=DEVICE), torch.ones(1, device=DEVICE)
+    for vocab in (32_000, 32_003):
+        logits = torch.full((1, vocab), -36.0, device=DEVICE)
+        logits[0, 5] = 0.0
+        given = (logits, logits, logits.double())
+        ways = zip(given, ("triton", "reference", "reference"), strict=True)
+        found, plain, exact = (of_rows(one, tokens, way, upstream.to(one.dtype))["entropy"] for one, way in ways)
+        assert_accurate(found, plain, exact, exact, f"V {vocab}")
 
 
 @pytest.mark.skipif(ON_GPU, reason="counts in the interpreter")

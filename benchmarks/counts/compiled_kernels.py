@@ -130,7 +130,7 @@ def every_option(compiler: Compiler) -> None:
         if not config.pools:
             compiler.label = {"dtype": "bfloat16", "surrogate": config.surrogate}
             launch_logits(torch.bfloat16, True, config)
-    # Rows that start anywhere are loaded an element at a time, in more registers.
+    # Rows that start anywhere have a sum for each place in an access, in more registers.
     for dtype, entropy in itertools.product((torch.bfloat16, torch.float32), (False, True)):
         compiler.label = {"dtype": f"unaligned {dtype}", "entropy": entropy}
         launch_logits(dtype, True, PolicyLossConfig(entropy_coef=0.1 if entropy else 0.0), vocab=ODD_VOCAB)

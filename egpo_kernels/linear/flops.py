@@ -57,6 +57,8 @@ FORMULAS = {
 
 def register(counter: ModuleType) -> None:
     """Tell the counter's module of the operators; it refuses those that it knows, as it does after a reload."""
+    if not hasattr(counter, "flop_registry"):
+        return  # another thread is half-way through importing it
     for name, formula in FORMULAS.items():
         operator = getattr(torch.ops.egpo_kernels, name)
         if operator not in counter.flop_registry:

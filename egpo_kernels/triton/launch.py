@@ -1,6 +1,7 @@
 """How kernels over logits are launched: one table of constants by kernel, GPU, vocabulary and dtype.
 
-The order in which a row is summed up follows from these constants and from nothing else, never from the rows beside it.
+The order in which a row is summed up follows from these constants and from how rows lie in memory (in whole accesses
+or not), never from the rows beside it.
 """
 
 import functools
@@ -13,9 +14,6 @@ import triton.language as tl
 
 ACCESS_BYTES = 16
 """What a thread loads or stores at once."""
-
-MAX_ODD = 1 << 26
-"""An odd vocabulary up to here has its sums in whole numbers that 64 bits hold."""
 
 # Of an NVIDIA multiprocessor, and the most a thread may have.
 REGISTERS, MAX_REGISTERS = 1 << 16, 255
@@ -75,8 +73,8 @@ TABLE = (
 class Launch(NamedTuple):
     """Constants of one launch as a kernel sees them, all known when it is compiled.
 
-    ``threads`` times ``width`` elements are a strip. ``odd`` says that rows are not whole numbers of accesses, so that
-    each starts elsewhere in its 16 bytes; ``aligned`` that every row of the logits starts an access, ``agrees`` that
+    ``threads`` times ``width`` elements are a strip. ``odd`` says that rows may start anywhere in their 16 bytes, or
+    are no whole numbers of accesses; ``aligned`` that every row of the logits starts an access, ``agrees`` that
     every row of the gradient lies in its 16 bytes as the row of logits does. ``end`` are the strips after the last
     whole block, ``edges`` the lanes for what no whole access covers wherever an odd row starts. ``slots`` is the
     length of the ring in shared memory that rows go through, 0 where they do not.
@@ -156,9 +154,9 @@ def ring_for(kernel: str, logits: torch.Tensor, out: torch.Tensor) -> Launched |
 @functools.lru_cache(maxsize=256)
 def _launch(constants: Constants, found: str, vocab: int, itemsize: int, aligned: bool, agrees: bool) -> Launched:
     width, warp = ACCESS_BYTES // itemsize, 64 if found.startswith("gfx") else 32
-    odd = vocab % width != 0
-    if odd and (itemsize == 8 or vocab > MAX_ODD):
-        width, odd = 1, False
+    odd = vocab % width != 0 or not aligned
+    if odd and itemsize == 8:
+        width, odd = 1, False  # float64 has no whole numbers to be summed up in
     num_warps = constants.num_warps
     while num_warps > 1 and num_warps * warp * width > vocab:
         num_warps //= 2
@@ -221,9 +219,8 @@ def _agree(logits: torch.Tensor, out: torch.Tensor) -> bool:
 
 
 def _steps(tensor: torch.Tensor) -> list[int]:
-    """By how much of 16 bytes rows are shifted from one to the next, in each dimension that has more than one."""
-    sizes = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-    return [stride * tensor.element_size() % ACCESS_BYTES if size > 1 else 0 for size, stride in sizes]
+    """By how much of 16 bytes rows are shifted from one to the next: of one row too, which is the same among others."""
+    return [stride * tensor.element_size() % ACCESS_BYTES for stride in tensor.stride()[:-1]]
 
 
 @functools.cache

@@ -20,6 +20,10 @@ LOWEST = tl.constexpr(-1e4)
 # Below every logit but -inf: a leading block of -inf leaves a finite maximum.
 START = tl.constexpr(-3.4028234663852886e38)
 START_FLOAT64 = tl.constexpr(-1.7976931348623157e308)
+# Of float32: where its exponent stands, and a power of two below which no sum matters beside 1.
+EXPONENT = tl.constexpr(0x7F800000)
+SMALLEST = tl.constexpr(2.0**-80)
+UNITS, UNIT = tl.constexpr(2.0**38), tl.constexpr(2.0**-38)
 
 
 class Matrix(NamedTuple):
@@ -162,11 +166,17 @@ def even_row(found, scale, ENTROPY: tl.constexpr):
 
 @triton.jit
 def exact_sum(values, counted):
-    """Sum of float32 numbers in whole units of 2^-36: the same bits in whatever order they lie; NaN if any is."""
+    """Sum of float32 numbers, the same bits in whatever order they lie; NaN if any is.
+
+    In whole numbers: units of 2^-38 of the largest's power of two.
+    """
     broken = tl.sum(tl.sum((counted & (values != values)).to(tl.int32), 1), 0)
-    whole = tl.where(counted & (values == values), values, 0.0) * 68719476736.0
+    values = tl.where(counted & (values == values), values, 0.0)
+    largest = tl.max(tl.max(tl.abs(values), 1), 0)
+    power = tl.maximum((largest.to(tl.int32, bitcast=True) & EXPONENT).to(tl.float32, bitcast=True), SMALLEST)
+    whole = values * divide(UNITS, power)
     whole = (whole + tl.where(whole < 0, -0.5, 0.5)).to(tl.int64)
-    total = tl.sum(tl.sum(whole, 1), 0).to(tl.float32) * 1.4551915228366852e-11
+    total = tl.sum(tl.sum(whole, 1), 0).to(tl.float32) * (power * UNIT)
     return tl.where(broken > 0, float("nan"), total)
 
 
