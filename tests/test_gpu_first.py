@@ -35,6 +35,17 @@ def test_nothing_is_asked_of_a_lost_context(tmp_path):
     assert [entry["of"] for entry in lines.read(tmp_path / "lines")] == ["a"]
 
 
+def test_what_several_jobs_share_may_fail_and_others_are_still_asked(tmp_path):
+    def jobs():
+        yield "a", lambda: {"kind": "facts"}
+        raise RuntimeError("out of memory")
+
+    path = tmp_path / "lines"
+    assert first.ask(first.guarded("calls", jobs()), path)
+    assert [entry["kind"] for entry in lines.read(path)] == ["facts", "trouble"]
+    assert lines.read(path)[1]["of"] == "calls" and "out of memory" in lines.read(path)[1]["message"]
+
+
 def test_what_a_machine_is():
     found = first.machine("cpu")
     assert found["torch"] == torch.__version__ and found["ncu"] and len(found) == len(first.PACKAGES) + 3
@@ -56,7 +67,7 @@ def test_values_are_right_and_wrong_ones_are_seen():
 
 
 def test_whole_calls_are_timed_and_their_launches_counted(monkeypatch):
-    jobs = calls.calls("cpu")
+    jobs = calls.calls("cpu", calls.ROWS["cpu"][0])
     names = []
     for name, job in jobs:
         names.append(name)

@@ -61,8 +61,8 @@ CASES = {
 }
 
 KERNELS = {
-    # Shared memory of the kernels over logits: the blocks on their way. Registers are what the programs that are to share
-    # a multiprocessor leave to a thread: of the one-pass kernel there is one, with 255 at the most.
+    # Shared memory of the kernels over logits: the blocks on their way. Registers are what the programs that are to
+    # share a multiprocessor leave to a thread: of the one-pass kernel there is one, with 255 at the most.
     "row_statistics_kernel": KernelBudget((90, 90, 88, 56), (16384, 16384, 16384, 64)),
     "logits_gradient_kernel": KernelBudget((128, 128, 128, 59)),
     "logits_policy_loss_kernel": KernelBudget((208, 208, 208, 71), (65536, 65536, 65536, 64)),

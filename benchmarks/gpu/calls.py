@@ -68,17 +68,14 @@ CALLS = (
 )
 
 
-def calls(device: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """For each size and call a job for its times, then one for its launches."""
-    for rows in ROWS[device]:
-        batch = WORKLOADS["logits"].make(Case("logits", device, "bf16", rows, VOCAB[device]))
-        pristine = batch.logits.detach().clone()
-        for call in CALLS:
-            yield call.name, partial(timed, call, batch, pristine, device)
-            yield f"launches of {call.name}", partial(counted, call, batch, device)
-            batch.logits.detach().copy_(pristine)
-        # Before the next is made.
-        del batch, pristine
+def calls(device: str, rows: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """For each call a job for its times, then one for its launches."""
+    batch = WORKLOADS["logits"].make(Case("logits", device, "bf16", rows, VOCAB[device]))
+    pristine = batch.logits.detach().clone()
+    for call in CALLS:
+        yield call.name, partial(timed, call, batch, pristine, device)
+        yield f"launches of {call.name}", partial(counted, call, batch, device)
+        batch.logits.detach().copy_(pristine)
 
 
 class Times(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import lines
-from benchmarks.gpu.calls import calls
+from benchmarks.gpu.calls import ROWS, calls
 from benchmarks.gpu.lost import context_is_lost
 from benchmarks.gpu.plan import find_tool
 from benchmarks.gpu.values import values
@@ -47,8 +47,22 @@ def questions(device: str) -> Jobs:
     """Facts, the bandwidth that everything else is measured by, values, calls."""
     yield "machine", lambda: machine(device)
     yield "copy", lambda: {"kind": "copy", "GB/s": round(copy_bandwidth(device) / 1e9, 1)}
-    yield from values(device)
-    yield from calls(device)
+    yield from guarded("values", values(device))
+    for rows in ROWS[device]:
+        yield from guarded(f"calls on {rows} rows", calls(device, rows))
+
+
+def guarded(name: str, jobs: Jobs) -> Jobs:
+    """``jobs``, and a last one that says so where what they share cannot be made; those after them are still asked."""
+    try:
+        yield from jobs
+    except Exception as error:
+        trouble = error
+
+        def fail() -> Entry:
+            raise trouble
+
+        yield name, fail
 
 
 def ask(jobs: Jobs, path: Path) -> bool:
