@@ -120,6 +120,14 @@ def test_no_option_spills(options):
     assert not [row for row in options if row["stack"]]
 
 
+def test_no_quotient_and_no_root_is_an_approximation(options):
+    """Powers of two are, as `arithmetic.exponential` has them; those of `tl.exp` would be without ftz."""
+    for row in options:
+        assert set(row["approximate"]) <= {"ex2.approx.ftz.f32"}, row
+    seen = {row["kernel"] for row in options if row["approximate"]}
+    assert seen == LOGITS_KERNELS | {"policy_loss_kernel", "policy_loss_gradient_kernel", "sequence_kernel"}
+
+
 def test_logits_move_sixteen_bytes_at_a_time_with_every_option(options):
     rows = [row for row in options if row["kernel"] in LOGITS_KERNELS and row["dtype"] == "bfloat16"]
     assert len(rows) >= 12
