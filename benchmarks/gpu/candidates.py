@@ -124,7 +124,9 @@ def _value_candidates(own: Constants) -> Iterator[Candidate]:
     for warps in (2, 4, 8, 16):
         for strips in (2, 4, 8):
             for stages in (1, 3):
-                yield Candidate("row_statistics_kernel", own._replace(num_warps=warps, strips=strips, stages=stages))
+                # As many warps to a processor as the table's, so that a thread has the registers it needs.
+                changes = {"num_warps": warps, "strips": strips, "stages": stages, "programs": 16 // warps}
+                yield Candidate("row_statistics_kernel", own._replace(**changes))
     for stages in (2, 4, 6):
         yield Candidate("row_statistics_kernel", own._replace(stages=stages))
 
