@@ -95,8 +95,9 @@ def test_a_processor_has_one_row_at_a_time(monkeypatch):
     monkeypatch.setattr(launch, "architecture", lambda _: "sm_90")
     launch.processors.cache_clear()
     try:
-        logits = SimpleNamespace(shape=(1, 1, VOCAB), element_size=lambda: 2, device=torch.device("cuda", 0))
-        counts = [launch.num_programs("logits_policy_loss_kernel", rows, logits) for rows in (1, 132, 133, 10**6)]
+        launched = launch.launch_for("logits_policy_loss_kernel", torch.empty(1, 1, VOCAB, dtype=torch.bfloat16))
+        device = torch.device("cuda", 0)
+        counts = [launch.num_programs(launched, rows, device) for rows in (1, 132, 133, 10**6)]
         assert counts == [1, 132, 132, 132]
     finally:
         launch.processors.cache_clear()

@@ -13,7 +13,7 @@ import egpo_kernels as ek
 import egpo_kernels.triton as backend
 from benchmarks.counts.collect import printed
 from benchmarks.ring import HOPPER, switched_on
-from egpo_kernels.triton.launch import Ring, launch_for, ring_for
+from egpo_kernels.triton.launch import Ring, launch_for
 from tests.support.device import ON_GPU
 from tests.support.gluon import Machine, number, spoilt, through_ring
 from tests.support.once import made_once
@@ -130,7 +130,7 @@ def test_rows_that_the_ring_does_not_take_go_the_usual_way():
 
     def launched(logits, out=None):
         with switched_on(ring):
-            return ring_for(KERNEL, logits, torch.empty_like(logits) if out is None else out)
+            return launch_for(KERNEL, logits, torch.empty_like(logits) if out is None else out, may_ring=True)
 
     def rows(vocab, dtype=torch.bfloat16):
         return torch.zeros(2, 3, vocab, dtype=dtype)
@@ -141,17 +141,17 @@ def test_rows_that_the_ring_does_not_take_go_the_usual_way():
             assert found.launch.slots.value == slots and found.options == {"num_warps": 1, "maxnreg": 255}
             assert found.launch.end.value == (2 if vocab % 512 else 0)
     for logits in (rows(7), rows(1028), rows(3080), rows(512, torch.float32), rows(512, torch.float64)):
-        assert launched(logits) is None
-    assert launched(rows(520)[..., 1:513]) is None and launched(rows(516)[..., :512]) is None
-    assert launched(rows(512), rows(520)[..., 4:516]) is None
-    assert launched(rows(528)[..., 8:520], rows(512)) is not None
+        assert not launched(logits).launch.slots.value
+    assert not any(launched(logits).launch.slots.value for logits in (rows(520)[..., 1:513], rows(516)[..., :512]))
+    assert not launched(rows(512), rows(520)[..., 4:516]).launch.slots.value
+    assert launched(rows(528)[..., 8:520], rows(512)).launch.slots.value == 1
 
 
 def test_without_a_ring_in_the_table_no_row_goes_through_one():
     logits = torch.zeros(1, 1, 512, dtype=torch.bfloat16)
     with switched_on(None):
-        assert ring_for(KERNEL, logits, logits) is None
-    assert launch_for(KERNEL, logits, logits).launch.slots.value == 0
+        assert launch_for(KERNEL, logits, logits, may_ring=True).launch.slots.value == 0
+    assert launch_for(KERNEL, logits, logits, may_ring=True).launch.slots.value == 0
 
 
 @pytest.fixture(scope="module")

@@ -104,11 +104,12 @@ class Extent(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """What a launch over rows of logits is given beside its tensors."""
+    """What a launch over rows of logits is given beside its tensors; see `Constants` for ``programs``."""
 
     launch: Launch
     extent: Extent
     options: dict[str, int]
+    programs: int
 
 
 @functools.cache
@@ -134,21 +135,18 @@ def constants_for(kernel: str, vocab: int, itemsize: int, device: torch.device) 
     )  # fmt: skip
 
 
-def launch_for(kernel: str, logits: torch.Tensor, out: torch.Tensor | None = None) -> Launched:
-    """How ``kernel`` goes over ``logits [B, T, V]`` and, where there is one, their gradient."""
+def launch_for(kernel: str, logits: torch.Tensor, out: torch.Tensor | None = None, may_ring: bool = False) -> Launched:
+    """How ``kernel`` goes over ``logits [B, T, V]`` and, where there is one, their gradient.
+
+    One that ``may_ring`` goes through the ring where the table has one that takes these rows.
+    """
     vocab, itemsize = logits.shape[-1], logits.element_size()
     constants = constants_for(kernel, vocab, itemsize, logits.device)
-    found = architecture(logits.device)
-    return _launch(constants, found, vocab, itemsize, _aligned(logits), out is None or _agree(logits, out))
-
-
-def ring_for(kernel: str, logits: torch.Tensor, out: torch.Tensor) -> Launched | None:
-    """How rows of ``logits [B, T, V]`` go through the ring, where the table has one that takes them."""
-    vocab, itemsize = logits.shape[-1], logits.element_size()
-    ring = constants_for(kernel, vocab, itemsize, logits.device).ring
-    if ring is None or not _fits(ring, vocab, itemsize) or not _aligned(logits) or not _agree(logits, out):
-        return None
-    return _through_ring(ring, vocab, itemsize)
+    aligned, agrees = _aligned(logits), out is None or _agree(logits, out)
+    ring = constants.ring if may_ring and aligned and agrees else None
+    if ring is not None and _fits(ring, vocab, itemsize):
+        return _through_ring(ring, vocab, itemsize)
+    return _launch(constants, architecture(logits.device), vocab, itemsize, aligned, agrees)
 
 
 @functools.lru_cache(maxsize=256)
@@ -171,19 +169,22 @@ def _launch(constants: Constants, found: str, vocab: int, itemsize: int, aligned
     edges = triton.next_power_of_2(width * triton.cdiv(inner, strip) + 2 * width) if odd else 0
     aligned = aligned and not odd and width > 1
     made = (threads, width, strips, constants.stages, gradient_strips, odd, aligned, agrees, end, edges, 0)
-    sharing = constants.programs * constants.num_warps if found.startswith("sm_") else None
-    return _launched(made, Extent(vocab, full, inner), num_warps, sharing)
+    options = {"num_warps": num_warps}
+    if found.startswith("sm_"):
+        options |= _registers(constants.programs * constants.num_warps)
+    return _launched(made, Extent(vocab, full, inner), options, constants.programs)
 
 
-def _launched(made: Sequence[Any], extent: Extent, num_warps: int, sharing: int | None) -> Launched:
-    """With the registers that ``sharing`` warps of a processor leave to a thread.
+def _registers(warps: int) -> dict[str, int]:
+    """The registers that so many warps of a processor leave to a thread.
 
     Left alone, the compiler spills to make room for one program more than there are to be.
     """
-    options = {"num_warps": num_warps}
-    if sharing is not None:
-        options["maxnreg"] = min(MAX_REGISTERS, REGISTERS // (32 * sharing))
-    return Launched(Launch(*(tl.constexpr(value) for value in made)), extent, options)
+    return {"maxnreg": min(MAX_REGISTERS, REGISTERS // (32 * warps))}
+
+
+def _launched(made: Sequence[Any], extent: Extent, options: dict[str, int], programs: int) -> Launched:
+    return Launched(Launch(*(tl.constexpr(value) for value in made)), extent, options, programs)
 
 
 def _ring_block(ring: Ring, itemsize: int) -> int:
@@ -205,7 +206,8 @@ def _through_ring(ring: Ring, vocab: int, itemsize: int) -> Launched:
     full = vocab // block * block
     end = ring.strips if full < vocab else 0
     made = (threads, ACCESS_BYTES // itemsize, ring.strips, 1, ring.strips, False, True, True, end, 0, slots)
-    return _launched(made, Extent(vocab, full, vocab), ring.num_warps, ring.num_warps)
+    options = {"num_warps": ring.num_warps, **_registers(ring.num_warps)}
+    return _launched(made, Extent(vocab, full, vocab), options, programs=1)
 
 
 def _aligned(tensor: torch.Tensor) -> bool:
@@ -233,7 +235,6 @@ def processors(device: torch.device) -> int:
     return int(getattr(properties, name))
 
 
-def num_programs(kernel: str, num_rows: int, logits: torch.Tensor) -> int:
+def num_programs(launched: Launched, num_rows: int, device: torch.device) -> int:
     """Programs of a persistent launch."""
-    constants = constants_for(kernel, logits.shape[-1], logits.element_size(), logits.device)
-    return min(num_rows, constants.programs * processors(logits.device))
+    return min(num_rows, launched.programs * processors(device))

@@ -64,7 +64,7 @@ def logits_gradient(
     where, length = matrix(logits)
     target, out_length = matrix(out)
     launched = launch_for("logits_gradient_kernel", logits, out)
-    logits_gradient_kernel[(num_programs("logits_gradient_kernel", num_rows, logits),)](
+    logits_gradient_kernel[(num_programs(launched, num_rows, logits.device),)](
         where,
         target,
         row_pointers(rows),

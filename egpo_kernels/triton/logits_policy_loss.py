@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels.triton.arithmetic import LOG2_E
-from egpo_kernels.triton.launch import Launch, launch_for, num_programs, ring_for
+from egpo_kernels.triton.launch import Launch, launch_for, num_programs
 from egpo_kernels.triton.settings import choices_of, read_settings, row_pointers, settings_of
 from egpo_kernels.triton.softmax import (
     load_token,
@@ -92,9 +92,8 @@ def logits_loss_gradient(
     if num_rows > 0:
         where, length = matrix(logits)
         target, out_length = matrix(out)
-        name = "logits_policy_loss_kernel"
-        launched = ring_for(name, logits, out) or launch_for(name, logits, out)
-        kernel_of(launched.launch)[(num_programs(name, num_rows, logits),)](
+        launched = launch_for("logits_policy_loss_kernel", logits, out, may_ring=True)
+        kernel_of(launched.launch)[(num_programs(launched, num_rows, logits.device),)](
             where,
             target,
             row_pointers(rows),
