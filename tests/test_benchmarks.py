@@ -15,7 +15,7 @@ pytest.importorskip("rich")
 import benchmarks.session as session_module
 from benchmarks.__main__ import DEFAULTS, arguments
 from benchmarks.pictures import FAMILIES, draw
-from benchmarks.providers import GEMMS, NATIVE, Provider, own_providers
+from benchmarks.providers import NATIVE, Provider, own_providers
 from benchmarks.readme import drawn
 from benchmarks.report import make_report, markdown
 from benchmarks.rivals import TRL_KERNEL, rivals
@@ -288,20 +288,6 @@ def test_the_command_writes_its_report(tmp_path):
     if sys.platform == "linux":
         assert all(one["peak_bytes"] >= 0 for one in report["results"])
     assert report["copy_bandwidth"] > 0 and report["machine"]["torch"] == torch.__version__
-
-
-def test_linear_is_a_head_that_trains_and_a_frozen_one(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "linear", "--device", "cpu", "--linear", "64x16x50", "--rounds", "1"]
-    options = ["--dtype", "fp32", "--rivals", f"eager,{GEMMS}", "--out", str(tmp_path)]
-    done = subprocess.run(command + options, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert {"linear.png", "linear-frozen.png"} <= {path.name for path in tmp_path.iterdir()}
-    results = json.loads((tmp_path / "benchmarks.json").read_text())["results"]
-    assert {one["workload"] for one in results} == set(LINEAR)
-    refused = {one["provider"] for one in results if one["refused"]}
-    assert refused == {"egpo_kernels, chunks of 256 MiB"}  # a size for a GPU
-    measured = [one for one in results if not one["refused"]]
-    assert all(one["over_gemms"] > 0 and one["hidden"] == 16 and not one["wrong"] for one in measured)
 
 
 def test_the_readmes_figures_are_those_of_the_results():

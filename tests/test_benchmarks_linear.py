@@ -1,6 +1,9 @@
 """The benchmarks from hidden states: the truth, what is far from it, and time over that of the bare products."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from benchmarks.workloads import WORKLOADS
 from egpo_kernels import linear_policy_loss
 from tests.support.benchmark import LINEAR, MACHINE, case_of, fact, judged, spoilt
 
+ROOT = Path(__file__).resolve().parent.parent
 WRONG = {
     "zeros": torch.zeros_like,
     "too small": lambda gradient: 0.6 * gradient,
@@ -76,3 +80,18 @@ def test_time_over_that_of_the_bare_products(workload, products, tmp_path):
     assert [path.name for path in draw(report, tmp_path)] == [f"{workload}.png"]
     without = markdown(make_report(MACHINE, 1e9, {(case, "eager"): fact([1.0])}))
     assert f"| 1.00 | ({flops / 1e9:.3g} GFLOP/s) |" in without
+
+
+def test_linear_is_a_head_that_trains_and_a_frozen_one(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # beside other workers pytest-benchmark measures nothing
+    command = [sys.executable, "-m", "benchmarks", "linear", "--device", "cpu", "--linear", "64x16x50", "--rounds", "1"]
+    options = ["--dtype", "fp32", "--rivals", f"eager,{GEMMS}", "--out", str(tmp_path)]
+    done = subprocess.run(command + options, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"linear.png", "linear-frozen.png"} <= {path.name for path in tmp_path.iterdir()}
+    results = json.loads((tmp_path / "benchmarks.json").read_text())["results"]
+    assert {one["workload"] for one in results} == set(LINEAR)
+    refused = {one["provider"] for one in results if one["refused"]}
+    assert refused == {"egpo_kernels, chunks of 256 MiB"}  # a size for a GPU
+    measured = [one for one in results if not one["refused"]]
+    assert all(one["over_gemms"] > 0 and one["hidden"] == 16 and not one["wrong"] for one in measured)

@@ -5,7 +5,6 @@ import os
 import re
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 
 from benchmarks.counts.traffic import count_traffic
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import budget, dram, every_kernel, logits_kernels, plan, process, stages, tables, wheels
+from benchmarks.gpu import budget, dram, every_kernel, logits_kernels, plan, stages, tables
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.process import Finished, run
 from benchmarks.machine import ROOT, UNKNOWN, answer, describe
@@ -239,48 +238,6 @@ def test_counters_that_are_refused_are_a_record(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     record = stages.dram(Plan(tmp_path / "out", False), 30.0)
     assert record["status"] == "absent" and "==ERROR== ERR_NVGPUCTRPERM" in record["reason"]
-
-
-# What is taken along.
-
-
-def make_wheel(folder, name):
-    """A wheel with a module of that name."""
-    info = f"{name}-1.0.dist-info"
-    files = {
-        f"{name}.py": "VALUE = 7\n",
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: by hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
-        for path, text in files.items():
-            wheel.writestr(path, text)
-        wheel.writestr(f"{info}/RECORD", "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"]))
-
-
-def test_only_wheels_of_what_is_not_installed_are_installed(tmp_path, monkeypatch):
-    for module in (wheels, process):
-        monkeypatch.setattr(module, "SITE", tmp_path / "site")
-    monkeypatch.setattr(wheels, "WHEELS", tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    assert wheels.install(tmp_path / "log.txt") is None
-    for name in ("taken_along", "torch", "pytest"):
-        make_wheel(tmp_path, name)
-    assert [wheel.name.partition("-")[0] for wheel in wheels.lacking()] == ["taken_along"]
-    assert wheels.install(tmp_path / "log.txt") == "taken_along: passed", (tmp_path / "log.txt").read_text()
-    assert plan.installed("taken_along") and wheels.install(tmp_path / "log.txt") is None
-    # What the stages run finds it too.
-    done = run([sys.executable, "-c", "import taken_along; print(taken_along.VALUE)"], 60, tmp_path / "log.txt", {})
-    assert done.code == 0 and (tmp_path / "log.txt").read_text() == "7\n"
-    # A wheel that cannot be installed is said, and everything else goes on.
-    (tmp_path / "spoilt-1.0-py3-none-any.whl").write_text("no archive")
-    assert wheels.install(tmp_path / "log.txt").startswith("spoilt: failed exit status 1")
-
-
-def test_what_is_taken_along_is_pinned():
-    pytest.importorskip("tomllib")
-    assert wheels.pins(wheels.RIVALS) == [pin for pin in wheels.pins(wheels.RIVALS) if "==" in pin]
-    assert {pin.partition("==")[0] for pin in wheels.pins(wheels.TOOLS)} == set(wheels.TOOLS)
 
 
 # What it launches, and where.
