@@ -198,8 +198,8 @@ def test_a_sum_over_chunks_is_float32(rows, wide):
     assert (beside >= 2 * weight.nbytes) is wide
 
 
-BIG, SMALLER = (2048, 151936, 256), (1024, 49152, 64)
-"""Tokens, vocabulary, hidden size; whole logits of the big one would be 1.2 GB."""
+BIG, SMALLER = (1024, 151936, 256), (1024, 49152, 64)
+"""Tokens, vocabulary, hidden size; whole logits of the big one would be 0.6 GB."""
 BOTH = ("hidden", "weight")
 HOLDING = [
     (BIG, 64, BOTH, ek.recipes.EGPO.loss, {}),
