@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.providers import Provider
 from benchmarks.workloads import WORKLOADS, Batch, Case
-from egpo_kernels import ops
+from egpo_kernels.engine import ops
 
 FLUSH_BYTES = 8 << 30
 """Far more than any GPU's cache; writing it is meant to outlast the host's queueing of a call's kernels behind it."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import egpo_kernels as ek
-from egpo_kernels import dispatch
+from egpo_kernels.engine import dispatch
 from tests.support.batches import (
     BOTH_TERMS,
     EVERY_BACKEND,
@@ -281,7 +281,7 @@ def test_next_token_targets_by_positions_of_a_padded_batch():
 
 def test_next_token_targets_of_malformed_offsets_elsewhere(monkeypatch):
     """As on a GPU: no token that a loss would take."""
-    monkeypatch.setattr("egpo_kernels.validation.checks_values", lambda device: False)
+    monkeypatch.setattr("egpo_kernels.inputs.validation.checks_values", lambda device: False)
     assert (ek.next_token_targets(PACKED, cu_seqlens=STARTS[1:])[0] == -1).all()
 
 

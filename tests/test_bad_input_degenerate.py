@@ -112,7 +112,7 @@ def test_a_global_count_of_0_with_tokens_that_count(path, name, zero, backend, v
 @EVERY_BACKEND
 def test_a_global_count_that_cannot_be_elsewhere(path, count, backend, monkeypatch):
     """On a GPU, where it is not looked at: NaN and a metric."""
-    monkeypatch.setattr("egpo_kernels.validation.checks_values", lambda device: False)
+    monkeypatch.setattr("egpo_kernels.inputs.validation.checks_values", lambda device: False)
     batch = make_batch()
     loss, metrics = path(batch, backend, ek.PolicyLossConfig(), num_tokens=count.to(DEVICE))
     assert loss.isnan() and metrics["policy/uncounted_tokens/sum"] == metrics["policy/tokens/sum"] > 0

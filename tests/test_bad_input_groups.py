@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import egpo_kernels as ek
-from egpo_kernels import validation
+from egpo_kernels.inputs import validation
 from tests.support.accuracy import assert_rounding
 from tests.support.batches import EVERY_BACKEND, EVERY_LAYOUT, make_batch, whole_groups
 from tests.support.device import DEVICE

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import egpo_kernels as ek
-from egpo_kernels import validation
+from egpo_kernels.inputs import validation
 from tests.support.batches import (
     EVERY_BACKEND,
     EVERY_LAYOUT,

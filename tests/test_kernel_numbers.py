@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from egpo_kernels.config.settings import PolicyLossConfig
 from egpo_kernels.triton.settings import Settings, as_arguments, read_number, read_settings, settings_of
-from egpo_kernels.types import PolicyLossConfig
 from tests.support.accuracy import assert_bits
 from tests.support.device import DEVICE
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from egpo_kernels import metrics, ops
+from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Rows
+from egpo_kernels.engine import ops
+from egpo_kernels.formulas import metrics
 from egpo_kernels.linear import ops as linear_ops
-from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Rows
 from tests.support.batches import FAST, WAYS, assert_same, differentiate, make_batch
 from tests.support.device import DEVICE
 

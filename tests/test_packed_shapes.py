@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import egpo_kernels as ek
-from egpo_kernels import layout as layouts
+from egpo_kernels.inputs import layout as layouts
 from tests.support.accuracy import assert_bits
 from tests.support.batches import BACKENDS
 from tests.support.device import DEVICE
@@ -77,7 +77,7 @@ def test_a_shape_that_can_be_read_two_ways(function, name, backend, values_are_c
 @pytest.mark.parametrize("backend", ["triton", "portable"])
 def test_elsewhere_it_is_nan(function, name, backend, monkeypatch):
     """As on a GPU, whose values are not looked at."""
-    monkeypatch.setattr("egpo_kernels.validation.checks_values", lambda device: False)
+    monkeypatch.setattr("egpo_kernels.inputs.validation.checks_values", lambda device: False)
     given = {"advantages": torch.ones(3, 1, device=DEVICE), name: VALUES}
     assert function(backend, **given).isnan()
 

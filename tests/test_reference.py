@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import egpo_kernels as ek
-from egpo_kernels.types import AdvantageConfig, PolicyLossConfig
+from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig
 from tests.support.make_case import make_case
 from tests.support.runs import loss_of
 

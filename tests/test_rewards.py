@@ -65,7 +65,7 @@ def test_whole_numbers_that_float32_does_not_hold(monkeypatch, values_are_checke
         with pytest.raises(ValueError, match=r"rewards holds 16777217, which float32 does not; .* rewards.double"):
             call(4, rewards, **({"config": ek.recipes.GRPO.advantage} if call is ek.group_advantages else {}))
     assert ek.informative_groups(4, rewards.double()).all()
-    monkeypatch.setattr("egpo_kernels.validation.checks_values", lambda device: False)  # as on a GPU
+    monkeypatch.setattr("egpo_kernels.inputs.validation.checks_values", lambda device: False)  # as on a GPU
     found = ek.group_advantages(4, rewards, config=ek.recipes.GRPO.advantage)
     assert found.metrics["egpo/invalid_rewards/sum"] == 2
 

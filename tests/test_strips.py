@@ -11,9 +11,9 @@ import torch
 import egpo_kernels as ek
 import egpo_kernels.triton as backend
 from benchmarks.counts.traffic import count_traffic
+from egpo_kernels.config.settings import Rows
 from egpo_kernels.triton import launch
 from egpo_kernels.triton.launch import Constants, Rule
-from egpo_kernels.types import Rows
 from tests.support.accuracy import assert_accurate, assert_bits
 from tests.support.device import DEVICE, ON_GPU
 from tests.support.make_case import DTYPES, make_case

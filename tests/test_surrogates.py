@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from egpo_kernels import surrogates as torch_side
+from egpo_kernels.config.settings import PolicyLossConfig
+from egpo_kernels.formulas import surrogates as torch_side
 from egpo_kernels.triton import surrogates as triton_side
 from egpo_kernels.triton.settings import choices_of, read_settings, settings_of
-from egpo_kernels.types import PolicyLossConfig
 from tests.support.device import DEVICE
 
 CONFIGS = [
@@ -106,8 +106,9 @@ def test_the_worked_example_of_contributing_agrees(tmp_path, monkeypatch):
     page = (Path(__file__).resolve().parent.parent / "CONTRIBUTING.md").read_text()
     in_torch, on_device = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     imports = {
-        "in_torch": "import torch\nfrom torch import Tensor\nfrom egpo_kernels.types import PolicyLossConfig\n"
-        "from egpo_kernels.surrogates import SurrogateTerms\n",
+        "in_torch": "import torch\nfrom torch import Tensor\n"
+        "from egpo_kernels.config.settings import PolicyLossConfig\n"
+        "from egpo_kernels.formulas.surrogates import SurrogateTerms\n",
         "on_device": "import triton\nimport triton.language as tl\n"
         "from egpo_kernels.triton.arithmetic import exponential\n",
     }

@@ -6,8 +6,8 @@ import torch
 
 import egpo_kernels.triton as backend
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
-from egpo_kernels.advantages import collapse_tolerance
-from egpo_kernels.types import Rows
+from egpo_kernels.config.settings import Rows
+from egpo_kernels.formulas.advantages import collapse_tolerance
 
 VOCAB = 151936
 

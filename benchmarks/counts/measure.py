@@ -21,7 +21,7 @@ from benchmarks.counts.launches import VOCAB
 from benchmarks.counts.rivals import PACKAGES, RIVALS
 from benchmarks.counts.traffic import Launch, count_traffic
 from benchmarks.machine import version
-from egpo_kernels import dispatch, ops
+from egpo_kernels.engine import dispatch, ops
 
 # More than one block of everybody's, and not a multiple of ours.
 SMALL_VOCAB = 20000

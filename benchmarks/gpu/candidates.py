@@ -10,9 +10,9 @@ from torch import Tensor
 
 import egpo_kernels as ek
 import egpo_kernels.triton as backend
+from egpo_kernels.config.settings import Rows
 from egpo_kernels.triton import launch
 from egpo_kernels.triton.launch import Constants, Ring
-from egpo_kernels.types import Rows
 
 ITEMSIZE = 2
 """Of the bfloat16 that is swept."""

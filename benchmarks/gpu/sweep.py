@@ -21,7 +21,7 @@ import torch
 from benchmarks.gpu import lines
 from benchmarks.gpu.candidates import KERNELS, Candidate, Problem, candidates, problem_of, using
 from benchmarks.gpu.trial import VOCAB
-from egpo_kernels.types import Rows
+from egpo_kernels.config.settings import Rows
 
 ROWS = {"cuda": (8192, 2048), "cpu": (8, 4)}
 ROUNDS = {"cuda": 9, "cpu": 1}

@@ -22,8 +22,8 @@ from benchmarks.errors import allowance, distance
 from benchmarks.gpu import lines
 from benchmarks.gpu.candidates import CONFIG, KERNELS, Candidate, Outputs, Problem, candidates, problem_of, using
 from benchmarks.gpu.lost import context_is_lost
+from egpo_kernels.config.settings import Rows
 from egpo_kernels.triton.launch import processors
-from egpo_kernels.types import Rows
 
 VOCAB = {"cuda": 151936, "cpu": 1032}
 EXACT_ROWS = 32

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels.advantages import sequence_uncertainty
+from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.diagnostics.extra import wanted
-from egpo_kernels.layout import counted, make_layout
-from egpo_kernels.types import compute_dtype
-from egpo_kernels.validation import check_dense, check_instance, check_tensor
+from egpo_kernels.formulas.advantages import sequence_uncertainty
+from egpo_kernels.inputs.layout import counted, make_layout
+from egpo_kernels.inputs.validation import check_dense, check_instance, check_tensor
 
 CONSTANT = 1e-11
 """Values that span at most this times the largest of them count as constant: a correlation would be rounding."""

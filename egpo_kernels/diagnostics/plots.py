@@ -9,7 +9,7 @@ from torch import Tensor
 
 from egpo_kernels.diagnostics.extra import wanted
 from egpo_kernels.diagnostics.measures import Roc, finite_sequences, length_correlation, uncertainty_gap
-from egpo_kernels.validation import check_instance
+from egpo_kernels.inputs.validation import check_instance
 
 CORRECT, INCORRECT, PLAIN = "#1b7f5c", "#c8472d", "#2b5fa5"
 BINS = 32

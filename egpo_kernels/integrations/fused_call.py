@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.types import LossOutput, TokenLogProbs
-from egpo_kernels.validation import checks_values
+from egpo_kernels.config.settings import LossOutput, TokenLogProbs
+from egpo_kernels.inputs.validation import checks_values
 
 
 class _Tie(torch.autograd.Function):

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from egpo_kernels import recipes
-from egpo_kernels.api import policy_loss
-from egpo_kernels.groups import group_advantages
-from egpo_kernels.types import AdvantageConfig, PolicyLossConfig
-from egpo_kernels.validation import check_instance
+from egpo_kernels.api.groups import group_advantages
+from egpo_kernels.api.logits import policy_loss
+from egpo_kernels.config import recipes
+from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig
+from egpo_kernels.inputs.validation import check_instance
 
 
 def actor_policy_loss(

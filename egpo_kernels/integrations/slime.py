@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels import recipes
-from egpo_kernels.api import policy_loss
-from egpo_kernels.groups import group_advantages
-from egpo_kernels.types import AdvantageConfig, PolicyLossConfig
-from egpo_kernels.validation import check_instance
+from egpo_kernels.api.groups import group_advantages
+from egpo_kernels.api.logits import policy_loss
+from egpo_kernels.config import recipes
+from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig
+from egpo_kernels.inputs.validation import check_instance
 
 
 def samples_policy_loss(

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from egpo_kernels.api.linear import linear_egpo_loss, linear_policy_loss, linear_token_log_probs
+from egpo_kernels.config.settings import LossOutput, TokenLogProbs
 from egpo_kernels.integrations.fused_call import FusedCall
 from egpo_kernels.integrations.heads import Curve, head_arguments, head_modules, linear_of
 from egpo_kernels.integrations.probe import measured
 from egpo_kernels.integrations.surroundings import around, check_inside
-from egpo_kernels.linear.api import linear_egpo_loss, linear_policy_loss, linear_token_log_probs
-from egpo_kernels.types import LossOutput, TokenLogProbs
 
 Model = TypeVar("Model", bound=nn.Module)
 PRECISE = ("advantages", "old_log_probs", "ref_log_probs", "rewards", "rollout_weights", "temperature")

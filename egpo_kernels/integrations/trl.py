@@ -10,13 +10,13 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from egpo_kernels import recipes
-from egpo_kernels.api import policy_loss
-from egpo_kernels.groups import group_advantages
+from egpo_kernels.api.groups import group_advantages
+from egpo_kernels.api.logits import policy_loss
+from egpo_kernels.config import recipes
+from egpo_kernels.config.settings import Recipe
+from egpo_kernels.formulas.metrics import combine_metrics
 from egpo_kernels.integrations.transformers import fuse_policy_loss
 from egpo_kernels.integrations.trl_options import adjusted, nearest_loss_type
-from egpo_kernels.metrics import combine_metrics
-from egpo_kernels.types import Recipe
 
 PAPER = {
     "title": "Know What You Know: Metacognitive Entropy Calibration for Verifiable RL Reasoning",

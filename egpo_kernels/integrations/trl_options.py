@@ -5,10 +5,10 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from egpo_kernels import recipes
-from egpo_kernels.fields import renamed
-from egpo_kernels.types import PolicyLossConfig, Recipe
-from egpo_kernels.validation import check_choice
+from egpo_kernels.config import recipes
+from egpo_kernels.config.fields import renamed
+from egpo_kernels.config.settings import PolicyLossConfig, Recipe
+from egpo_kernels.inputs.validation import check_choice
 
 LOSSES: dict[str, dict[str, Any]] = {
     "dapo": {"surrogate": "clip", "reduction": "token_mean"},

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import verl
 
-from egpo_kernels import recipes
-from egpo_kernels.groups import group_advantages
+from egpo_kernels.api.groups import group_advantages
+from egpo_kernels.config import recipes
+from egpo_kernels.config.settings import AdvantageConfig
+from egpo_kernels.inputs.layout import group_ids
 from egpo_kernels.integrations.verl_losses import LOSSES, registered_loss
 from egpo_kernels.integrations.verl_losses import engine_loss as engine_loss
-from egpo_kernels.layout import group_ids
-from egpo_kernels.types import AdvantageConfig
 
 
 def egpo_advantages(data: Any, config: Any = None) -> Any:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.api import policy_loss
-from egpo_kernels.fields import renamed
-from egpo_kernels.types import PolicyLossConfig
+from egpo_kernels.api.logits import policy_loss
+from egpo_kernels.config.fields import renamed
+from egpo_kernels.config.settings import PolicyLossConfig
 
 LOSSES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "egpo": ({}, ("clip_low", "clip_high", "dual_clip")),

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.autograd import LOSS_SLOT, graph_is_kept, guarded, take_gradients
+from egpo_kernels.engine.autograd import LOSS_SLOT, graph_is_kept, guarded, take_gradients
 from egpo_kernels.linear.passes import coefficients
 
 

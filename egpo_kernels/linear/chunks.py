@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from egpo_kernels.config.settings import Rows
+from egpo_kernels.inputs.validation import checks_values
 from egpo_kernels.linear import sizes
 from egpo_kernels.linear.head import Head, Wanted, sums_apart
-from egpo_kernels.types import Rows
-from egpo_kernels.validation import checks_values
 
 
 class Chunk(NamedTuple):

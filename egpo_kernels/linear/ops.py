@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
-from egpo_kernels import metrics
-from egpo_kernels.dispatch import implementation
+from egpo_kernels.config.settings import Rows, compute_dtype
+from egpo_kernels.engine.dispatch import implementation
+from egpo_kernels.engine.ops import OptionalTensors, Tensors, checked_rows, operator, policy_config
+from egpo_kernels.formulas import metrics
 from egpo_kernels.linear import flops, passes
 from egpo_kernels.linear.chunks import too_many
 from egpo_kernels.linear.head import Head, Wanted
-from egpo_kernels.ops import OptionalTensors, Tensors, checked_rows, operator, policy_config
-from egpo_kernels.types import Rows, compute_dtype
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 VectorAndGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
+from egpo_kernels.formulas.reduction import accumulation_dtype
 from egpo_kernels.linear.chunks import Chunk, Plan, active_rows, chunk_rows, chunks
 from egpo_kernels.linear.head import Head, HeadGradients, Wanted
-from egpo_kernels.reduction import accumulation_dtype
-from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
 ONE_EACH = PolicyLossConfig(reduction="sum")
 """On-policy, with every advantage -1: the derivative of this loss by each log-prob is 1."""

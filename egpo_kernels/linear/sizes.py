@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from egpo_kernels.types import compute_dtype
+from egpo_kernels.config.settings import compute_dtype
 
 CHUNK_BYTES = 256 << 20
 """What a chunk takes at most, unless the caller says, on a CPU and where a device does not tell its memory."""

@@ -6,18 +6,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels import layout as layouts
-from egpo_kernels import losses, reference
-from egpo_kernels.autograd import anchor
-from egpo_kernels.fields import check_number
+from egpo_kernels import reference
+from egpo_kernels.config.fields import check_number
+from egpo_kernels.config.settings import PolicyLossConfig, TokenLogProbs
+from egpo_kernels.engine import losses
+from egpo_kernels.engine.autograd import anchor
+from egpo_kernels.inputs import layout as layouts
+from egpo_kernels.inputs.validation import check_dense, check_tensor, check_whole
 from egpo_kernels.linear import autograd
 
 # ops registers the operators that autograd calls by name.
 from egpo_kernels.linear import ops as ops
 from egpo_kernels.linear.chunks import check_num_active
 from egpo_kernels.linear.head import Head
-from egpo_kernels.types import PolicyLossConfig, TokenLogProbs
-from egpo_kernels.validation import check_dense, check_tensor, check_whole
 
 
 class Linear(NamedTuple):
@@ -51,7 +52,7 @@ class Linear(NamedTuple):
         return tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors)
 
     def log_probs(self, call: losses.Call, want_entropy: bool, entropy_gradient: bool) -> TokenLogProbs:
-        """See `egpo_kernels.losses.Source`."""
+        """See `egpo_kernels.engine.losses.Source`."""
         if call.backend == "reference":
             check_num_active(call.rows.mask, self.num_active)
             logits = reference.linear_logits(self.hidden, *self.head, mask=call.rows.mask)
@@ -75,7 +76,7 @@ class Linear(NamedTuple):
     def loss(
         self, call: losses.Call, config: PolicyLossConfig, scale: float, want_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        """See `egpo_kernels.losses.Source`."""
+        """See `egpo_kernels.engine.losses.Source`."""
         tensors = (self.hidden, *self.head[:4])
         return autograd.PolicyLoss.apply(
             *tensors,

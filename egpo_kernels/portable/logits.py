@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
 from egpo_kernels.portable.policy_loss import policy_loss_gradient
 from egpo_kernels.portable.softmax import chunks, softmax, write_gradient
-from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
 
 def row_statistics(

@@ -1,11 +1,11 @@
-"""Log-prob level: the token losses of `egpo_kernels.surrogates`, differentiated by autograd over `[N]` vectors."""
+"""Log-prob level: token losses of `egpo_kernels.formulas.surrogates`, differentiated by autograd over `[N]` vectors."""
 
 import torch
 from torch import Tensor
 
-from egpo_kernels.metrics import token_metrics
-from egpo_kernels.surrogates import token_terms
-from egpo_kernels.types import PolicyLossConfig, Rows
+from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.formulas.metrics import token_metrics
+from egpo_kernels.formulas.surrogates import token_terms
 
 
 def policy_loss(

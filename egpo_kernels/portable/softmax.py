@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels.types import Rows, compute_dtype
+from egpo_kernels.config.settings import Rows, compute_dtype
 
 CPU_CHUNK_BYTES = 5 << 20
 """Working memory of a chunk on a CPU: it stays in cache from one step over it to the next."""

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from egpo_kernels import metrics
-from egpo_kernels.surrogates import token_terms
-from egpo_kernels.types import PolicyLossConfig, Rows
+from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.formulas import metrics
+from egpo_kernels.formulas.surrogates import token_terms
 
 
 def policy_loss(
@@ -13,7 +13,7 @@ def policy_loss(
     """Reduced loss of each token ``[N]``, differentiable in ``log_probs`` and ``entropy``, and the metrics vector.
 
     ``k (u L + kl_coef KL - entropy_coef Ent)`` with k the reduction factor and u the rollout weight; the loss is the
-    sum. Formulas: `egpo_kernels.surrogates`; k: `egpo_kernels.reduction.reduction_factor`.
+    sum. Formulas: `egpo_kernels.formulas.surrogates`; k: `egpo_kernels.formulas.reduction.reduction_factor`.
     """
     assert rows.factor is not None
     terms = token_terms(log_probs, entropy, rows, offsets, config)

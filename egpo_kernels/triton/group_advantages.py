@@ -1,4 +1,4 @@
-"""Group level of EGPO (arXiv 2602.22751, Eq. 2, 5-13), as `egpo_kernels.advantages` writes it in torch.
+"""Group level of EGPO (arXiv 2602.22751, Eq. 2, 5-13), as `egpo_kernels.formulas.advantages` writes it in torch.
 
 A block of sequences meets all others twice: sums and extremes first, then distances from a mean.
 """
@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from egpo_kernels import metrics
-from egpo_kernels.advantages import batch_scale
+from egpo_kernels.config.settings import AdvantageConfig
+from egpo_kernels.formulas import metrics
+from egpo_kernels.formulas.advantages import batch_scale
 from egpo_kernels.triton.arithmetic import divide, square_root
 from egpo_kernels.triton.group_statistics import (
     Pointers,
@@ -26,7 +27,6 @@ from egpo_kernels.triton.group_statistics import (
 )
 from egpo_kernels.triton.segments import as_bytes, combine, sequence_uncertainty, store_maxima, store_sums
 from egpo_kernels.triton.settings import as_arguments
-from egpo_kernels.types import AdvantageConfig
 
 LAUNCH = {"BLOCK_I": 16, "BLOCK_J": 128, "num_warps": 8}
 NUM_SUMMARIES = tl.constexpr(len(metrics.SUMMARIES))
@@ -165,7 +165,7 @@ def store_summary(row_ptr, SUMMARY: tl.constexpr, values, where):
 
 @triton.jit
 def store_metrics(row_ptr, pointers, mine, group, rules, advantages, weights, incomplete, settings):
-    """The slots of `egpo_kernels.metrics.GROUP`, in its order."""
+    """The slots of `egpo_kernels.formulas.metrics.GROUP`, in its order."""
     valid, right, wrong = mine.valid, mine.valid & mine.correct, mine.valid & ~mine.correct
     store_summary(row_ptr, 0, mine.uncertainty, mine.known)
     store_summary(row_ptr, 1, mine.uncertainty, mine.known & right)

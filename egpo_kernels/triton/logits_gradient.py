@@ -5,12 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from egpo_kernels.config.settings import Rows, compute_dtype
 from egpo_kernels.triton.launch import launch_for, num_programs
 from egpo_kernels.triton.settings import read_temperature, row_pointers, temperature_of
 from egpo_kernels.triton.softmax import RowStatistics, load_token, matrix, row_inverse_temperature, row_pointer
 from egpo_kernels.triton.softmax_gradient import sweep_gradient
 from egpo_kernels.triton.strips import write_zeros
-from egpo_kernels.types import Rows, compute_dtype
 
 
 @triton.jit(do_not_specialize=["length", "out_length", "num_rows"])

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
 from egpo_kernels.triton.arithmetic import LOG2_E
 from egpo_kernels.triton.launch import Launch, launch_for, num_programs
 from egpo_kernels.triton.settings import choices_of, read_settings, row_pointers, settings_of
@@ -21,7 +22,6 @@ from egpo_kernels.triton.softmax import (
 from egpo_kernels.triton.softmax_gradient import sweep_gradient
 from egpo_kernels.triton.strips import write_zeros
 from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_terms
-from egpo_kernels.types import PolicyLossConfig, Rows, compute_dtype
 
 
 @triton.jit

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from egpo_kernels import metrics
+from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.formulas import metrics
 from egpo_kernels.triton.arithmetic import divide, exponential
 from egpo_kernels.triton.segments import combine, store_maxima, store_sums
 from egpo_kernels.triton.settings import Choices, choices_of, read_settings, row_pointers, settings_of
 from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_log_ratio, token_terms
-from egpo_kernels.types import PolicyLossConfig, Rows
 
 LAUNCH = {"BLOCK": 256, "num_warps": 8}
 # As many lanes of float64 spill.
@@ -123,7 +123,7 @@ def policy_loss_kernel(
     loss = tl.where(live, factor * loss, 0.0)
     tl.store(losses_ptr + offs, loss, mask=offs < num_rows)
 
-    # From here on: the slots of `egpo_kernels.metrics.TOKEN`, in its order.
+    # From here on: the slots of `egpo_kernels.formulas.metrics.TOKEN`, in its order.
     log_ratio = tl.where(live, terms.log_ratio, 0.0)
     ratio = exponential(log_ratio)
     sums = (

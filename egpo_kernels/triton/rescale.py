@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.triton.arithmetic import divide
 from egpo_kernels.triton.settings import as_arguments, read_number
-from egpo_kernels.types import compute_dtype
 
 BLOCK = 4096
 MAX_PROGRAMS = 2048

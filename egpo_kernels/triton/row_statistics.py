@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from egpo_kernels.config.settings import Rows, compute_dtype
 from egpo_kernels.triton.arithmetic import LOG2_E
 from egpo_kernels.triton.launch import launch_for
 from egpo_kernels.triton.settings import read_temperature, row_pointers, temperature_of
@@ -16,7 +17,6 @@ from egpo_kernels.triton.softmax import (
     sweep_statistics,
     token_statistics,
 )
-from egpo_kernels.types import Rows, compute_dtype
 
 
 @triton.jit(do_not_specialize=["length"])

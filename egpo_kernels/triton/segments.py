@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from egpo_kernels.metrics import NOTHING, Table
+from egpo_kernels.formulas.metrics import NOTHING, Table
 from egpo_kernels.triton.arithmetic import divide
 
 # Fewer warps, and the float64 kernel spills on a B200.

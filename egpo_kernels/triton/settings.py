@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from egpo_kernels.types import PolicyLossConfig, Rows
+from egpo_kernels.config.settings import PolicyLossConfig, Rows
 
 
 class Settings(NamedTuple):
@@ -54,7 +54,7 @@ def choices_of(config: PolicyLossConfig) -> Choices:
 
 
 class RowPointers(NamedTuple):
-    """`egpo_kernels.types.Rows` inside a kernel: a pointer per field, None (at compile time) where absent."""
+    """`egpo_kernels.config.settings.Rows` inside a kernel: a pointer per field, None (at compile time) where absent."""
 
     mask_ptr: Any
     tokens_ptr: Any

@@ -1,6 +1,6 @@
 """The policy loss of a token as device functions: value and derivative with respect to its own log-probability.
 
-The formulas are those of `egpo_kernels.surrogates`; a test compares every derivative here with autograd there.
+The formulas are those of `egpo_kernels.formulas.surrogates`; a test compares every derivative here with autograd there.
 """
 
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from egpo_kernels import types
+from egpo_kernels.config.settings import SURROGATES as NAMES
 from egpo_kernels.triton.arithmetic import divide, exponential
 
 
@@ -76,7 +76,7 @@ def gmpo(log_prob, log_ratio, inside, advantage, settings):
     return -ratio * advantage, -slope * advantage, inside & False, inside & False
 
 
-SURROGATES = {name: globals()[name] for name in types.SURROGATES}
+SURROGATES = {name: globals()[name] for name in NAMES}
 
 
 @triton.jit

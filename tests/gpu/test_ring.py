@@ -12,8 +12,8 @@ import torch
 
 import egpo_kernels as ek
 import egpo_kernels.triton as backend
+from egpo_kernels.config.settings import Rows
 from egpo_kernels.triton.launch import architecture
-from egpo_kernels.types import Rows
 from tests.support.accuracy import assert_bits
 from tests.support.device import DEVICE, size
 from tests.support.gluon import through_ring

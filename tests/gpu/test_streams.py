@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import egpo_kernels as ek
-from egpo_kernels.layout import group_ids
+from egpo_kernels.inputs.layout import group_ids
 from tests.support.accuracy import assert_bits
 from tests.support.batches import (
     EVERY_LAYOUT,
@@ -239,7 +239,7 @@ def test_a_graph_outlives_other_settings(step, dtype):
 def test_no_setting_is_copied_to_the_device(step, dtype, monkeypatch):
     """After a first call no tensor is made of numbers on the host, though every setting is another."""
     # On a CPU a gradient's memory is numpy's, which is seen too.
-    monkeypatch.setattr("egpo_kernels.ops._new_gradient", torch.empty_like)
+    monkeypatch.setattr("egpo_kernels.engine.ops._new_gradient", torch.empty_like)
     batch = make_batch(dtype=dtype)
     made(step, batch, 1)
     with torch.autograd.profiler.profile() as profile:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import egpo_kernels
-from egpo_kernels.types import AdvantageConfig, PolicyLossConfig
+from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig
 from tests.parity.page import PAGE, TRAINERS, drawn
 
 FIELDS = [*dataclasses.fields(AdvantageConfig), *dataclasses.fields(PolicyLossConfig)]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from egpo_kernels.config.settings import Recipe
 from egpo_kernels.recipes import EGPO
-from egpo_kernels.types import Recipe
 from tests.support.device import DEVICE
 
 PER_TOKEN = ("tokens", "mask", "old_log_probs", "ref_log_probs", "entropy_mask")

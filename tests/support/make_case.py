@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from egpo_kernels.config.settings import PolicyLossConfig, Recipe
 from egpo_kernels.recipes import DR_GRPO, EGPO, RECIPES
-from egpo_kernels.types import PolicyLossConfig, Recipe
 from tests.support.case import Case, strided
 from tests.support.device import DEVICE
 

@@ -5,8 +5,8 @@ import itertools
 import re
 from pathlib import Path
 
-from egpo_kernels import recipes
-from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Recipe
+from egpo_kernels.config import recipes
+from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Recipe
 from tests.support.page import draw, markdown
 
 HEADER = ["recipe", "source", "advantage", "weight", "all wrong", "loss", "reduction"]

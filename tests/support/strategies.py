@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Recipe
+from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Recipe
 from tests.support.case import STRIDES, Case
 from tests.support.make_case import DTYPES, PUBLISHED, make_case
 

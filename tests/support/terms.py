@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import egpo_kernels as ek
-from egpo_kernels.types import GroupAdvantages, PolicyLossConfig
+from egpo_kernels.config.settings import GroupAdvantages, PolicyLossConfig
 from tests.support.case import Case
 
 

@@ -4,11 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
-from egpo_kernels import losses, recipes
-from egpo_kernels.fields import check_bool
-from egpo_kernels.logits import read_logits
-from egpo_kernels.types import LossOutput, PolicyLossConfig, Recipe, TokenLogProbs
-from egpo_kernels.validation import check_instance, check_logits
+from egpo_kernels.config import recipes
+from egpo_kernels.config.fields import check_bool
+from egpo_kernels.config.settings import LossOutput, PolicyLossConfig, Recipe, TokenLogProbs
+from egpo_kernels.engine import losses
+from egpo_kernels.engine.logits import read_logits
+from egpo_kernels.inputs.validation import check_instance, check_logits
 
 
 def egpo_loss(

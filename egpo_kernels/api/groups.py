@@ -5,14 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels import metrics, recipes, reference
-from egpo_kernels.advantages import collapse_tolerance, rewards_in
-from egpo_kernels.dispatch import choose_backend
-from egpo_kernels.fields import plain
-from egpo_kernels.layout import Layout, counted, group_ids, make_layout
-from egpo_kernels.reduction import counts_per_sequence
-from egpo_kernels.types import AdvantageConfig, GroupAdvantages
-from egpo_kernels.validation import check_complete, check_instance, check_rewards, check_tensor
+from egpo_kernels import reference
+from egpo_kernels.config import recipes
+from egpo_kernels.config.fields import plain
+from egpo_kernels.config.settings import AdvantageConfig, GroupAdvantages
+from egpo_kernels.engine.dispatch import choose_backend
+from egpo_kernels.formulas import metrics
+from egpo_kernels.formulas.advantages import collapse_tolerance, rewards_in
+from egpo_kernels.formulas.reduction import counts_per_sequence
+from egpo_kernels.inputs.layout import Layout, counted, group_ids, make_layout
+from egpo_kernels.inputs.validation import check_complete, check_instance, check_rewards, check_tensor
 
 
 def group_advantages(

@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from egpo_kernels.advantages import collapse_tolerance, is_collapsed, make_groups, rewards_in
-from egpo_kernels.fields import check_number
-from egpo_kernels.layout import group_ids
-from egpo_kernels.types import compute_dtype
-from egpo_kernels.validation import check_dense, check_rewards
+from egpo_kernels.config.fields import check_number
+from egpo_kernels.config.settings import compute_dtype
+from egpo_kernels.formulas.advantages import collapse_tolerance, is_collapsed, make_groups, rewards_in
+from egpo_kernels.inputs.layout import group_ids
+from egpo_kernels.inputs.validation import check_dense, check_rewards
 
 
 def informative_groups(groups: Any, rewards: Tensor) -> Tensor:

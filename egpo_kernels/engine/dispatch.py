@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from egpo_kernels.validation import check_choice
+from egpo_kernels.inputs.validation import check_choice
 
 BACKENDS = ("auto", "triton", "portable", "reference")
 TRITON_DEVICES = ("cuda", "xpu")

@@ -15,10 +15,16 @@ from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from egpo_kernels import metrics
-from egpo_kernels.dispatch import implementation
-from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Rows, compute_dtype
-from egpo_kernels.validation import check_complete, check_cu_seqlens, check_either_way, check_temperatures, check_tokens
+from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Rows, compute_dtype
+from egpo_kernels.engine.dispatch import implementation
+from egpo_kernels.formulas import metrics
+from egpo_kernels.inputs.validation import (
+    check_complete,
+    check_cu_seqlens,
+    check_either_way,
+    check_temperatures,
+    check_tokens,
+)
 
 Tensors = list[Tensor]
 OptionalTensors = list[Tensor | None]

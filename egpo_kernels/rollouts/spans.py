@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.fields import check_number, entries, plain
-from egpo_kernels.layout import counted, make_layout
-from egpo_kernels.reduction import per_row
-from egpo_kernels.types import ResponseSpans, compute_dtype
-from egpo_kernels.validation import check_dense
+from egpo_kernels.config.fields import check_number, entries, plain
+from egpo_kernels.config.settings import ResponseSpans, compute_dtype
+from egpo_kernels.formulas.reduction import per_row
+from egpo_kernels.inputs.layout import counted, make_layout
+from egpo_kernels.inputs.validation import check_dense
 
 
 def response_spans(

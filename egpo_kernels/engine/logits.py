@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels import autograd, losses, reference
-from egpo_kernels import layout as layouts
-from egpo_kernels.fields import check_bool
-from egpo_kernels.types import PolicyLossConfig, TokenLogProbs
-from egpo_kernels.validation import check_logits, check_not_overlapping
+from egpo_kernels import reference
+from egpo_kernels.config.fields import check_bool
+from egpo_kernels.config.settings import PolicyLossConfig, TokenLogProbs
+from egpo_kernels.engine import autograd, losses
+from egpo_kernels.inputs import layout as layouts
+from egpo_kernels.inputs.validation import check_logits, check_not_overlapping
 
 
 class Logits(NamedTuple):
@@ -34,7 +35,7 @@ class Logits(NamedTuple):
         return self.tensor.requires_grad
 
     def log_probs(self, call: losses.Call, want_entropy: bool, entropy_gradient: bool = False) -> TokenLogProbs:
-        """See `egpo_kernels.losses.Source`; a gradient through the entropy costs nothing more here."""
+        """See `egpo_kernels.engine.losses.Source`; a gradient through the entropy costs nothing more here."""
         if call.backend == "reference":
             log_probs, entropy = reference.token_log_probs(self.tensor, call.rows, call.temperature)
         else:
@@ -46,7 +47,7 @@ class Logits(NamedTuple):
     def loss(
         self, call: losses.Call, config: PolicyLossConfig, scale: float, want_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        """See `egpo_kernels.losses.Source`."""
+        """See `egpo_kernels.engine.losses.Source`."""
         return autograd.LogitsPolicyLoss.apply(
             self.tensor,
             autograd.anchor(self.tensor),

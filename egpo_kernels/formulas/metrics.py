@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from egpo_kernels.reduction import accumulation_dtype
-from egpo_kernels.surrogates import TokenTerms
-from egpo_kernels.types import Metrics, PolicyLossConfig, Rows
-from egpo_kernels.validation import check_dense, check_tensor
+from egpo_kernels.config.settings import Metrics, PolicyLossConfig, Rows
+from egpo_kernels.formulas.reduction import accumulation_dtype
+from egpo_kernels.formulas.surrogates import TokenTerms
+from egpo_kernels.inputs.validation import check_dense, check_tensor
 
 NOTHING = float("-inf")
 

@@ -2,7 +2,7 @@
 
 from reprlib import repr as shown
 
-from egpo_kernels.types import AdvantageConfig, PolicyLossConfig, Recipe
+from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Recipe
 
 EGPO = Recipe(
     name="EGPO",

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.fields import check_number, check_pair, fits_float32
-from egpo_kernels.layout import Layout, counted, make_layout
-from egpo_kernels.reduction import counts_per_sequence, per_row, segment_sum
-from egpo_kernels.types import compute_dtype
-from egpo_kernels.validation import check_choice, check_dense
+from egpo_kernels.config.fields import check_number, check_pair, fits_float32
+from egpo_kernels.config.settings import compute_dtype
+from egpo_kernels.formulas.reduction import counts_per_sequence, per_row, segment_sum
+from egpo_kernels.inputs.layout import Layout, counted, make_layout
+from egpo_kernels.inputs.validation import check_choice, check_dense
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios to the sampler are clamped to +- this, in nats."""

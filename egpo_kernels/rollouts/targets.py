@@ -5,8 +5,8 @@ from reprlib import repr as shown
 import torch
 from torch import Tensor
 
-from egpo_kernels.layout import make_layout
-from egpo_kernels.validation import check_dense, check_tensor
+from egpo_kernels.inputs.layout import make_layout
+from egpo_kernels.inputs.validation import check_dense, check_tensor
 
 
 def next_token_targets(

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels import metrics
-from egpo_kernels.types import Rows
+from egpo_kernels.config.settings import Rows
+from egpo_kernels.formulas import metrics
 
 LOSS_SLOT = metrics.TOKEN.keys.index("policy/loss/sum")
 NO_DOUBLE = (
@@ -66,7 +66,7 @@ class TokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, temperature: float, want_entropy: bool, inplace: bool, backend: str, *rows: Any
     ) -> tuple[Tensor, Tensor]:
-        """See `egpo_kernels.ops.row_statistics`."""
+        """See `egpo_kernels.engine.ops.row_statistics`."""
         log_probs, entropy, maximum, sum_exp = torch.ops.egpo_kernels.row_statistics(
             logits.detach(), list(rows), temperature, want_entropy, backend
         )
@@ -118,7 +118,7 @@ class PolicyLoss(torch.autograd.Function):
         backend: str,
         *rows: Any,
     ) -> tuple[Tensor, Tensor]:
-        """See `egpo_kernels.ops.policy_loss`."""
+        """See `egpo_kernels.engine.ops.policy_loss`."""
         losses, vector = torch.ops.egpo_kernels.policy_loss(
             log_probs.detach(),
             None if entropy is None else entropy.detach(),
@@ -173,7 +173,7 @@ class LogitsPolicyLoss(torch.autograd.Function):
         backend: str,
         *rows: Any,
     ) -> tuple[Tensor, Tensor]:
-        """See `egpo_kernels.ops.logits_policy_loss`."""
+        """See `egpo_kernels.engine.ops.logits_policy_loss`."""
         gradient = logits.detach()
         arguments = (list(rows), [offsets, index], config, [temperature, grad_scale], want_entropy, backend)
         if inplace:

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels import losses, recipes
-from egpo_kernels.fields import check_bool
+from egpo_kernels.config import recipes
+from egpo_kernels.config.fields import check_bool
+from egpo_kernels.config.settings import LossOutput, PolicyLossConfig, Recipe, TokenLogProbs
+from egpo_kernels.engine import losses
+from egpo_kernels.inputs.validation import check_instance
 from egpo_kernels.linear.source import Given, read_hidden
-from egpo_kernels.types import LossOutput, PolicyLossConfig, Recipe, TokenLogProbs
-from egpo_kernels.validation import check_instance
 
 Lora = tuple[Tensor, Tensor, float]
 

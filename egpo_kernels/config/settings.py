@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels.fields import Checked, check_keys, check_number, check_pair, choice, number
+from egpo_kernels.config.fields import Checked, check_keys, check_number, check_pair, choice, number
 
 SURROGATES = ("clip", "cispo", "sapo", "gmpo")
 """The policy losses of a token: functions of these names in both `surrogates.py`, in torch and for triton."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.fields import fits_float32, plain
+from egpo_kernels.config.fields import fits_float32, plain
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.types import PolicyLossConfig
+from egpo_kernels.config.settings import PolicyLossConfig
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:

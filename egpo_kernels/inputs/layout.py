@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from egpo_kernels.fields import check_number, entries, plain
-from egpo_kernels.reduction import per_row, segment_index
-from egpo_kernels.validation import check_complete, check_dense, check_tensor, check_whole
+from egpo_kernels.config.fields import check_number, entries, plain
+from egpo_kernels.formulas.reduction import per_row, segment_index
+from egpo_kernels.inputs.validation import check_complete, check_dense, check_tensor, check_whole
 
 IGNORED = -100
 """The token id that marks a position as not counted when no mask is given."""

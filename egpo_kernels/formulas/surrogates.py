@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels import types
-from egpo_kernels.reduction import accumulation_dtype, counts_per_sequence, per_row, segment_index, segment_sum
-from egpo_kernels.types import PolicyLossConfig, Rows
+from egpo_kernels.config.settings import SURROGATES as NAMES
+from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.formulas.reduction import accumulation_dtype, counts_per_sequence, per_row, segment_index, segment_sum
 
 
 class SurrogateTerms(NamedTuple):
@@ -94,7 +94,7 @@ def gmpo(log_probs: Tensor, log_ratio: Tensor, advantages: Tensor, config: Polic
 
 
 SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, PolicyLossConfig], SurrogateTerms]] = {
-    name: globals()[name] for name in types.SURROGATES
+    name: globals()[name] for name in NAMES
 }
 
 

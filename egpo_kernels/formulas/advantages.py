@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels import metrics
-from egpo_kernels.reduction import accumulation_dtype, counts_per_sequence, segment_sum
-from egpo_kernels.types import AdvantageConfig
-from egpo_kernels.validation import check_held
+from egpo_kernels.config.settings import AdvantageConfig
+from egpo_kernels.formulas import metrics
+from egpo_kernels.formulas.reduction import accumulation_dtype, counts_per_sequence, segment_sum
+from egpo_kernels.inputs.validation import check_held
 
 WHITEN_EPS = 1e-8
 """Added to the variance that a batch is whitened by."""

@@ -1,0 +1,1 @@
+"""The public functions: read what the caller gave, call the engine, report."""

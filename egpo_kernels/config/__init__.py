@@ -1,0 +1,1 @@
+"""What callers set: settings, their checks, recipes."""

@@ -1,0 +1,1 @@
+"""From checked inputs to a loss: sources, operators, autograd, choice of backend."""

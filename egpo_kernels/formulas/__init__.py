@@ -1,0 +1,1 @@
+"""The mathematics in torch: surrogates, advantages, reductions, metrics."""

@@ -1,0 +1,1 @@
+"""What callers give: checks of tensors, layouts."""

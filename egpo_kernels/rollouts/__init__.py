@@ -1,0 +1,1 @@
+"""What acts on a rollout batch before the loss: rewards, sampling, spans, targets."""
