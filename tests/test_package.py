@@ -15,23 +15,26 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "egpo_kernels"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-BACKENDS = {"reference", "portable", "triton"}
 
-# Lowest first. A unit is a file or folder directly in egpo_kernels; one that is not named here may sit
-# anywhere, because imports are followed through it.
-LAYERS = (
-    {"types"},
-    {"recipes", "validation", "surrogates", "reduction", "advantages"},
-    BACKENDS,
-    {"ops"},
-    {"autograd"},
-    {"losses"},
-    {"logits"},
-    {"api", "linear"},
-    {"__init__"},
-    {"integrations", "diagnostics"},
+# Lowest first: a room may import itself and those below it, none beside it. Whatever lies in egpo_kernels is here.
+FLOORS = (
+    {"config"},
+    {"inputs"},
+    {"formulas"},
+    {"reference", "portable", "triton", "rollouts", "diagnostics", "recipes"},
+    {"engine"},
+    {"linear"},
+    {"api"},
+    {"integrations", "__init__"},
 )
-RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# Inside a room that holds a path from inputs to a loss, likewise, lowest first.
+STEPS = {
+    "config": ("fields", "settings", "recipes"),
+    "inputs": ("validation", "segments", "layout"),
+    "formulas": ("reduction", "surrogates", "metrics", "advantages"),
+    "engine": ("dispatch", "ops", "autograd", "groups", "losses", "logits"),
+}
 
 
 def relative(path):
@@ -43,7 +46,7 @@ def module_exists(dotted):
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
-def unit_of(path):
+def room_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -60,25 +63,13 @@ def imported_modules(path):
 
 
 @functools.cache
-def unit_imports():
-    """unit -> the units that it imports directly."""
-    graph = {unit_of(path): set() for path in SOURCES}
+def imports():
+    """File -> the modules of ours that it imports, as parts of their dotted names, ours left out."""
+    found = {}
     for path in SOURCES:
-        for module in imported_modules(path):
-            top, *rest = module.split(".")
-            if top == "egpo_kernels":
-                graph[unit_of(path)].add(rest[0] if rest else "__init__")
-    return {unit: imported - {unit} for unit, imported in graph.items()}
-
-
-def reachable(unit):
-    """Everything that a unit imports, directly or through others."""
-    graph, seen, todo = unit_imports(), set(), [unit]
-    while todo:
-        new = graph.get(todo.pop(), set()) - seen
-        seen |= new
-        todo += new
-    return seen
+        ours = [module.split(".") for module in imported_modules(path)]
+        found[path] = [rest or ["__init__"] for top, *rest in ours if top == "egpo_kernels"]
+    return found
 
 
 def run_python(code, *args):
@@ -95,28 +86,32 @@ def test_imports_are_absolute():
         list(imported_modules(path))
 
 
-@pytest.mark.parametrize("unit", sorted(unit_imports()))
-def test_imports_point_down(unit):
-    below = reachable(unit)
-    assert unit not in below, f"{unit} imports itself, through {sorted(unit_imports()[unit])}"
-    assert "diagnostics" not in below
-    if unit != "__init__":
-        assert "integrations" not in below
-    if unit in RANK:
-        above = {other for other in below if RANK.get(other, -1) > RANK[unit]}
-        assert not above, f"{unit} reaches up to {sorted(above)}"
+def test_every_file_has_a_floor():
+    assert {room_of(path) for path in SOURCES} == set(FLOOR)
 
 
-@pytest.mark.parametrize("unit", sorted(BACKENDS))
-def test_backends_do_not_know_one_another(unit):
-    assert unit in unit_imports()
-    assert not reachable(unit) & (BACKENDS - {unit})
+@pytest.mark.parametrize("room", sorted(FLOOR))
+def test_imports_point_down(room):
+    for path, modules in imports().items():
+        if room_of(path) == room:
+            above = sorted({there for there, *_ in modules if there != room and FLOOR[there] >= FLOOR[room]})
+            assert not above, f"{relative(path)} reaches up or sideways to {above}"
+
+
+@pytest.mark.parametrize("room", sorted(STEPS))
+def test_imports_inside_a_room_point_down(room):
+    files = {path.stem: modules for path, modules in imports().items() if room_of(path) == room}
+    assert set(files) == {"__init__", *STEPS[room]}
+    for name, modules in files.items():
+        beside = [module for there, *rest in modules if there == room for module in rest]
+        below = STEPS[room][: STEPS[room].index(name)] if name in STEPS[room] else ()
+        assert set(beside) <= set(below), f"{room}/{name}.py reaches up to {sorted(set(beside) - set(below))}"
 
 
 def test_only_declared_dependencies_are_imported():
     allowed = {"egpo_kernels", "torch", "numpy", "triton", *sys.stdlib_module_names}
     for path in SOURCES:
-        if unit_of(path) != "integrations":
+        if room_of(path) != "integrations":
             extra = {module.split(".")[0] for module in imported_modules(path)} - allowed
             assert not extra, f"{relative(path)} imports {sorted(extra)}"
 

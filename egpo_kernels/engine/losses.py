@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from egpo_kernels import reference
-from egpo_kernels.api.groups import advantages_of_groups
 from egpo_kernels.config.fields import check_number
 from egpo_kernels.config.settings import LossOutput, PolicyLossConfig, Recipe, Rows, TokenLogProbs, compute_dtype
 from egpo_kernels.engine import autograd
 from egpo_kernels.engine.dispatch import choose_backend
+from egpo_kernels.engine.groups import advantages_of_groups
 from egpo_kernels.formulas import metrics
-from egpo_kernels.formulas.reduction import counts_per_sequence, per_row, reduction_factor
+from egpo_kernels.formulas.reduction import reduction_factor
 from egpo_kernels.inputs import layout as layouts
 from egpo_kernels.inputs.layout import Layout, group_ids
+from egpo_kernels.inputs.segments import counts_per_sequence, per_row
 from egpo_kernels.inputs.validation import (
     check_choice,
     check_count,

@@ -18,13 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Rows, compute_dtype
 from egpo_kernels.engine.dispatch import implementation
 from egpo_kernels.formulas import metrics
-from egpo_kernels.inputs.validation import (
-    check_complete,
-    check_cu_seqlens,
-    check_either_way,
-    check_temperatures,
-    check_tokens,
-)
+from egpo_kernels.inputs import validation
 
 Tensors = list[Tensor]
 OptionalTensors = list[Tensor | None]
@@ -69,8 +63,8 @@ def read_rows(fields: OptionalTensors) -> Rows:
 def checked_rows(fields: OptionalTensors, vocab: int) -> Rows:
     """As `read_rows`, with the values looked at where that costs no sync."""
     rows = read_rows(fields)
-    check_tokens(rows.tokens, rows.mask, vocab)
-    check_temperatures(rows.temperature, rows.mask)
+    validation.check_tokens(rows.tokens, rows.mask, vocab)
+    validation.check_temperatures(rows.temperature, rows.mask)
     return rows
 
 
@@ -102,7 +96,7 @@ def _fake_token_vector(logits: Tensor, *_: Any) -> Tensor:
 @operator()
 def sequence_offsets(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
     """Offsets ``[S + 1]`` int64 that never leave ``[0, num_rows]``, and 1.0 or, where they had to be mended, NaN."""
-    check_cu_seqlens(cu_seqlens, num_rows)
+    validation.check_cu_seqlens(cu_seqlens, num_rows)
     given = cu_seqlens.long()
     offsets = given.clamp(0, num_rows).cummax(0).values
     sound = (offsets == given).all() & (given[0] == 0)
@@ -119,7 +113,7 @@ def _(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
 def read_either_way(by_sequence: Tensor, by_token: Tensor, inside: Tensor, name: str) -> Tensor:
     """1.0 where ``name``, with as many tokens as sequences, says the same of rows ``inside`` either way, else NaN."""
     same = (by_sequence == by_token) | (by_sequence.isnan() & by_token.isnan()) | ~inside
-    check_either_way(name, same)
+    validation.check_either_way(name, same)
     return torch.where(same.all(), 1.0, torch.nan)
 
 
@@ -284,7 +278,7 @@ def group_advantages(
 
     ``rows``: correct ``[S]``, values and mask ``[N]``, counted tokens ``[S]``. ``tolerance``: see `collapse_tolerance`.
     """
-    check_complete(ids, group_size)
+    validation.check_complete(ids, group_size)
     advantages, weights, base, uncertainty, raw = implementation(backend).group_advantages(
         ids, rewards, *rows, offsets, tolerance, advantage_config(config), group_size
     )

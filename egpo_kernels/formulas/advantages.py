@@ -10,7 +10,7 @@ from torch import Tensor
 
 from egpo_kernels.config.settings import AdvantageConfig
 from egpo_kernels.formulas import metrics
-from egpo_kernels.formulas.reduction import accumulation_dtype, counts_per_sequence, segment_sum
+from egpo_kernels.inputs.segments import accumulation_dtype, counts_per_sequence, segment_sum
 from egpo_kernels.inputs.validation import check_held
 
 WHITEN_EPS = 1e-8

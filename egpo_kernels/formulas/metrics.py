@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.config.settings import Metrics, PolicyLossConfig, Rows
-from egpo_kernels.formulas.reduction import accumulation_dtype
 from egpo_kernels.formulas.surrogates import TokenTerms
+from egpo_kernels.inputs.segments import accumulation_dtype
 from egpo_kernels.inputs.validation import check_dense, check_tensor
 
 NOTHING = float("-inf")

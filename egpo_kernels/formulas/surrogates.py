@@ -1,6 +1,7 @@
 """The policy loss of a token, as pure torch functions of its log-probability (EGPO, arXiv 2602.22751, Eq. 12).
 
-A surrogate is one function here, one device function in `egpo_kernels.triton.surrogates`, and its name in `types`.
+A surrogate is one function here, one device function in `egpo_kernels.triton.surrogates`, and its name in
+`egpo_kernels.config.settings`.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from egpo_kernels.config.settings import SURROGATES as NAMES
 from egpo_kernels.config.settings import PolicyLossConfig, Rows
-from egpo_kernels.formulas.reduction import accumulation_dtype, counts_per_sequence, per_row, segment_index, segment_sum
+from egpo_kernels.inputs.segments import accumulation_dtype, counts_per_sequence, per_row, segment_index, segment_sum
 
 
 class SurrogateTerms(NamedTuple):

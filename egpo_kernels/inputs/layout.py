@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.config.fields import check_number, entries, plain
-from egpo_kernels.formulas.reduction import per_row, segment_index
+from egpo_kernels.inputs.segments import per_row, segment_index
 from egpo_kernels.inputs.validation import check_complete, check_dense, check_tensor, check_whole
 
 IGNORED = -100

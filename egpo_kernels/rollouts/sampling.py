@@ -8,8 +8,8 @@ from torch import Tensor
 
 from egpo_kernels.config.fields import check_number, check_pair, fits_float32
 from egpo_kernels.config.settings import compute_dtype
-from egpo_kernels.formulas.reduction import counts_per_sequence, per_row, segment_sum
 from egpo_kernels.inputs.layout import Layout, counted, make_layout
+from egpo_kernels.inputs.segments import counts_per_sequence, per_row, segment_sum
 from egpo_kernels.inputs.validation import check_choice, check_dense
 
 MAX_LOG_RATIO = 20.0

@@ -1,0 +1,60 @@
+"""Rows and the sequences they belong to: sums over segments, and values spread back over rows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """Float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class _SegmentSum(torch.autograd.Function):
+    """`torch.segment_reduce`, whose own backward cannot be differentiated: this one is a gather, which can."""
+
+    @staticmethod
+    def forward(values: Tensor, offsets: Tensor) -> Tensor:
+        """Accumulate in float64 where the device has it."""
+        wide = values.to(accumulation_dtype(values.device))
+        return torch.segment_reduce(wide, "sum", offsets=offsets, unsafe=True).to(values.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keep the offsets."""
+        values, offsets = inputs
+        ctx.save_for_backward(offsets)
+        ctx.num_rows = values.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Give each row its segment's gradient; rows past the last offset are in no sum."""
+        (offsets,) = ctx.saved_tensors
+        inside = torch.arange(ctx.num_rows, device=offsets.device) < offsets[-1]
+        return torch.where(inside, per_row(gradient, segment_index(offsets, ctx.num_rows)), 0.0), None
+
+
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sum floating ``values [N]`` over ``offsets[i] : offsets[i + 1]`` to ``[S]``; twice differentiable, repeatable.
+
+    Accumulates in float64 where the device has it, so that a sequence of 70000 tokens loses nothing.
+    """
+    return _SegmentSum.apply(values, offsets)
+
+
+def segment_index(offsets: Tensor, num_rows: int) -> Tensor:
+    """Return the segment ``[N]`` of each row; rows past the last offset get the last segment."""
+    rows = torch.arange(num_rows, device=offsets.device)
+    return torch.searchsorted(offsets[1:], rows, right=True).clamp(max=max(offsets.shape[0] - 2, 0))
+
+
+def per_row(values: Tensor, index: Tensor) -> Tensor:
+    """Spread ``values [S]`` over their rows ``[N]``; with no sequences rows get 0, which still depends on them."""
+    return (values if values.shape[0] else torch.nn.functional.pad(values, (0, 1)))[index]
+
+
+def counts_per_sequence(mask: Tensor, offsets: Tensor) -> Tensor:
+    """Counted tokens of each sequence: ``mask [N]`` to ``[S]`` int64, exactly."""
+    running = torch.nn.functional.pad(mask.long().cumsum(0), (1, 0))
+    return running[offsets[1:]] - running[offsets[:-1]]
