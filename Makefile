@@ -11,8 +11,8 @@ BARE := verl==0.9.1 TransferQueue==0.1.11 openrlhf==0.11.2 skyrl==0.3.0 skyrl-gy
 	jaxtyping==0.3.2 wadler-lindig==0.1.7 loguru==0.7.3
 # The newest torch, and the tests of what it may change that take a minute or two.
 NEWEST := torch==2.14.1
-NEWEST_TESTS := tests/test_api.py tests/test_autograd.py tests/test_compile.py tests/test_package.py tests/test_settings.py \
-	tests/test_surrogates.py tests/integrations/test_peft.py tests/integrations/test_refused.py tests/integrations/test_sharding.py \
+NEWEST_TESTS := tests/api/test_api.py tests/engine/test_autograd.py tests/engine/test_compile.py tests/test_package.py tests/config/test_settings.py \
+	tests/formulas/test_surrogates.py tests/integrations/test_peft.py tests/integrations/test_refused.py tests/integrations/test_sharding.py \
 	tests/integrations/test_transformers.py tests/integrations/test_trl_options.py tests/integrations/test_wrappers.py tests/integrations/test_wrappers_hooks.py \
 	tests/integrations/test_wrappers_accelerate.py tests/integrations/test_fused_calls.py \
 	tests/parity/test_liger.py tests/parity/test_trl.py
@@ -57,7 +57,7 @@ newest: .venv-newest/.stamp ## a selection of the tests on the newest versions t
 	OMP_WAIT_POLICY=PASSIVE .venv-newest/bin/python -m pytest -n $(JOBS) $(NEWEST_TESTS) $(ARGS)
 
 tritons: $(TRITONS:%=.triton-%/.stamp) $(VENV)/.stamp-test ## what the kernels are compiled to by the oldest and the newest triton
-	for each in $(TRITONS); do PYTHONPATH=.triton-$$each $(BIN)/python -m pytest tests/test_every_triton.py $(ARGS) || exit; done
+	for each in $(TRITONS); do PYTHONPATH=.triton-$$each $(BIN)/python -m pytest tests/kernels/test_every_triton.py $(ARGS) || exit; done
 
 pythons: ## import, a loss and a gradient on other Pythons, with triton and without (PYTHONS="python3.13")
 	for each in $(PYTHONS); do \

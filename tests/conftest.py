@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Handed out in order, so that what takes minutes does not begin last.
-FIRST = ("tests/gpu/", "tests/test_properties.py")
+FIRST = ("tests/gpu/", "tests/api/test_properties.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

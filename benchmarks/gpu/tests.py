@@ -33,13 +33,13 @@ class Part(NamedTuple):
 
 
 # What refuses bad input does so on the host, trainers and rivals are compared on a CPU: no GPU adds to either.
-HOST = ("tests/test_bad_input*", "tests/integrations", "tests/parity")
-COMPILE = "tests/test_compile.py"
+HOST = ("tests/inputs/test_bad_input*", "tests/integrations", "tests/parity")
+COMPILE = "tests/engine/test_compile.py"
 FEW = "(one_pass and float32 and not in_place) or (500 and float32) or (triton and padded and (known or near))"
 PARTS = (
     Part("memory", ("tests/gpu",), "gpu and memory", 0.35, ("tests/gpu", "-k", "rescaled and not place"), alone=True),
     Part("gpu", ("tests/gpu",), "gpu and not memory", 0.65, ("tests/gpu", "-k", FEW)),
-    Part("backends", ("tests",), "gpu", 0.85, ("tests/test_surrogates.py",), ("tests/gpu", COMPILE, *HOST)),
+    Part("backends", ("tests",), "gpu", 0.85, ("tests/formulas/test_surrogates.py",), ("tests/gpu", COMPILE, *HOST)),
     # Traced for seconds each: apart, so that workers share them evenly.
     Part("compile", (COMPILE,), "gpu", 1.0, (COMPILE, "-k", "in_place and portable and one_pass")),
 )

@@ -2,10 +2,10 @@
 
 import pytest
 
+from tests.linear.test_linear import KNOWN, LATE, arguments_of, gradients, leaves_of, loss_of
 from tests.support.accuracy import assert_rounding
 from tests.support.batches import EVERY_LAYOUT, FAST_BACKEND
 from tests.support.device import no_sync
-from tests.test_linear import KNOWN, LATE, arguments_of, gradients, leaves_of, loss_of
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from benchmarks.counts.h200 import ceilings
 from benchmarks.counts.sass import Sweep, innermost_loops, parse, sweeps
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def listing(*instructions):
@@ -118,7 +118,7 @@ def test_ceilings():
 
 
 def check_toy_kernels():
-    from tests.test_support import compile_sum_rows
+    from tests.support.test_support import compile_sum_rows
 
     # 2048 bfloat16 over 256 threads: one 16-byte load of 8 elements in the loop, no exponential, two barriers at most
     # for the sum over warps. The masked tail is no loop.
@@ -133,6 +133,6 @@ def check_toy_kernels():
 def test_toy_kernels():
     """In another process, because this one interprets kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", "import tests.test_sass as t; t.check_toy_kernels()"]
+    command = [sys.executable, "-c", "import tests.benchmarks.test_sass as t; t.check_toy_kernels()"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

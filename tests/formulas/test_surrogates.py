@@ -103,7 +103,7 @@ def test_value_derivative_and_clip_flags_agree(config):
 @pytest.mark.gpu
 def test_the_worked_example_of_contributing_agrees(tmp_path, monkeypatch):
     """Both functions of the page, in a file, since a kernel is compiled from its source."""
-    page = (Path(__file__).resolve().parent.parent / "CONTRIBUTING.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
     in_torch, on_device = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     imports = {
         "in_torch": "import torch\nfrom torch import Tensor\n"

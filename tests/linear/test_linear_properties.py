@@ -5,6 +5,7 @@ import torch
 from hypothesis import strategies as st
 
 import egpo_kernels as ek
+from tests.api.test_properties import over_backends
 from tests.support import linear
 from tests.support.accuracy import assert_accurate
 from tests.support.batches import FAST_BACKEND
@@ -13,7 +14,6 @@ from tests.support.device import DEVICE
 from tests.support.runs import advantages, alone, check, nothing, whole
 from tests.support.strategies import cases
 from tests.support.terms import group_terms
-from tests.test_properties import over_backends
 
 SMALL = 260
 """Widest vocabulary: the exact layers below are as wide."""

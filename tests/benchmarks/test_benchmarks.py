@@ -25,7 +25,7 @@ from egpo_kernels import logits_policy_loss
 from tests.support.benchmark import CASE, LINEAR, MACHINE, case_of, fact, judged, spoilt
 from tests.support.device import DEVICE
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from tests.support.once import made_once
 # Four targets are compiled for, by one worker while another may be waiting for the result.
 pytestmark = pytest.mark.timeout(600)
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LOGITS_KERNELS = {"row_statistics_kernel", "logits_gradient_kernel", "logits_policy_loss_kernel"}
 
 
@@ -111,7 +111,7 @@ def test_every_kernel_of_the_package_is_compiled(options):
         for line in source.read_text().splitlines()
         if line.startswith("def ") and "_kernel(" in line
     }
-    # That one no case launches: its own budget is in tests/test_ring.py.
+    # That one no case launches: its own budget is in tests/kernels/test_ring.py.
     defined -= {"ring_policy_loss_kernel"}
     assert defined == set(KERNELS) >= LOGITS_KERNELS
     assert {row["kernel"] for row in options} == defined

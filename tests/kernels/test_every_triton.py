@@ -1,6 +1,6 @@
 """What the kernels over logits owe a Hopper, on whatever triton is installed: `make tritons` has the oldest and newest.
 
-`tests/test_budgets.py` has the exact figures of the pinned version.
+`tests/benchmarks/test_budgets.py` has the exact figures of the pinned version.
 """
 
 import pytest

@@ -17,7 +17,7 @@ from tests.support.recipe_table import recipe_table
 from tests.support.runs import advantages, check, whole
 from tests.support.terms import group_terms
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 INF = math.inf
 
 # One batch for all: two groups of four, answers of two tokens each. H is the mean of 2 NLLs.

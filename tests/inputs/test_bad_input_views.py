@@ -59,7 +59,7 @@ def assert_equal(name, found, wanted):
 def test_views_give_the_same_bits(name, how, layout, backend):
     plain = valid(name, layout)
     arguments = {key: twisted(value, how, 0) if torch.is_tensor(value) else value for key, value in plain.items()}
-    # Logits are read where they lie, or refused; tests/test_bad_input_degenerate.py has the ways they may lie.
+    # Logits are read where they lie, or refused; tests/inputs/test_bad_input_degenerate.py has the ways they may lie.
     if "logits" in plain and how in ("spread", "transposed"):
         arguments["logits"] = plain["logits"]
     check = untouched(arguments)

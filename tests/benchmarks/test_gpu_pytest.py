@@ -88,7 +88,7 @@ def test_every_test_that_a_gpu_has_a_word_to_say_to_is_in_one_part():
     assert alone < apart and not apart & rest and rest < whole
     # What is left out refuses bad input, on the host.
     left_out = {name.partition("::")[0] for name in whole - apart - rest}
-    assert left_out and all(name.startswith("tests/test_bad_input") for name in left_out)
+    assert left_out and all(name.startswith("tests/inputs/test_bad_input") for name in left_out)
 
 
 def test_parts_end_in_their_order_and_what_takes_tens_of_gigabytes_is_alone():

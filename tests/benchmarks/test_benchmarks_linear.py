@@ -19,7 +19,7 @@ from benchmarks.workloads import WORKLOADS
 from egpo_kernels import linear_policy_loss
 from tests.support.benchmark import LINEAR, MACHINE, case_of, fact, judged, spoilt
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WRONG = {
     "zeros": torch.zeros_like,
     "too small": lambda gradient: 0.6 * gradient,

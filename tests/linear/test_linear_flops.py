@@ -216,7 +216,7 @@ import sys, torch
 counter = sys.modules.get("torch.utils.flop_counter")
 print(counter is not None and torch.ops.egpo_kernels.linear_gradient in counter.flop_registry, "triton" in sys.modules)
 """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     found, triton = done.stdout.split()

@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("triton")
 
 import egpo_kernels as ek
-from tests import test_properties, test_recipes
+from tests.api import test_properties
+from tests.config import test_recipes
 from tests.gpu import test_vocabularies
 from tests.support.device import ON_GPU
 from tests.support.interpreter import hardware_arithmetic

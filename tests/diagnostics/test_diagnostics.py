@@ -389,7 +389,7 @@ def test_diagnostics_name_the_extra_that_is_missing(module, call, monkeypatch):
 
 def test_diagnostics_import_is_light():
     code = "import sys, egpo_kernels.diagnostics; print(*{name.split('.')[0] for name in sys.modules})"
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert not {"matplotlib", "sklearn", "scipy"} & set(done.stdout.split())

@@ -20,7 +20,7 @@ from triton.runtime.errors import InterpreterError  # noqa: E402
 from benchmarks.counts import offline  # noqa: E402
 from benchmarks.counts.traffic import NO_TRAFFIC, TensorTraffic, count_traffic  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Rows(NamedTuple):
@@ -254,7 +254,7 @@ def check_spills():
 def test_offline_compilation():
     """In another process, because this one interprets kernels; in one, because starting it takes longest."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    checks = "import tests.test_support as t; t.check_widths(); t.check_amd(); t.check_spills()"
+    checks = "import tests.support.test_support as t; t.check_widths(); t.check_amd(); t.check_spills()"
     done = subprocess.run([sys.executable, "-c", checks], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
