@@ -1,5 +1,6 @@
 """What our launch cases and kernels may cost. A worse figure fails
-`tests/benchmarks/test_budgets.py`; a better one asks to be written down here: a limit more than `SLACK` above its figure fails too.
+`tests/benchmarks/test_budgets.py`; a better one asks to be written down here: a limit more than `SLACK` above its
+figure fails too.
 
 The figures are those of the pinned triton (pyproject.toml): another version's compiler may land elsewhere.
 """
