@@ -1,10 +1,6 @@
-"""Diagnostics: numbers worked out by hand, AUC by counting pairs, edge cases, words of refusal, pictures."""
+"""Diagnostics as numbers: worked out by hand, AUC by counting pairs, edge cases."""
 
 import math
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,22 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egpo_kernels import diagnostics, response_spans
+from tests.diagnostics.batch import CORRECT, EMPTY, LENGTHS, H
 from tests.support.device import DEVICE
 
-pyplot = pytest.importorskip("matplotlib.pyplot")
 pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
-pyplot.switch_backend("Agg")
-
 EPS = torch.finfo(torch.float64).eps
-# Correct 0.25, 0.75, 0.5; incorrect 0.5, 2; one without an uncertainty.
-H = torch.tensor([0.25, 0.5, 0.75, 2.0, math.nan, 0.5], device=DEVICE)
-CORRECT = torch.tensor([True, False, True, False, True, True], device=DEVICE)
-LENGTHS = torch.tensor([1, 2, 3, 4, 5, 2], device=DEVICE)
-EMPTY = torch.zeros(0, device=DEVICE)
-
-MEASURES = {"uncertainty_gap": "correct", "roc": "correct", "length_correlation": "lengths"}
-SECOND = {"correct": CORRECT, "lengths": LENGTHS}
 
 
 # By hand.
@@ -241,155 +227,3 @@ def test_diagnostics_leave_inputs_and_graph_alone():
     assert not diagnostics.span_uncertainty(log_probs).requires_grad
     for now, then in zip((uncertainty.detach(), CORRECT, LENGTHS), before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
-
-
-# Refusals.
-
-
-def refused(kind, name, function, *arguments, **named):
-    with pytest.raises(kind) as caught:
-        function(*arguments, **named)
-    assert re.match(rf"{re.escape(name)} (is|has|holds) .*; it must be ", str(caught.value)), str(caught.value)
-
-
-@pytest.mark.parametrize("name", MEASURES)
-def test_diagnostics_refuse_bad_sequences(name):
-    function, second = getattr(diagnostics, name), MEASURES[name]
-    given = SECOND[second]
-    for value in (H.tolist(), None, H.long(), H > 0, H.to(torch.complex64)):
-        refused(TypeError, "uncertainty", function, value, given)
-    for value in (H[None], H[0], H.to_sparse()):
-        refused(ValueError, "uncertainty", function, value, given)
-    for value in (given.tolist(), None, given.to(torch.complex64)):
-        refused(TypeError, second, function, H, value)
-    for value in (given[:-1], given[None], given[0], given.to_sparse()):
-        refused(ValueError, second, function, H, value)
-
-
-@pytest.mark.parametrize("name", ["uncertainty_gap", "roc"])
-def test_diagnostics_refuse_rewards_for_correctness(name):
-    refused(TypeError, "correct", getattr(diagnostics, name), H, CORRECT.float())
-
-
-def test_diagnostics_refuse_bad_spans():
-    log_probs, span = torch.zeros(2, 3, device=DEVICE), torch.ones(2, 3, device=DEVICE)
-    correct = torch.tensor([True, False], device=DEVICE)
-    refused(TypeError, "log_probs", diagnostics.span_uncertainty, [[0.0]])
-    refused(TypeError, "log_probs", diagnostics.span_uncertainty, log_probs.long())
-    refused(ValueError, "log_probs", diagnostics.span_uncertainty, log_probs[0])
-    refused(ValueError, "span", diagnostics.span_uncertainty, log_probs, span[:1])
-    refused(TypeError, "span", diagnostics.span_uncertainty, log_probs, [1])
-    refused(TypeError, "cu_seqlens", diagnostics.span_uncertainty, log_probs[0], cu_seqlens=[0, 3])
-    refused(TypeError, "spans", diagnostics.roc_of_spans, log_probs, span, correct)
-    refused(TypeError, "spans['answer']", diagnostics.roc_of_spans, log_probs, {"answer": None}, correct)
-    refused(ValueError, "spans['answer']", diagnostics.roc_of_spans, log_probs, {"answer": span[0]}, correct)
-    refused(TypeError, "log_probs", diagnostics.roc_of_spans, None, {"answer": span}, correct)
-    refused(ValueError, "correct", diagnostics.roc_of_spans, log_probs, {"answer": span}, correct[:1])
-
-
-# Pictures.
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    pyplot.close("all")
-
-
-def words(ax):
-    legend = [text.get_text() for text in ax.get_legend().get_texts()]
-    return " | ".join([ax.get_title(), ax.get_xlabel(), ax.get_ylabel(), *legend])
-
-
-def written(ax, path):
-    """The bytes of the picture as a file."""
-    ax.figure.savefig(path)
-    return path.read_bytes()
-
-
-def drawn(name, *arguments, **named):
-    return getattr(diagnostics, f"plot_{name}")(*arguments, **named)
-
-
-PICTURES = {
-    "gap": (lambda: drawn("gap", H, CORRECT), ["gap", "+0.75", "nats per token", "n = 3", "n = 2", "1 without"]),
-    "roc": (
-        lambda: drawn("roc", {"thinking": diagnostics.roc(H, CORRECT)}),
-        ["thinking: AUC 0.75", "2 incorrect, 3 correct, 1 left out", "false positives", "true positives", "chance"],
-    ),
-    "length": (
-        lambda: drawn("length", H, LENGTHS, CORRECT),
-        ["tokens", "nats per token", "Pearson +0.92", "Spearman +1.00", "correct: n = 3", "incorrect: n = 2"],
-    ),
-    "length, one kind": (lambda: drawn("length", H, LENGTHS), ["sequences: n = 5", "1 without"]),
-}
-
-
-@pytest.mark.parametrize("name", PICTURES)
-def test_diagnostics_pictures_are_labelled(name, tmp_path):
-    draw, wanted = PICTURES[name]
-    ax = draw()
-    assert not [text for text in wanted if text.lower() not in words(ax).lower()], words(ax)
-    assert ax.has_data()
-    assert written(ax, tmp_path / "picture.png").startswith(b"\x89PNG")
-
-
-def test_diagnostics_pictures_go_on_given_axes():
-    _, axes = pyplot.subplots(1, 3)
-    before = pyplot.get_fignums()
-    assert drawn("gap", H, CORRECT, axes[0]) is axes[0]
-    assert drawn("roc", {"all": diagnostics.roc(H, CORRECT)}, axes[1]) is axes[1]
-    assert drawn("length", H, LENGTHS, ax=axes[2]) is axes[2]
-    assert pyplot.get_fignums() == before
-
-
-@pytest.mark.parametrize("correct", [EMPTY.bool(), torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)])
-def test_diagnostics_pictures_of_little(correct, tmp_path):
-    uncertainty = torch.zeros(len(correct))
-    lengths = torch.ones(len(correct))
-    correct = correct.cpu()
-    for ax in (
-        drawn("gap", uncertainty, correct),
-        drawn("roc", {"all": diagnostics.roc(uncertainty, correct)}),
-        drawn("length", uncertainty, lengths, correct),
-    ):
-        assert "not defined" in words(ax)
-        assert written(ax, tmp_path / "picture.png").startswith(b"\x89PNG")
-
-
-def test_diagnostics_pictures_say_what_lies_off_the_axis():
-    tiny = torch.tensor([0.0, 1e-9, 1.0, 2.0])
-    correct = torch.tensor([True, True, False, False])
-    for ax in (drawn("gap", tiny, correct), drawn("length", tiny, torch.arange(4))):
-        assert "2 below 0.0002 nats drawn at the edge" in words(ax)
-
-
-def test_diagnostics_pictures_refuse_bad_curves():
-    refused(TypeError, "curves", diagnostics.plot_roc, diagnostics.roc(H, CORRECT))
-    refused(TypeError, "curves['all']", diagnostics.plot_roc, {"all": 0.9})
-
-
-# The extra.
-
-
-@pytest.mark.parametrize(
-    "module, call",
-    [
-        ("sklearn.metrics", lambda: diagnostics.roc(H, CORRECT)),
-        ("scipy.stats", lambda: diagnostics.length_correlation(H, LENGTHS)),
-        ("matplotlib.pyplot", lambda: diagnostics.plot_gap(H, CORRECT)),
-    ],
-)
-def test_diagnostics_name_the_extra_that_is_missing(module, call, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=re.escape("pip install 'egpo_kernels[diagnostics]'")) as caught:
-        call()
-    assert module in str(caught.value)
-
-
-def test_diagnostics_import_is_light():
-    code = "import sys, egpo_kernels.diagnostics; print(*{name.split('.')[0] for name in sys.modules})"
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert not {"matplotlib", "sklearn", "scipy"} & set(done.stdout.split())
