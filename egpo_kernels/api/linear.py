@@ -159,8 +159,9 @@ def linear_policy_loss(
         logits_dtype: ``torch.float32``: logits of 16-bit hidden states and weight are float32, summed up so by the
             product, without a float32 copy of the weight; their gradient is rounded to 16 bits before it is multiplied.
             A float32 weight is multiplied in float32, autocast or not. None: the dtype of hidden.
-        old_log_probs: Log-probs of the tokens at sampling time, in nats; None: on-policy, the ratio is 1.
-        ref_log_probs: Log-probs under the reference; needed for ``kl_coef > 0``.
+        old_log_probs: Log-probs of the tokens at sampling time, in nats, shaped like tokens; None: on-policy, the
+            ratio is 1.
+        ref_log_probs: Log-probs under the reference, shaped like tokens; needed for ``kl_coef > 0``.
         rollout_weights: Weights on the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1 and is counted.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
         temperature: Sampling temperature, a float, ``[S]`` or per token.

@@ -48,8 +48,9 @@ def egpo_loss(
         groups: Group of each sequence: integer tensor ``[S]`` (any ids, any order), list of names, numpy array, or an
             int G for G consecutive sequences.
         rewards: ``[S]``.
-        mask: ``[S, T]`` or ``[N]``, nonzero counts; None counts ``tokens != -100``.
-        old_log_probs: Log-probs of the tokens at sampling time, in nats, shaped like tokens; None: on-policy.
+        mask: Shaped like tokens, nonzero counts; None counts ``tokens != -100``.
+        old_log_probs: Log-probs of the tokens at sampling time, in nats, shaped like tokens; None: on-policy, the
+            ratio is 1.
         ref_log_probs: Log-probs under the reference, shaped like tokens; needed for ``kl_coef > 0``.
         rollout_weights: Weights on the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1 and is counted.
         entropy_mask: Shaped like tokens: which counted tokens the uncertainty averages over; None: all of them.
@@ -104,7 +105,7 @@ def policy_loss(
         old_log_probs: The same at sampling time; None: on-policy, the ratio is 1.
         advantages: ``[S]`` or shaped like log_probs; treated as constants.
         mask: Shaped like log_probs, nonzero counts; None counts every position.
-        ref_log_probs: Log-probs under the reference; needed for ``kl_coef > 0``.
+        ref_log_probs: Log-probs under the reference, shaped like log_probs; needed for ``kl_coef > 0``.
         entropy: Entropy of each position in nats; needed for ``entropy_coef != 0``.
         rollout_weights: Weights on the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1 and is counted.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
@@ -158,8 +159,9 @@ def logits_policy_loss(
         tokens: ``[S, T]`` or ``[N]``, integer.
         advantages: ``[S]`` or shaped like tokens; treated as constants.
         mask: Shaped like tokens, nonzero counts; None counts ``tokens != -100``.
-        old_log_probs: Log-probs of the tokens at sampling time, in nats; None: on-policy, the ratio is 1.
-        ref_log_probs: Log-probs under the reference; needed for ``kl_coef > 0``.
+        old_log_probs: Log-probs of the tokens at sampling time, in nats, shaped like tokens; None: on-policy, the
+            ratio is 1.
+        ref_log_probs: Log-probs under the reference, shaped like tokens; needed for ``kl_coef > 0``.
         rollout_weights: Weights on the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1 and is counted.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
         temperature: Sampling temperature, a float, ``[S]`` or per token.
