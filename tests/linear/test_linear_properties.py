@@ -156,11 +156,11 @@ def test_gradcheck(backend, head, coefficient):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
 
     layer = linear.Layer(
-        normal(2, 3, 4), normal(7, 4), normal(7), (normal(2, 4), normal(7, 2), 0.5), logit_scale=0.8, logit_softcap=3.0
+        normal(2, 2, 3), normal(5, 3), normal(5), (normal(2, 3), normal(5, 2), 0.5), logit_scale=0.8, logit_softcap=3.0
     )
-    tokens = torch.randint(7, (2, 3), generator=generator).to(DEVICE)
+    tokens = torch.randint(5, (2, 2), generator=generator).to(DEVICE)
     config = ek.PolicyLossConfig(ratio="token" if coefficient == "known" else "sequence", kl_coef=0.1)
-    old, ref, given = normal(2, 3).abs().neg() - 2, normal(2, 3), normal(2)
+    old, ref, given = normal(2, 2).abs().neg() - 2, normal(2, 2), normal(2)
     leaves = {name: leaf.requires_grad_(name in HEADS[head]) for name, leaf in layer.leaves.items()}
 
     def loss(*tensors):
