@@ -1,9 +1,11 @@
 """Pictures of a report: time, rate and memory of the batch that leads, and how time scales."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -123,6 +125,21 @@ def _panels(rows: int, columns: int, width: float, height: float) -> Any:
 def _save(figure: Any, title: str, report: Report, path: Path) -> Path:
     figure.suptitle(title, fontweight="bold")
     figure.supxlabel(headline(report["machine"]), fontsize=7, color="grey")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    return save(figure, path, dpi=120, bbox_inches="tight")
+
+
+def save(figure: Any, path: Path, **options: Any) -> Path:
+    """Write a figure, unless the same pixels are there already: encoders differ, and a page's history should not."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", **options)
     plt.close(figure)
+    drawn.seek(0)
+    if not (path.exists() and _alike(plt.imread(path), plt.imread(drawn))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(drawn.getvalue())
     return path
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether no pixel differs by more than a layout's last digit can change it."""
+    return one.shape == other.shape and bool(np.abs(one - other).max() <= 8 / 255)

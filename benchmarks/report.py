@@ -158,9 +158,14 @@ def notes(report: Report) -> str:
     )
 
 
-def markdown(report: Report, heading: str = "# Benchmarks", leading: bool = False) -> str:
-    """The whole report, or the cases a reader wants first."""
-    parts = [f"{heading}\n\n" if heading else "", f"{headline(report['machine'])}\n\n{notes(report)}\n"]
+def markdown(report: Report) -> str:
+    """The whole report."""
+    return f"# Benchmarks\n\n{headline(report['machine'])}\n\n{notes(report)}\n{tables(report)}"
+
+
+def tables(report: Report, leading: bool = False) -> str:
+    """A table of each case, or of those that a reader wants first."""
+    parts = []
     for case in cases_of(report, leading):
         title, (head, *rows) = section(report, case)
         lines = [head, ["---"] * len(head), *rows]

@@ -16,7 +16,6 @@ import benchmarks.session as session_module
 from benchmarks.__main__ import DEFAULTS, arguments
 from benchmarks.pictures import FAMILIES, draw
 from benchmarks.providers import NATIVE, Provider, own_providers
-from benchmarks.readme import drawn
 from benchmarks.report import make_report, markdown
 from benchmarks.rivals import TRL_KERNEL, rivals
 from benchmarks.session import Who, compared, run, selected
@@ -288,13 +287,3 @@ def test_the_command_writes_its_report(tmp_path):
     if sys.platform == "linux":
         assert all(one["peak_bytes"] >= 0 for one in report["results"])
     assert report["copy_bandwidth"] > 0 and report["machine"]["torch"] == torch.__version__
-
-
-def test_the_readmes_figures_are_those_of_the_results():
-    text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- figures: ") == 4
-    assert drawn(text) == text, "run python -m benchmarks.readme"
-
-
-def test_without_a_gpus_results_the_readme_says_so(tmp_path):
-    assert "Not measured yet" in drawn("<!-- figures: gpu -->\n<!-- end of figures -->", tmp_path)

@@ -1,4 +1,4 @@
-"""Recipes: what each row sets, by hand-computed advantages and losses, and by every backend; the README's table."""
+"""Recipes: what each row sets, by hand-computed advantages and losses, and by every backend; the pages' tables."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from tests.support.batches import FAST
 from tests.support.device import DEVICE
 from tests.support.make_case import PUBLISHED, make_case
 from tests.support.page import shown
-from tests.support.recipe_table import recipe_table
+from tests.support.recipe_table import recipe_table, short_table
 from tests.support.runs import advantages, check, whole
 from tests.support.terms import group_terms
 
@@ -277,5 +277,9 @@ def test_recipes_names_decide_nothing():
         assert path.name == "recipes.py" or not decision.search(path.read_text()), path
 
 
-def test_recipes_of_the_readme_are_rendered_from_the_presets():
+def test_recipes_of_the_pages_are_rendered_from_the_presets():
     assert shown("recipes") == recipe_table(), "run python -m tests.support.recipe_table"
+    short = short_table()
+    assert shown("recipes in short") == short, "run python -m tests.support.recipe_table"
+    named = re.findall(r"`(\w+)`", short)
+    assert {*named, *(f"EGPO_C{place}" for place in range(2, 6))} == {recipe.name for recipe in RECIPES.values()}

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 import egpo_kernels as ek
 from tests.support.accuracy import assert_bits
@@ -21,11 +22,33 @@ def test_every_page_with_code_is_run_by_a_test():
         assert named or not blocks(page), page
 
 
-def test_every_page_is_linked_from_the_readme_and_links_exist():
+def links(page):
+    """What a page links to, relative to the repository."""
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[page]):
+        target = (ROOT / page).parent.joinpath(link).resolve()
+        assert target.exists(), f"{page}: {link}"
+        # The documentation is built from docs alone.
+        assert page == "README.md" or target.is_relative_to(ROOT / "docs"), f"{page}: {link} leaves docs"
+        yield target.relative_to(ROOT).as_posix()
+
+
+def test_links_exist_and_lead_from_the_readme_to_every_page():
+    leads = {page: set(links(page)) for page in PAGES}
+    seen, todo = set(), ["README.md"]
+    while todo:
+        page = todo.pop()
+        seen.add(page)
+        todo += leads.get(page, set()) - seen
+    assert set(PAGES) <= seen
+
+
+def test_anchors_exist():
     for page, text in PAGES.items():
-        assert page == "README.md" or f"({page})" in PAGES["README.md"], page
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-            assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
+        for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
+            target = (ROOT / page).parent.joinpath(link).resolve() if link else ROOT / page
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            found = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in found, f"{page}: {link}#{anchor}"
 
 
 def test_stacks_are_those_of_the_table():
@@ -61,7 +84,48 @@ def test_the_first_page_learns(capsys):
 
 def test_performance_page_scales():
     names = run("docs/performance.md", at_hand())
-    assert names["table"].grad.abs().sum() > 0 and names["lm_head"].weight.grad.abs().sum() > 0
+    assert names["table"].grad.abs().sum() > 0
+
+
+def test_from_logits():
+    names = at_hand()
+    mask = names["mask"]
+    names = run("docs/logits.md", names)
+    assert names["logits"].grad.abs().sum() > 0 and names["metrics"]["policy/tokens/sum"] == mask.sum()
+    assert_bits(names["tokens"][:, :-1], names["input_ids"][:, 1:], "tokens shifted by one")
+
+
+def test_from_hidden_states():
+    names = run("docs/hidden_states.md", at_hand())
+    assert names["hidden"].grad.abs().sum() > 0 and names["lm_head"].weight.grad.abs().sum() > 0
+
+
+def test_micro_batches_make_the_whole_batchs_gradient():
+    names = run("docs/micro_batches.md", at_hand())
+    assert names["metrics"]["policy/tokens/sum"] == names["mask"].sum()
+    whole = at_hand()
+    arguments = [whole[name] for name in ("tokens", "groups", "rewards")]
+    logits = whole["model"](whole["tokens"])
+    ek.egpo_loss(logits, *arguments, old_log_probs=whole["old_log_probs"], mask=whole["mask"]).loss.backward()
+    torch.testing.assert_close(names["table"].grad, whole["table"].grad, rtol=1e-12, atol=1e-15)
+
+
+def test_options_page_weighs_and_prices():
+    names = run("docs/options.md", at_hand())
+    names["loss"].backward()
+    assert names["logits"].grad.abs().sum() > 0
+    weights = names["weights"]
+    assert weights.shape == (16,) and ((weights == 0) | ((weights >= 0.5) & (weights <= 2))).all()
+
+
+def test_diagnostics_page():
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    pytest.importorskip("scipy")
+    names = run("docs/diagnostics.md", at_hand())
+    assert 0 <= names["auc"] <= 1 and -1 <= names["spearman"] <= 1
+    assert names["gap"] == names["gap"] != 0 and set(names["curves"]) == {"thinking", "answer"}
+    assert "nats" in names["axes"].get_xlabel() + names["axes"].get_ylabel()
 
 
 def test_recipes_page_changes_what_it_says():

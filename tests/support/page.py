@@ -21,21 +21,23 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body))
 
 
-def _cut(name: str) -> tuple[str, str, str]:
-    before, rest = PAGES["README.md"].split(f"<!-- {name} -->")
+def _cut(name: str) -> tuple[str, str, str, str]:
+    """The one page that holds a table, and its text around and inside it."""
+    (page,) = (page for page, text in PAGES.items() if f"<!-- {name} -->" in text)
+    before, rest = PAGES[page].split(f"<!-- {name} -->")
     table, after = rest.split(f"<!-- end of {name} -->")
-    return before, table.strip(), after
+    return page, before, table.strip(), after
 
 
 def shown(name: str) -> str:
-    """A table of the README that is drawn from data."""
-    return _cut(name)[1]
+    """A table that is drawn from data, on whichever page holds it."""
+    return _cut(name)[2]
 
 
 def draw(name: str, table: str) -> None:
-    """Put a table into the README."""
-    before, _, after = _cut(name)
-    (ROOT / "README.md").write_text(f"{before}<!-- {name} -->\n{table}\n<!-- end of {name} -->{after}")
+    """Put a table into the page that holds it."""
+    page, before, _, after = _cut(name)
+    (ROOT / page).write_text(f"{before}<!-- {name} -->\n{table}\n<!-- end of {name} -->{after}")
 
 
 def run(page: str, names: dict[str, Any] | None = None) -> dict[str, Any]:

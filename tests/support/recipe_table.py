@@ -1,4 +1,4 @@
-"""The README's table of recipes, made of the presets and their docstrings: python -m tests.support.recipe_table"""
+"""The tables of recipes, made of the presets and their docstrings: python -m tests.support.recipe_table"""
 
 import ast
 import itertools
@@ -10,15 +10,18 @@ from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Reci
 from tests.support.page import draw, markdown
 
 HEADER = ["recipe", "source", "advantage", "weight", "all wrong", "loss", "reduction"]
+ABLATION = re.compile(r"EGPO_C\d")
+ABLATIONS = "EGPO with another clamp, all-wrong rule or normalisation: the paper's ablations"
 
 
-def sources() -> dict[str, str]:
-    """The paper in the docstring under each preset."""
+def sources() -> dict[str, tuple[str, str]]:
+    """What the docstring under each preset says before it names the paper, and the paper."""
     body = ast.parse(Path(recipes.__file__).read_text()).body
     found = {}
     for preset, text in itertools.pairwise(body):
         if isinstance(preset, ast.Assign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            found[preset.targets[0].id] = re.search(r"arXiv (\d{4}\.\d{5})", text.value.value).group(1)
+            said = re.match(r"(.*?)\s+\([^()]*arXiv (\d{4}\.\d{5})", text.value.value, re.DOTALL)
+            found[preset.targets[0].id] = said.groups()
     return found
 
 
@@ -79,10 +82,25 @@ def row(recipe: Recipe, source: str) -> list[str]:
 
 
 def recipe_table() -> str:
-    """Markdown, a row for each preset."""
+    """Markdown, a row for each preset with its settings."""
     papers = sources()
-    return markdown([HEADER, *(row(it, papers[it.name]) for it in recipes.RECIPES.values())])
+    return markdown([HEADER, *(row(it, papers[it.name][1]) for it in recipes.RECIPES.values())])
+
+
+def short_table() -> str:
+    """Markdown, a row for each method in a line of its own; a method's ablations share one."""
+    found = sources()
+    rows = [
+        [f"`{name}`", said, f"[{paper}](https://arxiv.org/abs/{paper})"]
+        for name, (said, paper) in found.items()
+        if not ABLATION.fullmatch(name)
+    ]
+    ablations = [name for name in found if ABLATION.fullmatch(name)]
+    first, last = (f"`{ablations[place]}`" for place in (0, -1))
+    rows.insert(1, [f"{first} to {last}", ABLATIONS, rows[0][2]])
+    return markdown([["recipe", "what", "paper"], *rows])
 
 
 if __name__ == "__main__":
     draw("recipes", recipe_table())
+    draw("recipes in short", short_table())

@@ -1,4 +1,4 @@
-"""The README's table of training stacks, with the lines of each adapter: python -m tests.support.stack_table"""
+"""The table of training stacks, with the lines of each adapter: python -m tests.support.stack_table"""
 
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ def stack_table() -> str:
     for stack in STACKS:
         files = ", ".join(f"`integrations/{file}`" for file in stack.files) or "none: the page's code"
         count = " + ".join(str(lines(file)) for file in stack.files)
-        rows.append([f"[{stack.name}](docs/{stack.page}.md)", stack.version, stack.ran, files, count or "-"])
+        rows.append([f"[{stack.name}]({stack.page}.md)", stack.version, stack.ran, files, count or "-"])
     return markdown(rows)
 
 
