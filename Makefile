@@ -32,7 +32,7 @@ FETCH = $(BIN)/python -m pip download -qq -d .whl --only-binary=:all: --python-v
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 $(BIN)/python -m pip install -qq
 
 .NOTPARALLEL:
-.PHONY: help venv test lint parity apart newest tritons pythons bench gpu wheels demo trl
+.PHONY: help venv test lint parity apart newest tritons pythons bench gpu wheels demo trl docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ demo: $(VENV)/.stamp-demo ## train a small model on CPU (ARGS="--recipe grpo --s
 trl: $(VENV)/.stamp-demo $(VENV)/.stamp-trl ## train the same model by TRL's trainer on CPU (ARGS="--recipe grpo --steps 4")
 	HF_HUB_OFFLINE=1 $(BIN)/python -m demo.trl $(ARGS)
 
+docs: $(VENV)/.stamp-docs ## build the documentation site into site/; broken links fail
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
+
 # torch comes first and alone, so that no other package chooses its version.
 $(VENV)/.stamp-torch: pyproject.toml Makefile
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
@@ -118,6 +121,11 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-torch
 $(VENV)/.stamp-trl: $(VENV)/.stamp-torch
 	@echo "installing the trl extra into $(VENV)"
 	@$(PIP) -e '.[trl]'
+	@touch $@
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-torch
+	@echo "installing the docs extra into $(VENV)"
+	@$(PIP) -e '.[docs]'
 	@touch $@
 
 .venv-newest/.stamp: tests/integrations/environments/newest.txt Makefile

@@ -32,9 +32,9 @@ def links(page):
         yield target.relative_to(ROOT).as_posix()
 
 
-def test_links_exist_and_lead_from_the_readme_to_every_page():
+def test_links_exist_and_lead_from_the_start_pages_to_every_page():
     leads = {page: set(links(page)) for page in PAGES}
-    seen, todo = set(), ["README.md"]
+    seen, todo = set(), ["README.md", "docs/index.md"]
     while todo:
         page = todo.pop()
         seen.add(page)
