@@ -127,12 +127,10 @@ def linear_policy_loss(
     The logits are ``z = c tanh(x / c)`` with ``x = logit_scale (h (W + scale B A)^T + bias)``, undivided by the
     temperature. They are made a chunk of rows at a time, and the gradients while the chunk is there:
 
-    =========================================  ==============  ==============
-    products of the size of the logits         head trains     head is frozen
-    =========================================  ==============  ==============
-    coefficient known with the row             3               2
-    known later (see `logits_policy_loss`)     4               2, or 3 with ``entropy_coef``
-    =========================================  ==============  ==============
+    | products of the size of the logits     | head trains | head is frozen                |
+    |----------------------------------------|-------------|-------------------------------|
+    | coefficient known with the row         | 3           | 2                             |
+    | known later (see `logits_policy_loss`) | 4           | 2, or 3 with ``entropy_coef`` |
 
     A frozen head's 16-bit gradient is rounded once more where it is scaled later.
 

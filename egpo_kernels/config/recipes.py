@@ -94,6 +94,7 @@ RECIPES: dict[str, Recipe] = {
         *(REINFORCE_PP_BASELINE, LITE_PPO, MAXRL, CISPO, SAPO, GMPO),
     )
 }
+"""Every recipe by its name in lower case."""
 
 
 def get(recipe: str | Recipe) -> Recipe:

@@ -34,13 +34,11 @@ def fuse_policy_loss(model: Model, *, logits_dtype: torch.dtype | None = None) -
     ``policy`` holds a function's arguments by name, but for those that the model knows (hidden, weight, bias, lora,
     logit_scale, logit_softcap):
 
-    ===========================  ==========================  =================
-    keys of ``policy``           function                    returned
-    ===========================  ==========================  =================
-    tokens, groups, rewards      `linear_egpo_loss`          `LossOutput`
-    tokens, advantages           `linear_policy_loss`        `LossOutput`
-    tokens                       `linear_token_log_probs`    `TokenLogProbs`
-    ===========================  ==========================  =================
+    | keys of ``policy``      | function                 | returned        |
+    |-------------------------|--------------------------|-----------------|
+    | tokens, groups, rewards | `linear_egpo_loss`       | `LossOutput`    |
+    | tokens, advantages      | `linear_policy_loss`     | `LossOutput`    |
+    | tokens                  | `linear_token_log_probs` | `TokenLogProbs` |
 
     The hidden state at position t scores ``tokens[:, t]`` and nothing is shifted: `next_token_targets` makes such
     tokens. ``logits_to_keep`` chooses positions as it does for logits; tokens ``[N]`` go with input_ids ``[1, N]``. All
