@@ -8,6 +8,7 @@ import pytest
 
 import egpo_kernels as ek
 from egpo_kernels import diagnostics
+from egpo_kernels.formulas import metrics
 from tests.support.page import PAGES, ROOT, at_hand, run
 
 pytestmark = pytest.mark.cpu
@@ -55,6 +56,17 @@ def test_every_public_name_has_one_place():
 def test_the_api_page_lists_what_the_others_hold():
     listed = set(re.findall(r"`(\w+)`", (DOCS / "api" / "index.md").read_text()))
     assert {name for name in ek.__all__ if name != "recipes"} <= listed
+
+
+def test_every_metric_is_explained():
+    code = set(re.findall(r"`([\w/.]+)`", (DOCS / "api" / "metrics.md").read_text()))
+    known = {key for table in (metrics.TOKEN, metrics.GROUP) for key in table.keys}
+    stems = {name.removesuffix("...") for name in code if name.endswith("/...")}
+    named = {name for name in code if name.startswith(("policy/", "egpo/")) and not name.endswith("...")}
+    endings = re.compile(r"(count/)?sum|mean|min|max")
+    assert named <= known and all(any(key.startswith(stem) for key in known) for stem in stems)
+    left = {key for key in known - named if not any(endings.fullmatch(key.removeprefix(stem)) for stem in stems)}
+    assert not left
 
 
 def test_navigation_lists_every_page():
