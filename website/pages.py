@@ -19,7 +19,9 @@ CODE = re.compile(
     r"|<code>(?P<name>\w+)</code>",
     re.DOTALL,
 )
-FOREIGN = re.compile(r"<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
+FOREIGN = re.compile(
+    r"<(?:script|img|iframe|link\b(?![^>]*\brel=.?(?:canonical|next|prev)))\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>"
+)
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -27,7 +29,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
     def linked(found: re.Match[str]) -> str:
         place = PLACES.get(found["name"] or "")
-        return f'<autoref optional identifier="{place}">{found[0]}</autoref>' if place else found[0]
+        return f'<autoref identifier="{place}">{found[0]}</autoref>' if place else found[0]
 
     return CODE.sub(linked, html)
 

@@ -85,19 +85,20 @@ def test_names_in_prose_are_links():
     kept = "<h2><code>egpo_loss</code></h2><pre>x <code>egpo_loss</code></pre><code>mask</code>"
     argument = '<tr class="doc-section-item"><td><code>rollout_weights</code></td>'
     html = pages.on_page_content(f"{kept}{argument}<td><code>roc</code></td></tr>")
-    link = '<autoref optional identifier="egpo_kernels.diagnostics.roc"><code>roc</code></autoref>'
+    link = '<autoref identifier="egpo_kernels.diagnostics.roc"><code>roc</code></autoref>'
     assert html == f"{kept}{argument}<td>{link}</td></tr>"
 
 
-@pytest.mark.parametrize("source", ["https://example.org/x.js", "//example.org/x.js"])
-def test_a_page_loads_nothing_from_elsewhere(source):
+@pytest.mark.parametrize("what", ['script src="https:', 'script async src="', 'link rel="stylesheet" href="https:'])
+def test_a_page_loads_nothing_from_elsewhere(what):
     exceptions = pytest.importorskip("mkdocs.exceptions")
     pages = importlib.import_module("website.pages")
     page = type("Page", (), {"file": type("File", (), {"src_uri": "index.md"})})
     own = '<a href="https://arxiv.org/abs/2602.22751">paper</a><script src="assets/x.js"></script>'
+    own += '<link rel="canonical" href="https://example.org/"><link rel="stylesheet" href="assets/x.css">'
     assert pages.on_post_page(own, page) == own
-    with pytest.raises(exceptions.PluginError, match=r"index\.md loads <script"):
-        pages.on_post_page(f'<script src="{source}"></script>', page)
+    with pytest.raises(exceptions.PluginError, match=rf"index\.md loads <{what}"):
+        pages.on_post_page(f'{own}<{what}//example.org/x">', page)
 
 
 def test_settings_show_the_defaults_that_they_have():
