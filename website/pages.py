@@ -1,4 +1,4 @@
-"""What the site does to its pages: a public name in code is a link to its place in the API, and nothing is foreign."""
+"""What the site does to its pages: public names lead to the API, pictures to their full size, nothing is foreign."""
 
 import re
 from pathlib import Path
@@ -19,19 +19,20 @@ CODE = re.compile(
     r"|<code>(?P<name>\w+)</code>",
     re.DOTALL,
 )
+PICTURE = re.compile(r'<img [^>]*\bsrc="([^"]+)"[^>]*>')
 FOREIGN = re.compile(
     r"<(?:script|img|iframe|link\b(?![^>]*\brel=.?(?:canonical|next|prev)))\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>"
 )
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Link names; headings, links, blocks of code and names of arguments stay as they are."""
+    """Link names and pictures; headings, links, blocks of code and names of arguments stay as they are."""
 
     def linked(found: re.Match[str]) -> str:
         place = PLACES.get(found["name"] or "")
         return f'<autoref identifier="{place}">{found[0]}</autoref>' if place else found[0]
 
-    return CODE.sub(linked, html)
+    return PICTURE.sub(r'<a href="\1">\g<0></a>', CODE.sub(linked, html))
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:

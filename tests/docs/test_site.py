@@ -79,7 +79,7 @@ def test_the_start_page_makes_a_gradient():
     assert names["logits"].grad.abs().sum() > 0 and names["metrics"]["policy/tokens/sum"] == names["mask"].sum()
 
 
-def test_names_in_prose_are_links():
+def test_names_in_prose_and_pictures_are_links():
     pytest.importorskip("mkdocs")
     pages = importlib.import_module("website.pages")
     kept = "<h2><code>egpo_loss</code></h2><pre>x <code>egpo_loss</code></pre><code>mask</code>"
@@ -87,6 +87,10 @@ def test_names_in_prose_are_links():
     html = pages.on_page_content(f"{kept}{argument}<td><code>roc</code></td></tr>")
     link = '<autoref identifier="egpo_kernels.diagnostics.roc"><code>roc</code></autoref>'
     assert html == f"{kept}{argument}<td>{link}</td></tr>"
+    assert (
+        pages.on_page_content('<img alt="x" src="../x.png" />')
+        == '<a href="../x.png"><img alt="x" src="../x.png" /></a>'
+    )
 
 
 @pytest.mark.parametrize("what", ['script src="https:', 'script async src="', 'link rel="stylesheet" href="https:'])
