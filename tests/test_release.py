@@ -1,0 +1,73 @@
+"""What is released: an sdist that makes the same wheel."""
+
+import email
+import re
+import shutil
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import egpo_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    from hatchling.builders.sdist import SdistBuilder  # here: a machine with a GPU may have none
+
+    (path,) = SdistBuilder(str(ROOT)).build(directory=str(tmp_path_factory.mktemp("sdist")))
+    return Path(path)
+
+
+def wheel_of(root, folder):
+    """Name and bytes of every file of the wheel that is made from a tree."""
+    from hatchling.builders.wheel import WheelBuilder
+
+    (path,) = WheelBuilder(str(root)).build(directory=str(folder))
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+# The files that are built.
+
+
+def test_the_sdist_makes_the_wheel_of_the_repository(sdist, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "tree", filter="data")
+    (tree,) = (tmp_path / "tree").iterdir()
+    again = wheel_of(tree, tmp_path / "again")
+    assert "egpo_kernels/__init__.py" in again
+    assert again == wheel_of(ROOT, tmp_path / "wheel")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="not a checkout")
+def test_the_sdist_holds_the_repository_and_nothing_that_git_ignores(sdist):
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-from=.gitignore"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    known = {name for name in listed.split("\0") if (ROOT / name).is_file()}
+    with tarfile.open(sdist) as archive:
+        held = {member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()}
+    assert "tests/test_release.py" in held
+    assert held == known | {"PKG-INFO"}
+
+
+def test_the_sdist_is_small(sdist):
+    assert sdist.stat().st_size < 5 * 2**20
+
+
+def test_metadata_is_complete(tmp_path):
+    wheel = wheel_of(ROOT, tmp_path)
+    (text,) = (held for name, held in wheel.items() if name.endswith(".dist-info/METADATA"))
+    metadata = email.message_from_bytes(text)
+    wanted = {"Name", "Version", "Summary", "Author", "Keywords", "Requires-Python", "Description-Content-Type"}
+    wanted |= {"License-Expression", "License-File", "Project-URL", "Classifier", "Provides-Extra", "Requires-Dist"}
+    assert not wanted - set(metadata.keys())
+    assert metadata["Version"] == egpo_kernels.__version__
+    classifiers = metadata.get_all("Classifier")
+    pythons = [each for each in classifiers if re.search(r":: 3\.\d+$", each)]
+    assert metadata["Requires-Python"] == ">=" + pythons[0].rsplit(" ", 1)[1]
+    assert not [each for each in classifiers if each.startswith("License ::")]  # the expression says it
