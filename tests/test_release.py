@@ -1,4 +1,4 @@
-"""What is released: an sdist that makes the same wheel."""
+"""What is released: an sdist that makes the same wheel, and forms that can be read."""
 
 import email
 import re
@@ -30,6 +30,12 @@ def wheel_of(root, folder):
     (path,) = WheelBuilder(str(root)).build(directory=str(folder))
     with zipfile.ZipFile(path) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
+
+
+def read_yaml(name):
+    import yaml  # here, for the same reason
+
+    return yaml.safe_load((ROOT / name).read_text())
 
 
 # The files that are built.
@@ -71,3 +77,26 @@ def test_metadata_is_complete(tmp_path):
     pythons = [each for each in classifiers if re.search(r":: 3\.\d+$", each)]
     assert metadata["Requires-Python"] == ">=" + pythons[0].rsplit(" ", 1)[1]
     assert not [each for each in classifiers if each.startswith("License ::")]  # the expression says it
+
+
+# What a contributor and a reporter meet.
+
+
+def test_a_commit_runs_make_lint():
+    hooks = [hook for repo in read_yaml(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
+    assert [(hook["language"], hook["entry"]) for hook in hooks] == [("system", "make lint")]
+    assert re.search(r"^lint:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def test_a_bug_report_starts_with_what_the_commands_print():
+    form = read_yaml(".github/ISSUE_TEMPLATE/bug.yml")
+    assert form.keys() >= {"name", "description", "body"}
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    first = fields[0]["attributes"]["label"]
+    assert "`egpo-kernels info`" in first and "`egpo-kernels check`" in first
+    assert len({field["id"] for field in fields}) == len(fields) == 4
+    assert all(field["validations"]["required"] for field in fields)
+
+
+def test_what_fits_no_form_can_be_filed():
+    assert read_yaml(".github/ISSUE_TEMPLATE/config.yml") == {"blank_issues_enabled": True}
