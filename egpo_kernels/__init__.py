@@ -20,7 +20,7 @@ from egpo_kernels.rollouts.sampling import off_policy_mask, rollout_weights
 from egpo_kernels.rollouts.spans import response_spans, top_entropy_mask
 from egpo_kernels.rollouts.targets import next_token_targets
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdvantageConfig",

@@ -1,4 +1,4 @@
-"""What is released: an sdist that makes the same wheel, and forms that can be read."""
+"""What is released: one version everywhere, an sdist that makes the same wheel, and forms that can be read."""
 
 import email
 import re
@@ -77,6 +77,19 @@ def test_metadata_is_complete(tmp_path):
     pythons = [each for each in classifiers if re.search(r":: 3\.\d+$", each)]
     assert metadata["Requires-Python"] == ">=" + pythons[0].rsplit(" ", 1)[1]
     assert not [each for each in classifiers if each.startswith("License ::")]  # the expression says it
+
+
+# One version.
+
+
+def test_changelog_and_citation_know_the_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## (.*)$", changelog, re.M)
+    assert headings[0] == "[Unreleased]"
+    version, date = re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)", headings[1]).groups()
+    citation = read_yaml("CITATION.cff")
+    assert version == egpo_kernels.__version__ == citation["version"]
+    assert date == citation["date-released"]
 
 
 # What a contributor and a reporter meet.
