@@ -82,6 +82,18 @@ def test_metadata_is_complete(tmp_path):
 # One version.
 
 
+def test_extras_pin_the_same_versions():
+    import tomllib  # here: Python 3.10 has none, and the extras are not for it
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pins = [re.match(r"([\w.-]+)==([\w.]+)(?!\S*\*)", line) for lines in extras.values() for line in lines]
+    versions = {}
+    for name, version in (pin.groups() for pin in pins if pin):
+        versions.setdefault(name, set()).add(version)
+    assert len(versions) > 20
+    assert not {name: found for name, found in versions.items() if len(found) > 1}
+
+
 def test_changelog_and_citation_know_the_version():
     changelog = (ROOT / "CHANGELOG.md").read_text()
     headings = re.findall(r"^## (.*)$", changelog, re.M)
