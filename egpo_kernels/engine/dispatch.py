@@ -25,10 +25,8 @@ def choose_backend(backend: str, device: torch.device) -> str:
         RuntimeError: Triton is asked for and not installed.
     """
     check_choice("backend", backend, BACKENDS)
-    if backend == "auto" and os.environ.get("EGPO_KERNELS_BACKEND"):
-        backend = check_choice("EGPO_KERNELS_BACKEND", os.environ["EGPO_KERNELS_BACKEND"], BACKENDS)
     if backend == "auto":
-        return "triton" if device.type in TRITON_DEVICES and TRITON_INSTALLED else "portable"
+        backend = auto_backend(device)[0]
     if backend == "triton":
         if not TRITON_INSTALLED:
             raise RuntimeError("backend is 'triton' and triton is not installed; install egpo-kernels[triton]")
@@ -38,6 +36,22 @@ def choose_backend(backend: str, device: torch.device) -> str:
                 "set before triton is imported (slow: it interprets the kernels), or backend='portable'"
             )
     return backend
+
+
+def auto_backend(device: torch.device) -> tuple[str, str]:
+    """What ``auto`` takes on ``device``, and why.
+
+    Raises:
+        ValueError: ``EGPO_KERNELS_BACKEND`` is no backend.
+    """
+    named = os.environ.get("EGPO_KERNELS_BACKEND")
+    if named and check_choice("EGPO_KERNELS_BACKEND", named, BACKENDS) != "auto":
+        return named, "EGPO_KERNELS_BACKEND says so"
+    if device.type not in TRITON_DEVICES:
+        return "portable", f"triton's kernels run on {' and '.join(TRITON_DEVICES)} devices"
+    if not TRITON_INSTALLED:
+        return "portable", "triton is not installed; install egpo-kernels[triton]"
+    return "triton", "triton is installed, and its kernels run on this device"
 
 
 def implementation(backend: str) -> ModuleType:
