@@ -1,0 +1,149 @@
+"""Every kernel against `reference` in float64: what is asked of it, on which batches, and what came of it."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from egpo_kernels.command import calls, terms
+from egpo_kernels.command.accuracy import Judgement, judge, unfit
+from egpo_kernels.command.batches import Batch, Problem, make_problem
+from egpo_kernels.config.recipes import RECIPES
+from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Recipe
+
+PLAIN = PolicyLossConfig()
+BOTH_TERMS = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.01)
+SCALE = 1024.0
+"""Of a loss in float16, whose gradient would be too small for it; a power of two rounds nothing."""
+ODD, LARGE = 1031, 151936
+"""Vocabularies: one that no block divides, and one that no cache holds many rows of."""
+
+PER_POSITION = ("log_probs", "entropy", "gradient of logits", "gradient of hidden", "gradient of log_probs")
+"""Outputs that are exactly 0 where a position does not count."""
+
+
+class Check(NamedTuple):
+    """What is asked: a call, and the coefficients that its terms follow from."""
+
+    what: str
+    run: Callable[[Batch, str], calls.Outputs]
+    coefficients: Callable[[Problem], terms.Coefficients]
+    problems: list[Problem]
+
+
+class Verdict(NamedTuple):
+    """Of one check on all its batches: the worst of them, what was wrong where."""
+
+    what: str
+    on: str
+    output: str
+    worst: Judgement
+    wrong: list[str]
+
+
+def checks(device: torch.device, interpreted: bool) -> list[Check]:
+    """All of them; interpreted on small batches."""
+    given = _given(device, interpreted)
+    problems = problems_of_logits(device, interpreted)
+    # In bfloat16 too, which the interpreter does not round to as devices do.
+    layers = [make_problem(device, *given[number], linear=True) for number in ((0, 1) if interpreted else (0, 2))]
+    scores = [problem.of_log_probs() for problem in problems[:2]]
+    return [*of_logits(problems), *_of_hidden(layers), *_of_log_probs(scores), *_of_groups(scores)]
+
+
+def problems_of_logits(device: torch.device, interpreted: bool) -> list[Problem]:
+    """What the kernels over logits are checked on."""
+    return [make_problem(device, *one) for one in _given(device, interpreted)]
+
+
+def _given(device: torch.device, interpreted: bool) -> list[tuple[torch.dtype, int, int, bool]]:
+    """Dtype, vocabulary, length of sequences, whether they are packed."""
+    if interpreted:
+        return [(torch.float32, ODD, 3, False), (torch.float16, ODD, 3, True)]
+    short = 2 if device.type == "cpu" else 16
+    return [
+        (torch.float32, ODD, 8, False),
+        (torch.float16, ODD, 8, True),
+        (torch.bfloat16, ODD, 8, True),
+        (torch.bfloat16, LARGE, short, False),
+    ]
+
+
+def _loss(what: str, problems: list[Problem], recipe: Recipe | PolicyLossConfig, **options: Any) -> Check:
+    old, times = options.get("old", True), options.get("times", 1.0)
+    size = partial(terms.of_loss, recipe=recipe, old=old, times=times)
+    return Check(what, partial(calls.loss, recipe=recipe, **options), size, problems)
+
+
+def of_logits(problems: list[Problem]) -> Iterator[Check]:
+    """Those of the kernels over logits."""
+    for entropy, name in ((False, "token_log_probs"), (True, "token_log_probs, entropy")):
+        yield Check(name, partial(calls.token_log_probs, entropy=entropy), terms.of_log_probs, problems)
+    loss = partial(_loss, problems=problems)
+    scaled: dict[str, Any] = {"times": SCALE, "grad_scale": SCALE}
+    yield loss("logits_policy_loss, one pass", recipe=PLAIN, **scaled)
+    yield loss("logits_policy_loss, in place", recipe=PLAIN, inplace=True, **scaled)
+    yield loss("logits_policy_loss, another upstream", recipe=PLAIN, times=-3 * SCALE, grad_scale=SCALE)
+    yield loss("logits_policy_loss, KL and entropy bonus", recipe=BOTH_TERMS, **scaled)
+    yield loss("logits_policy_loss, sequence ratio", recipe=PolicyLossConfig(ratio="sequence"), times=SCALE)
+    yield loss("egpo_loss", recipe=RECIPES["egpo"], **scaled)
+    yield loss("egpo_loss, on-policy", recipe=RECIPES["egpo"], old=False, **scaled)
+
+
+def _of_hidden(problems: list[Problem]) -> Iterator[Check]:
+    yield Check("linear_token_log_probs", partial(calls.token_log_probs, entropy=True), terms.of_log_probs, problems)
+    loss = partial(_loss, problems=problems, times=SCALE, grad_scale=SCALE)
+    yield loss("linear_policy_loss, head trains", recipe=PLAIN)
+    yield loss("linear_policy_loss, head frozen", recipe=PLAIN, trains=False)
+    yield loss("linear_policy_loss, sequence ratio", recipe=PolicyLossConfig(ratio="sequence"))
+    yield loss("linear_policy_loss, sequence ratio, frozen", recipe=PolicyLossConfig(ratio="sequence"), trains=False)
+    yield loss("linear_egpo_loss", recipe=RECIPES["egpo"])
+
+
+def _of_log_probs(problems: list[Problem]) -> Iterator[Check]:
+    seen: dict[PolicyLossConfig, str] = {}
+    for name, recipe in RECIPES.items():
+        config = recipe.loss
+        if config.reduction == "seq_mean_token_sum_norm":
+            config = recipe.replace(norm_length=8).loss
+        seen.setdefault(config, name)
+    everything = PolicyLossConfig(dual_clip=3.0, kl="k2", kl_coef=0.1, kl_times_ratio=True, entropy_coef=0.01)
+    seen[everything] = "dual clip, KL, entropy bonus"
+    for config, name in seen.items():
+        run = partial(calls.policy_loss, config=config)
+        yield Check(f"policy_loss, {name}", run, partial(terms.of_loss, recipe=config), problems)
+
+
+def _of_groups(problems: list[Problem]) -> Iterator[Check]:
+    seen: dict[AdvantageConfig, str] = {}
+    for name, recipe in RECIPES.items():
+        seen.setdefault(recipe.advantage, name)
+    for config, name in seen.items():
+        run = partial(calls.group_advantages, config=config)
+        yield Check(f"group_advantages, {name}", run, terms.of_log_probs, problems)
+
+
+def verdict(check: Check, backend: str) -> Verdict:
+    """Run it, and the reference twice; a call that raises is wrong."""
+    found: list[tuple[str, str, Judgement]] = []
+    for problem in check.problems:
+        try:
+            found += [(problem.title, name, one) for name, one in _judged(check, problem, backend)]
+        except Exception as error:
+            found.append((problem.title, "call", unfit(f"{type(error).__name__}: {error}")))
+    on, output, worst = max(found, key=lambda one: (bool(one[2].wrong), one[2].share))
+    wrong = [f"{check.what} on {title}: {name}: {one.wrong}" for title, name, one in found if one.wrong]
+    return Verdict(check.what, on, output, worst, wrong)
+
+
+def _judged(check: Check, problem: Problem, backend: str) -> Iterator[tuple[str, Judgement]]:
+    exact = check.run(problem.exact, calls.REFERENCE)
+    plain, found = (check.run(problem.given, one) for one in (calls.REFERENCE, backend))
+    sizes = terms.of_outputs(problem, check.coefficients(problem), exact)
+    if found.keys() != exact.keys():
+        yield "outputs", unfit(f"{sorted(found)} where reference has {sorted(exact)}")
+    for name in [name for name in exact if name in found]:
+        yield name, judge(found[name], plain[name], exact[name], sizes[name])
+        if name in PER_POSITION and found[name][~problem.given.mask].any():
+            yield name, unfit("not 0 at positions that the mask leaves out")

@@ -1,0 +1,86 @@
+"""Sizes of terms of each output, to first order, which the accuracy rule multiplies by eps.
+
+The tests have an analysis of every step; here the exact derivative of the loss, times the largest doubt about a
+log-ratio, stands for all of it.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.api import groups, logits
+from egpo_kernels.command.batches import Problem
+from egpo_kernels.command.calls import ENTROPY_UPSTREAM, REFERENCE, Outputs, upstream
+from egpo_kernels.config.settings import PolicyLossConfig, Recipe
+
+Terms = dict[str, Tensor | float]
+
+STEPS = 4
+"""Of a group-level result: mean, spread, quotient, weight, each at most as large as the largest."""
+
+
+class Coefficients(NamedTuple):
+    """Of a row's gradient with respect to its log-prob and entropy, ``[N]`` each, and the size of the loss."""
+
+    slope: Tensor
+    bonus: Tensor
+    loss: float
+
+
+def of_log_probs(problem: Problem) -> Coefficients:
+    """Of what `egpo_kernels.command.calls.token_log_probs` differentiates."""
+    slope = upstream(problem.exact).double().abs().flatten()
+    return Coefficients(slope, torch.full_like(slope, ENTROPY_UPSTREAM), 0.0)
+
+
+def of_loss(problem: Problem, recipe: Recipe | PolicyLossConfig, old: bool = True, times: float = 1.0) -> Coefficients:
+    """Exact derivatives; and the loss were every advantage negative, so that no two terms cancel out."""
+    batch, config = problem.exact, recipe.loss if isinstance(recipe, Recipe) else recipe
+    given: dict[str, Any] = {"cu_seqlens": batch.cu_seqlens, "backend": REFERENCE}
+    advantages, old_log_probs = batch.advantages, batch.old_log_probs if old else None
+    if isinstance(recipe, Recipe):
+        source = batch.old_log_probs if old else batch.log_probs
+        of_groups = {"entropy": batch.entropy, "config": recipe.advantage, **given}
+        advantages = groups.group_advantages(batch.groups, batch.rewards, source, batch.mask, **of_groups).advantages
+    given |= {"ref_log_probs": batch.ref_log_probs, "config": config}
+
+    def derivatives(chosen: Tensor) -> tuple[Tensor, list[Tensor]]:
+        leaves = [value.clone().requires_grad_() for value in (batch.log_probs, batch.entropy)]
+        loss = logits.policy_loss(leaves[0], old_log_probs, chosen, batch.mask, entropy=leaves[1], **given).loss
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return loss, [torch.zeros_like(leaf) if it is None else it for it, leaf in zip(found, leaves, strict=True)]
+
+    slope, bonus = (abs(times) * found.abs().flatten() for found in derivatives(advantages)[1])
+    return Coefficients(slope, bonus, float(derivatives(-advantages.abs())[0].detach().abs()))
+
+
+def of_outputs(problem: Problem, coefficients: Coefficients, exact: Outputs) -> Terms:
+    """For each output its terms."""
+    doubt, batch = problem.doubt, problem.exact
+    rows = doubt * (coefficients.slope + coefficients.bonus)
+    found: Terms = {}
+    for name, value in exact.items():
+        if name == "log_probs":
+            found[name] = doubt
+        elif name == "entropy":
+            found[name] = problem.entropy
+        elif name == "loss":
+            found[name] = doubt * coefficients.loss
+        elif name == "metrics":
+            found[name] = doubt * (1 + value.abs())
+        elif name == "gradient of logits":
+            found[name] = (rows[:, None] * problem.spread).view(value.shape)
+        elif name == "gradient of hidden":
+            assert batch.weight is not None
+            found[name] = (rows[:, None] * problem.spread @ batch.weight.abs()).view(value.shape)
+        elif name == "gradient of weight":
+            assert batch.hidden is not None
+            found[name] = (rows[:, None] * problem.spread).t() @ batch.hidden.abs().flatten(0, -2)
+        elif name == "gradient of log_probs":
+            found[name] = doubt * coefficients.slope.view(value.shape)
+        elif name == "gradient of entropy":
+            found[name] = doubt * coefficients.bonus.view(value.shape)
+        else:
+            found[name] = STEPS * float(value.abs().nan_to_num(0.0).max())
+    return found

@@ -1,0 +1,258 @@
+"""`egpo-kernels check`: a right library passes, a wrong kernel fails by name, what cannot run says what to do."""
+
+import importlib
+import re
+
+import pytest
+import torch
+
+from egpo_kernels import portable
+from egpo_kernels.command import bandwidth, check, checks
+from egpo_kernels.command.main import main
+from egpo_kernels.engine import dispatch
+from tests.support.batches import NEEDS_TRITON
+from tests.support.calls import FUNCTIONS
+
+pytestmark = pytest.mark.cpu
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_backend_in_the_environment(monkeypatch):
+    monkeypatch.delenv("EGPO_KERNELS_BACKEND", raising=False)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The batches that are small enough for the interpreter, and no bandwidth."""
+    every = checks.checks
+    monkeypatch.setattr(check, "checks", lambda device, interpreted: every(device, True))
+    monkeypatch.setattr(check, "rates", lambda device, backend: iter(()))
+
+
+def run(capsys, *arguments):
+    status = main(["check", "--device", "cpu", *arguments])
+    return status, capsys.readouterr().out
+
+
+def wrong_lines(printed):
+    return [line for line in printed.splitlines() if line.startswith("WRONG ")]
+
+
+# A right library.
+
+
+def test_every_function_that_takes_a_backend_is_checked():
+    assert {one.what.split(",")[0] for one in checks.checks(CPU, True)} == set(FUNCTIONS)
+
+
+def test_all_dtypes_layouts_and_vocabularies_are_walked():
+    problems = checks.problems_of_logits(CPU, False)
+    given = [problem.given for problem in problems]
+    assert {one.logits.dtype for one in given} == {torch.float32, torch.float16, torch.bfloat16}
+    assert {one.logits.shape[-1] for one in given} == {1031, 151936}
+    assert {one.cu_seqlens is None for one in given} == {True, False}
+    assert all(one.logits[~one.mask].isnan().all() and (one.tokens[~one.mask] == -100).all() for one in given)
+    assert all((one.mask.sum() > 0) and (~one.mask).any() for one in given)
+
+
+def test_the_portable_backend_is_right_at_full_size(capsys, monkeypatch):
+    monkeypatch.setattr(check, "rates", lambda device, backend: iter(()))
+    status, printed = run(capsys, "--backend", "portable")
+    assert status == 0 and not wrong_lines(printed), printed
+    ok = re.findall(r"^(.+?)  .* ok$", printed, re.M)
+    assert ok == [one.what for one in checks.checks(CPU, True)]
+    assert re.search(r"^all right, in \d+ s$", printed, re.M)
+
+
+@NEEDS_TRITON
+def test_interpreted_kernels_are_right(capsys, small):
+    status, printed = run(capsys, "--backend", "triton")
+    assert status == 0, printed
+    assert "triton, interpreted" in printed and "portable\n" not in printed
+
+
+def test_the_same_numbers_every_time():
+    one, other = (checks.verdict(checks.checks(CPU, True)[0], "portable") for _ in range(2))
+    assert one == other
+
+
+# A wrong kernel.
+
+
+def times(factor):
+    """Every floating result, or what was written, times a factor."""
+
+    def spoil(function):
+        def wrong(*arguments):
+            found = function(*arguments)
+            if found is None:
+                arguments[-1].mul_(factor)
+            if isinstance(found, tuple):
+                return tuple(it * factor if isinstance(it, torch.Tensor) else it for it in found)
+            return found
+
+        return wrong
+
+    return spoil
+
+
+def only(number, value):
+    """One result of several set to a value."""
+
+    def spoil(function):
+        def wrong(*arguments):
+            found = list(function(*arguments))
+            found[number] = torch.full_like(found[number], value)
+            return tuple(found)
+
+        return wrong
+
+    return spoil
+
+
+def unwritten(function):
+    """A result in memory that nobody is given."""
+
+    def wrong(*arguments):
+        return function(*arguments[:-1], torch.empty_like(arguments[-1]))
+
+    return wrong
+
+
+def nothing(function):
+    return lambda *arguments: None
+
+
+def raising(function):
+    def wrong(*arguments):
+        raise RuntimeError("an illegal instruction was encountered")
+
+    return wrong
+
+
+FAULTS = [
+    ("row_statistics", times(1.01), "token_log_probs", "log_probs"),
+    ("row_statistics", only(0, torch.nan), "linear_token_log_probs", "log_probs"),
+    ("logits_gradient", times(1.01), "token_log_probs", "gradient of logits"),
+    ("logits_gradient", unwritten, "egpo_loss, on-policy", "gradient of logits"),
+    ("logits_loss_gradient", times(0.99), "logits_policy_loss, one pass", "loss"),
+    ("logits_loss_gradient", unwritten, "logits_policy_loss, in place", "gradient of logits"),
+    ("logits_loss_gradient", raising, "egpo_loss", "RuntimeError: an illegal instruction"),
+    ("rescale_", nothing, "logits_policy_loss, another upstream", "gradient of logits"),
+    ("policy_loss", times(1.01), "policy_loss, egpo", "loss"),
+    ("policy_loss_gradient", times(0.99), "policy_loss, cispo", "gradient of log_probs"),
+    ("policy_loss_gradient", only(1, 0.0), "policy_loss, dual clip, KL, entropy bonus", "gradient of entropy"),
+    ("group_advantages", times(1.01), "group_advantages, egpo", "advantages"),
+    ("group_advantages", only(1, torch.nan), "group_advantages, egpo_c5", "weights"),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "what", "output"), FAULTS, ids=lambda it: getattr(it, "__name__", str(it)))
+def test_a_wrong_kernel_fails_by_name(capsys, small, monkeypatch, name, spoil, what, output):
+    monkeypatch.setattr(portable, name, spoil(getattr(portable, name)))
+    status, printed = run(capsys, "--backend", "portable")
+    assert status == 1
+    named = [line for line in wrong_lines(printed) if line.startswith(f"WRONG {what} on [")]
+    assert any(output in line for line in named), printed
+    assert re.search(rf"^{re.escape(what)} .* WRONG$", printed, re.M)
+    assert f"{len(wrong_lines(printed))} wrong, in " in printed
+
+
+def test_every_kernel_has_a_fault():
+    assert {name for name, *_ in FAULTS} == set(portable.__all__) - {"scratch_bytes"}
+
+
+def test_a_gradient_where_nothing_counts_is_wrong(capsys, small, monkeypatch):
+    original = portable.logits_gradient
+
+    def leaking(logits, rows, *arguments):
+        original(logits, rows, *arguments)
+        arguments[-1].view(-1, logits.shape[-1])[~rows.mask] = 1e-12
+
+    monkeypatch.setattr(portable, "logits_gradient", leaking)
+    status, printed = run(capsys, "--backend", "portable")
+    assert status == 1 and "not 0 at positions that the mask leaves out" in printed
+
+
+# What is to be checked.
+
+
+def test_reference_is_not_checked_against_itself(monkeypatch, capsys):
+    monkeypatch.setenv("EGPO_KERNELS_BACKEND", "reference")
+    assert main(["check", "--device", "cpu"]) == 2
+    assert "EGPO_KERNELS_BACKEND is 'reference'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["check", "--backend", "reference"], ["check", "--speed"], ["spell"]])
+def test_bad_usage_is_status_2(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and "usage: egpo-kernels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cpu:x"])
+def test_a_device_that_is_not_here_is_status_2(capsys, device):
+    assert main(["check", "--device", device]) == 2
+    said = capsys.readouterr()
+    assert f"--device is '{device}'" in said.err and "it must be one of cpu" in said.err and not said.out
+
+
+def test_a_backend_that_cannot_run_here_is_status_2(capsys, monkeypatch):
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
+    assert main(["check", "--device", "cpu", "--backend", "triton"]) == 2
+    assert "install egpo-kernels[triton]" in capsys.readouterr().err
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert main(["check", "--device", "cpu", "--backend", "triton"]) == 2
+    assert "or TRITON_INTERPRET=1 set before" in capsys.readouterr().err
+
+
+def test_auto_checks_interpreted_kernels_too_where_they_can_run(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
+    assert check.find_backends("auto", CPU) == ["portable", "triton"]
+    assert check.find_backends("portable", CPU) == ["portable"]
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
+    assert check.find_backends("auto", CPU) == ["portable"]
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
+    assert check.find_backends("auto", CPU) == ["portable"]
+
+
+# Bandwidth.
+
+
+def test_bandwidth_is_the_bytes_that_must_move_over_the_median(monkeypatch):
+    monkeypatch.setattr(bandwidth, "ROWS", {"cpu": 4})
+    monkeypatch.setattr(bandwidth, "SECONDS", 0.001)
+    moved = []
+
+    def speed(nbytes, call):
+        call()
+        moved.append(nbytes)
+        return float(nbytes)
+
+    monkeypatch.setattr(bandwidth, "_speed", speed)
+    found = list(bandwidth.rates(CPU, "portable"))
+    logits = 4 * bandwidth.VOCAB * 2
+    assert moved == [2 * logits, logits, 2 * logits]
+    assert [rate.of_copy for rate in found] == [1.0, 0.5, 1.0]
+    monkeypatch.undo()
+    assert bandwidth._speed(8, lambda: torch.ones(2).sum()) > 0
+
+
+def test_bandwidth_that_cannot_be_measured_fails_nothing(capsys, small, monkeypatch):
+    def none_left(device, backend):
+        raise torch.OutOfMemoryError("out of memory: tried to allocate 1.16 GiB")
+
+    monkeypatch.setattr(check, "rates", none_left)
+    monkeypatch.setattr(check, "checks", lambda device, interpreted: [])
+    status, printed = run(capsys, "--backend", "portable")
+    assert status == 0 and "bandwidth not measured: out of memory: tried" in printed
+
+
+def test_the_console_script_is_this_function():
+    text = (importlib.import_module("tests.support.page").ROOT / "pyproject.toml").read_text()
+    module, name = re.search(r'^egpo-kernels = "([\w.]+):(\w+)"$', text, re.M).groups()
+    assert getattr(importlib.import_module(module), name) is main
