@@ -56,7 +56,7 @@ HEADINGS = {
     "facts": "The machine:",
     "copy": "A plain copy, read and written bytes counted:",
     "trouble": "What could not be answered:",
-    "value": "Against float64, largest error over largest value:",
+    "value": "Against float64, the worst number of each, and what the accuracy rule allows there:",
     "call": "Whole calls; passes are what any implementation must move, launches those of one call:",
     "launches": "Launches of one call; small are those that take less than a tenth of the longest:",
     "built": "Launch constants that no kernel could have, or that gave wrong values:",

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks.gpu import calls, candidates, first, lines, sweep, tables, trial, values
 from benchmarks.gpu.candidates import KERNELS, Candidate
+from egpo_kernels import triton as backend
 from egpo_kernels.triton import launch
 
 CPU = torch.device("cpu")
@@ -51,19 +52,20 @@ def test_what_a_machine_is():
     assert found["torch"] == torch.__version__ and found["ncu"] and len(found) == len(first.PACKAGES) + 3
 
 
-def test_values_are_right_and_wrong_ones_are_seen():
-    found = {name: job for name, job in values.values("cpu")}
-    assert list(found) == ["log-probs", *(f"{name}{way}" for name in values.CONFIGS for way in ("", ", in place"))]
-    entry = found["one pass, in place"]()
-    assert entry["right"] and entry["vocab"] == values.VOCABS["cpu"][-1] and {"loss", "gradient"} < set(entry)
-    batch = values.given("cpu", 64)
-    double = values.Given(*(field.double() if field.is_floating_point() else field for field in batch))
-    config = values.CONFIGS["one pass"]
-    exact = values.loss_and_gradient(double, "reference", config, False)
-    near = values.loss_and_gradient(batch, "reference", config, False)
-    assert values.compared("near", 64, lambda: near, exact)["right"]
-    assert not values.compared("far", 64, lambda: {**near, "gradient": 1.1 * near["gradient"]}, exact)["right"]
-    assert not values.compared("nan", 64, lambda: {**near, "loss": near["loss"] * torch.nan}, exact)["right"]
+def test_values_are_right_and_wrong_ones_are_seen(monkeypatch):
+    found = dict(values.values("cpu"))
+    assert {"token_log_probs", "logits_policy_loss, in place", "egpo_loss"} < set(found)
+    entry = found["token_log_probs"]()
+    assert entry["right"] and float(entry["error"]) <= float(entry["allowed"]) and "wrong" not in entry
+    original = backend.logits_gradient
+
+    def doubled(*arguments):
+        original(*arguments)
+        arguments[-1].mul_(2)
+
+    monkeypatch.setattr(backend, "logits_gradient", doubled)
+    entry = found["token_log_probs"]()
+    assert not entry["right"] and "gradient of logits" in entry["wrong"]
 
 
 def test_whole_calls_are_timed_and_their_launches_counted(monkeypatch):
