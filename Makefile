@@ -32,7 +32,7 @@ FETCH = $(BIN)/python -m pip download -qq -d .whl --only-binary=:all: --python-v
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 $(BIN)/python -m pip install -qq
 
 .NOTPARALLEL:
-.PHONY: help venv test lint parity apart newest tritons pythons bench gpu wheels demo trl docs
+.PHONY: help venv test lint parity apart newest tritons pythons dist bench gpu wheels demo trl docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,21 @@ pythons: ## import, a loss and a gradient on other Pythons, with triton and with
 		.venv-other/bin/python -m pip install -qq --no-deps . && .venv-other/bin/python tests/smoke.py && \
 		.venv-other/bin/python -m pip uninstall -qq -y triton && .venv-other/bin/python tests/smoke.py || exit; \
 	done
+
+# The wheel is made from the sdist; -I keeps the repository off its path, so that what is used is what was installed.
+# TRITON_INTERPRET has the kernels checked too, beside what runs on a CPU otherwise.
+dist: $(VENV)/.stamp-dist ## build sdist and wheel, install the wheel into an environment of its own and use it
+	rm -rf dist .venv-dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m venv .venv-dist
+	$(BIN)/python -m pip freeze --exclude-editable > .venv-dist/constraints.txt
+	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-dist/bin/python -m pip install -qq -c .venv-dist/constraints.txt \
+		"$$(echo dist/*.whl)[triton]"
+	.venv-dist/bin/python -m pip check
+	.venv-dist/bin/python -I tests/smoke.py
+	.venv-dist/bin/egpo-kernels info
+	TRITON_INTERPRET=1 .venv-dist/bin/egpo-kernels check --device cpu
 
 bench: $(VENV)/.stamp-bench ## measure this library and its rivals (ARGS="logits --tokens 512")
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -110,6 +125,11 @@ $(VENV)/.stamp-parity: $(VENV)/.stamp-torch
 $(VENV)/.stamp-bench: $(VENV)/.stamp-torch
 	@echo "installing the bench extra into $(VENV)"
 	@$(PIP) -e '.[bench]'
+	@touch $@
+
+$(VENV)/.stamp-dist: $(VENV)/.stamp-test
+	@echo "installing the dist extra into $(VENV)"
+	@$(PIP) -e '.[dist]'
 	@touch $@
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-torch

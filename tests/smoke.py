@@ -5,6 +5,7 @@ For Pythons and installs that the test suite's tools are not on.
 
 import importlib.util
 import platform
+from pathlib import Path
 
 import torch
 
@@ -37,7 +38,8 @@ def main() -> None:
             raise AssertionError("backend='triton' ran without triton")
         except RuntimeError as error:
             assert "triton is not installed" in str(error)
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, triton {'here' if triton else 'not'}: fine")
+    here = f"Python {platform.python_version()}, torch {torch.__version__}, triton {'here' if triton else 'not'}"
+    print(f"egpo_kernels {ek.__version__} of {Path(ek.__file__).parent}, {here}: fine")
 
 
 if __name__ == "__main__":
