@@ -6,25 +6,16 @@
     python -m benchmarks.counts.compiled_kernels sm_90 sweep      # those over logits with every constant of the sweep
     python -m benchmarks.counts.compiled_kernels sm_90 ring       # the kernel that no rule of the table launches
 
-The library's own host code runs on CPU tensors; where it would launch a kernel, the kernel is compiled for the very
-arguments instead (types, divisibility, absent tensors), so that whatever is added to the library is covered.
+The library's own host code runs on CPU tensors, so that whatever is added to the library is covered.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterator
-from typing import Any
-from unittest import mock
 
 import torch
-from triton.compiler import ASTSource
-from triton.compiler.compiler import make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from benchmarks.counts.h200 import resident
 from benchmarks.counts.launches import (
     GROUP_CONFIGS,
     LOSS_CONFIGS,
@@ -36,87 +27,12 @@ from benchmarks.counts.launches import (
     launch_one_pass,
     make_rows,
 )
-from benchmarks.counts.offline import compile_source, gpu_target, resources_of
-from benchmarks.counts.sass import sweeps
+from benchmarks.counts.offline import Compiler
 from benchmarks.gpu.candidates import KERNELS, candidates, problem_of, using
 from benchmarks.ring import switched_on
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
-from egpo_kernels.triton import launch
 
 ODD_VOCAB = 151665
-
-
-class Compiler:
-    """Stands in for `JITFunction.run`: specialises as a launch does and compiles, once for each specialisation."""
-
-    def __init__(self, target: str, compiles: bool = True) -> None:
-        self.target, self.compiles, self.label = target, compiles, {}
-        self.backend = make_backend(gpu_target(target))
-        self.binders = {}
-        self.rows: dict[tuple, dict[str, Any]] = {}
-        """What came of each specialisation."""
-        self.launched: list[dict[str, Any]] = []
-        """The row of every launch, in order."""
-
-    @contextlib.contextmanager
-    def catching(self) -> Iterator[None]:
-        """Let every kernel launched inside come here, whosever it is."""
-        run = mock.patch.object(JITFunction, "run", lambda kernel, *args, **kwargs: self.run(kernel, *args, **kwargs))
-        with run, mock.patch.object(launch, "architecture", lambda device: self.target):
-            yield
-
-    def run(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        """Compile ``kernel`` for these arguments."""
-        if kernel not in self.binders:
-            self.binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, self.backend)
-        bound, specialisation, options = self.binders[kernel](*args, **kwargs)
-        key = (kernel, str(specialisation), str(options))
-        if key not in self.rows:
-            self.rows[key] = {"kernel": kernel.__name__, **self.label}
-            if self.compiles:
-                _, signature, constants, attributes = kernel._pack_args(
-                    self.backend, kwargs, bound, specialisation, options
-                )
-                source = source_of(kernel)(kernel, signature, constants, attributes)
-                largest = max(tensors((args, tuple(kwargs.values()))), key=torch.Tensor.numel)
-                self.rows[key] |= self.read(source, options, largest)
-        self.launched.append(self.rows[key])
-
-    def read(self, source: ASTSource, options: dict[str, Any], largest: torch.Tensor) -> dict[str, Any]:
-        """The figures of a kernel; its instructions too if its ``largest`` argument is as large as logits."""
-        if largest.numel() < VOCAB:
-            return resources_of(source, self.target, **options)._asdict()
-        row = compile_source(source, self.target, **options)._asdict()
-        sass = row.pop("sass")
-        # From the load of 16 bits, the token's own logit, where there is one; else from the beginning.
-        after = sass.partition("LDG.E.U16")[2] or sass
-        row["fenced"] = "BAR.SYNC" in after.partition("STG.")[0]
-        if self.target.startswith("sm_"):
-            row["sweeps"] = [sweep._asdict() for sweep in sweeps(sass, largest.element_size())]
-            warps = options.get("num_warps", 4)  # Triton's own default
-            programs = resident(row["registers"], warps, row["shared"])
-            for sweep in row["sweeps"]:
-                block = sweep["loads"] * sweep["elements"] * sweep["load_width"] * 32 * warps
-                sweep["in_flight"] = programs * (row["shared"] if sweep["ahead"] else round(block))
-        return row
-
-
-def source_of(kernel: JITFunction) -> type[ASTSource]:
-    """What a kernel is compiled from; Gluon has its own."""
-    if not kernel.is_gluon():
-        return ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    return GluonASTSource
-
-
-def tensors(argument: Any) -> Iterator[torch.Tensor]:
-    """The tensors among a kernel's arguments, through tuples."""
-    if isinstance(argument, torch.Tensor):
-        yield argument
-    elif isinstance(argument, tuple):
-        for member in argument:
-            yield from tensors(member)
 
 
 def every_option(compiler: Compiler) -> None:

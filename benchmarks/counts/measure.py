@@ -13,11 +13,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-import triton
 
 from benchmarks.counts.cases import OURS, TOKENS, Batch, Case, make_batch
-from benchmarks.counts.compiled_kernels import Compiler
 from benchmarks.counts.launches import VOCAB
+from benchmarks.counts.offline import Compiler
 from benchmarks.counts.rivals import PACKAGES, RIVALS
 from benchmarks.counts.traffic import Launch, count_traffic
 from benchmarks.machine import version
@@ -108,8 +107,6 @@ def counted(case: Case, compiler: Compiler | None) -> dict[str, Any]:
 
 def main(what: str, *libraries: str) -> None:
     """Count ``what``, "traffic" or a target, of the cases of some libraries."""
-    if triton.knobs.runtime.interpret != (what == "traffic"):
-        raise SystemExit("traffic is counted with TRITON_INTERPRET=1, machine code without")
     compiler = None if what == "traffic" else Compiler(what)
     for case in (*OURS, *RIVALS):
         if case.library in libraries:

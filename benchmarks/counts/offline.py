@@ -1,189 +1,163 @@
-"""What a Triton kernel becomes on a GPU, found out without one: registers, spills, access widths, SASS.
+"""What Triton kernels become on a GPU, found out without one: registers, spills, access widths, sweeps over a row.
 
-    compiled = compile_kernel(
-        softmax_kernel,
-        signature={"rows": Rows("*bf16:16", None, "i64:16"), "vocab": "i32"},
-        constants={"BLOCK_V": 4096},
-        target="sm_90",
-        num_warps=8,
-    )
-    compiled.registers, compiled.load_widths    # 32, {16: 4, 2: 16}: bytes -> instructions
+    compiler = Compiler("sm_90")
+    with compiler.catching():
+        loss_and_gradient(logits)       # host code that launches any number of kernels, on CPU tensors
 
-The compilers and disassemblers come with the triton wheel. Kernels must be compiled, so this runs only where
-TRITON_INTERPRET is not set: tests start a process of its own for it.
+    compiler.launched[0]                # {"kernel": ..., "registers": 64, "load_widths": {16: 4, 2: 16}, ...}
+
+Where a kernel would be launched it is compiled for the very arguments instead (types, divisibility, absent tensors).
+The compilers and disassemblers come with the triton wheel.
 """
 
+import contextlib
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
+from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import CompiledKernel, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
-_DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
-
-
-class Resources(NamedTuple):
-    """What a compiled kernel occupies, known without disassembling it, which takes longest."""
-
-    target: str
-    registers: int
-    """Per thread; on AMD the vector registers."""
-    stack: int
-    """Bytes per thread. Triton's kernels keep nothing but spills there."""
-    shared: int
-    """Bytes of shared memory per program."""
-    approximate: dict[str, int]
-    """Float32 instructions of NVIDIA that are not correctly rounded, as "div.full.f32": how many in the PTX."""
+from benchmarks.counts.h200 import resident
+from benchmarks.counts.launches import VOCAB
+from benchmarks.counts.sass import LOADS, Instruction, parse, sweeps
+from benchmarks.counts.traffic import tensors
+from egpo_kernels.triton import launch
 
 
-class Compiled(NamedTuple):
-    """A compiled kernel. Spills are bytes per thread, as static instructions, not as executed."""
+class Compiler:
+    """Stands in for `JITFunction.run`: specialises as a launch does and compiles, once for each specialisation."""
 
-    target: str
-    registers: int
-    stack: int
-    spill_stores: int
-    spill_loads: int
-    shared: int
-    approximate: dict[str, int]
-    load_widths: dict[int, int]
-    """Bytes one thread loads from global memory in one instruction -> how many such instructions."""
-    store_widths: dict[int, int]
-    sass: str
-    """One instruction a line, after its address in hexadecimal; on AMD the compiler's assembly text."""
+    def __init__(self, target: str, compiles: bool = True) -> None:
+        if triton.knobs.runtime.interpret:
+            raise RuntimeError("TRITON_INTERPRET is set: kernels compile only in a process started without it")
+        self.target, self.compiles, self.label = target, compiles, {}
+        self.gpu = gpu_target(target)
+        self.backend = make_backend(self.gpu)
+        self.binders = {}
+        self.rows: dict[tuple, dict[str, Any]] = {}
+        """What came of each specialisation."""
+        self.launched: list[dict[str, Any]] = []
+        """The row of every launch, in order."""
 
+    @contextlib.contextmanager
+    def catching(self) -> Iterator[None]:
+        """Let every kernel launched inside come here, whosever it is."""
+        run = mock.patch.object(JITFunction, "run", lambda kernel, *args, **kwargs: self.run(kernel, *args, **kwargs))
+        with run, mock.patch.object(launch, "architecture", lambda device: self.target):
+            yield
 
-def compile_kernel(
-    kernel, signature: Mapping[str, Any], constants: Mapping[str, Any], target: str, **options
-) -> Compiled:
-    """Compiles a @triton.jit function for a target ("sm_80", "sm_90", "sm_100", "gfx942").
+    def run(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        """Compile ``kernel`` for these arguments."""
+        if kernel not in self.binders:
+            self.binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, self.backend)
+        bound, specialisation, options = self.binders[kernel](*args, **kwargs)
+        key = (kernel, str(specialisation), str(options))
+        if key not in self.rows:
+            self.rows[key] = {"kernel": kernel.__name__, **self.label}
+            if self.compiles:
+                _, signature, constants, attributes = kernel._pack_args(
+                    self.backend, kwargs, bound, specialisation, options
+                )
+                source = source_of(kernel)(kernel, signature, constants, attributes)
+                largest = max(tensors((args, tuple(kwargs.values()))), key=torch.Tensor.numel)
+                self.rows[key] |= self.read(source, options, largest)
+        self.launched.append(self.rows[key])
 
-    `signature` gives every run-time argument a type as in "*bf16" or "i32"; ":16" behind it says that the
-    pointer or integer is divisible by 16, which a launch finds out by itself. Arguments grouped in a
-    NamedTuple are that NamedTuple filled with types. A leaf that is no string is a constant: None for an
-    absent tensor. `constants` holds the `tl.constexpr` arguments, strings included. `options` are those of a
-    launch: num_warps, num_stages, maxnreg.
-    """
-    require_compiler()
-    types, values, attributes = {}, {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        if name in constants:
-            types[name], values[(position,)] = "constexpr", constants[name]
-        else:
-            types[name] = _split(signature[name], (position,), values, attributes)
-    return compile_source(ASTSource(kernel, types, values, attributes), target, **options)
-
-
-def compile_source(source: ASTSource, target: str, **options) -> Compiled:
-    """Compiles what is described already, as a launch describes it."""
-    binary = triton.compile(source, target=gpu_target(target), options=options)
-    read = _read_cubin if "cubin" in binary.asm else _read_amdgcn
-    return Compiled(**_resources(binary, target)._asdict(), **read(binary.asm))
-
-
-def resources_of(source: ASTSource, target: str, **options) -> Resources:
-    """As `compile_source`, without a look at the instructions."""
-    return _resources(triton.compile(source, target=gpu_target(target), options=options), target)
-
-
-def require_compiler() -> None:
-    """Raises if this process interprets kernels, which then cannot be compiled."""
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is set: kernels compile only in a process started without it")
+    def read(self, source: ASTSource, options: dict[str, Any], largest: torch.Tensor) -> dict[str, Any]:
+        """The figures of a kernel; its instructions too if its ``largest`` argument is as large as logits."""
+        binary = triton.compile(source, target=self.gpu, options=options)
+        row = {"target": self.target, **resources(binary)}
+        # Disassembling takes longest.
+        if largest.numel() < VOCAB:
+            return row
+        if "cubin" not in binary.asm:
+            return row | amd_accesses(binary.asm["amdgcn"])
+        code = parse(_dump(binary.asm["cubin"], "-sass"))
+        warps = options.get("num_warps", 4)  # Triton's own default
+        programs = resident(row["registers"], warps, row["shared"])
+        found = [sweep._asdict() for sweep in sweeps(code, largest.element_size())]
+        for sweep in found:
+            block = sweep["loads"] * sweep["elements"] * sweep["load_width"] * 32 * warps
+            sweep["in_flight"] = programs * (row["shared"] if sweep["ahead"] else round(block))
+        return row | nvidia_accesses(code) | {"fenced": fenced(code), "sweeps": found}
 
 
 def gpu_target(target: str) -> GPUTarget:
-    """The target triton knows by that name."""
+    """The target triton knows by that name: "sm_80", "sm_90", "sm_100", "gfx942"."""
     if target.startswith("sm_"):
         return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     return GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
 
 
-def _split(leaf, path: tuple[int, ...], values: dict, attributes: dict):
-    """The type without its suffix; fills in the constants and the divisibility, which Triton keys by path."""
-    if isinstance(leaf, tuple):
-        members = [_split(member, (*path, index), values, attributes) for index, member in enumerate(leaf)]
-        return type(leaf)(*members) if hasattr(leaf, "_fields") else tuple(members)
-    if not isinstance(leaf, str):
-        values[path] = leaf
-        return "constexpr"
-    plain, _, divisor = leaf.partition(":")
-    if divisor not in ("", "16"):
-        raise ValueError(f"{leaf!r}: Triton specialises on divisibility by 16 only")
-    if divisor:
-        attributes[path] = _DIVISIBLE_BY_16
-    return plain
+def source_of(kernel: JITFunction) -> type[ASTSource]:
+    """What a kernel is compiled from; Gluon has its own."""
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
-def _resources(binary, target: str) -> Resources:
+def resources(binary: CompiledKernel) -> dict[str, Any]:
+    """Registers a thread (on AMD the vector registers), bytes of its stack, where Triton's kernels keep nothing but
+    spills, shared memory of a program, and how many float32 instructions of NVIDIA's PTX round approximately.
+    """
     if "cubin" in binary.asm:
-        text, registers, stack = _dump(binary.asm, "-res-usage"), r"\bREG:(\d+)", r"\bSTACK:(\d+)"
+        text, patterns = _dump(binary.asm["cubin"], "-res-usage"), (r"\bREG:(\d+)", r"\bSTACK:(\d+)")
     else:
-        text = binary.asm["amdgcn"]
-        registers, stack = r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)"
-    found = (int(re.search(pattern, text)[1]) for pattern in (registers, stack))
+        text, patterns = binary.asm["amdgcn"], (r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)")
+    registers, stack = (int(re.search(pattern, text)[1]) for pattern in patterns)
     approximate = Counter(re.findall(r"\b((?:div\.full|\w+\.approx)[\w.]*f32)\b", binary.asm.get("ptx", "")))
-    return Resources(target, *found, shared=binary.metadata.shared, approximate=dict(approximate))
+    return {
+        "registers": registers, "stack": stack, "shared": binary.metadata.shared, "approximate": dict(approximate)
+    }  # fmt: skip
 
 
-def _dump(asm: Mapping, what: str) -> str:
+def _dump(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
+        file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _read_cubin(asm: Mapping) -> dict:
-    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", _dump(asm, "-sass"))
-    mnemonics = [_mnemonic(instruction) for _, instruction in instructions]
+def nvidia_accesses(code: list[Instruction]) -> dict[str, Any]:
+    """Bytes a thread spills, as static instructions; bytes it moves in one instruction -> how many such there are."""
     return {
-        "spill_stores": _total_bytes(_sass_widths(mnemonics, "STL")),
-        "spill_loads": _total_bytes(_sass_widths(mnemonics, "LDL")),
-        "load_widths": _sass_widths(mnemonics, "LDG", "LDGSTS"),
-        "store_widths": _sass_widths(mnemonics, "STG"),
-        "sass": "\n".join(f"{address}  {instruction}" for address, instruction in instructions),
+        "spill_stores": sum(one.width for one in code if one.name == "STL"),
+        "spill_loads": sum(one.width for one in code if one.name == "LDL"),
+        "load_widths": dict(Counter(one.width for one in code if one.name in LOADS)),
+        "store_widths": dict(Counter(one.width for one in code if one.name == "STG")),
     }
 
 
-def _mnemonic(instruction: str) -> list[str]:
-    """["LDG", "E", "128"] of "@!P0 LDG.E.128 R4, [R2.64]"."""
-    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split(maxsplit=1)[0].split(".")
+def fenced(code: list[Instruction]) -> bool:
+    """Whether a barrier stands between the load of the token's own logit, where there is one, and the first store."""
+    own = next((place for place, one in enumerate(code) if one.name == "LDG" and "U16" in one.modifiers), 0)
+    names = [one.name for one in code[own:]]
+    return "BAR" in names[: names.index("STG") if "STG" in names else None]
 
 
-def _sass_widths(mnemonics: list[list[str]], *operations: str) -> dict[int, int]:
-    bits = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-    widths = Counter()
-    for operation, *modifiers in mnemonics:
-        if operation in operations:
-            # Without a width among the modifiers the access is 32 bits wide.
-            widths[next((bits[modifier] for modifier in modifiers if modifier in bits), 32) // 8] += 1
-    return dict(widths)
-
-
-def _read_amdgcn(asm: Mapping) -> dict:
-    text = asm["amdgcn"]
+def amd_accesses(text: str) -> dict[str, Any]:
+    """As `nvidia_accesses`, from the assembly."""
     return {
         "spill_stores": sum(map(int, re.findall(r"(\d+)-byte Folded Spill", text))),
         "spill_loads": sum(map(int, re.findall(r"(\d+)-byte Folded Reload", text))),
-        "load_widths": _amdgcn_widths(text, "load"),
-        "store_widths": _amdgcn_widths(text, "store"),
-        "sass": text,
+        "load_widths": _amd_widths(text, "load"),
+        "store_widths": _amd_widths(text, "store"),
     }
 
 
-def _amdgcn_widths(text: str, operation: str) -> dict[int, int]:
+def _amd_widths(text: str, operation: str) -> Mapping[int, int]:
     mnemonic = rf"^\s+(?:global|buffer|flat)_{operation}_(?:[us]?(byte|short)|dword(?:x(\d))?)"
-    widths = Counter()
-    for small, words in re.findall(mnemonic, text, re.MULTILINE):
-        widths[{"byte": 1, "short": 2}[small] if small else 4 * int(words or 1)] += 1
-    return dict(widths)
-
-
-def _total_bytes(widths: Mapping[int, int]) -> int:
-    return sum(width * count for width, count in widths.items())
+    found = re.findall(mnemonic, text, re.MULTILINE)
+    return dict(Counter({"byte": 1, "short": 2}[small] if small else 4 * int(words or 1) for small, words in found))

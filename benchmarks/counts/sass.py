@@ -13,7 +13,8 @@ from collections import Counter
 from typing import NamedTuple
 
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-LINE = re.compile(r"^([0-9a-f]{4,})\s+(?:@!?U?P\w+\s+)?(\S+)(.*)$")
+LOADS = ("LDG", "LDGSTS")
+LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^\s;]+)(.*?)\s*;")
 
 
 class Instruction(NamedTuple):
@@ -52,10 +53,9 @@ class Sweep(NamedTuple):
 
 
 def parse(sass: str) -> list[Instruction]:
-    """The instructions of ``Compiled.sass``."""
+    """The instructions of what ``cuobjdump -sass`` prints."""
     found = []
-    for line in sass.splitlines():
-        address, mnemonic, operands = LINE.match(line).groups()
+    for address, mnemonic, operands in LINE.findall(sass):
         name, *modifiers = mnemonic.split(".")
         goal = re.search(r"\b0x([0-9a-f]+)\s*$", operands) if name == "BRA" else None
         found.append(Instruction(int(address, 16), name, tuple(modifiers), int(goal[1], 16) if goal else None))
@@ -77,9 +77,8 @@ def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
     return [[one for one in code if start <= one.address <= end] for start, end in sorted(inner)]
 
 
-def sweeps(sass: str, itemsize: int) -> list[Sweep]:
+def sweeps(code: list[Instruction], itemsize: int) -> list[Sweep]:
     """The sweeps of a kernel over logits of ``itemsize`` bytes, in the order of the code."""
-    code = parse(sass)
     if not any(one.target is not None and one.target < one.address for one in code):
         stop = next((place for place, one in enumerate(code) if one.target == one.address), len(code))
         return [_sweep(code[:stop], itemsize)]
@@ -87,14 +86,14 @@ def sweeps(sass: str, itemsize: int) -> list[Sweep]:
 
 
 def _width(body: list[Instruction]) -> int:
-    return max((one.width for one in body if one.name in ("LDG", "LDGSTS")), default=0)
+    return max((one.width for one in body if one.name in LOADS), default=0)
 
 
 def _sweep(body: list[Instruction], itemsize: int) -> Sweep:
     names, width = Counter(one.name for one in body), _width(body)
-    loads = [one for one in body if one.name in ("LDG", "LDGSTS")]
+    loads = [one for one in body if one.name in LOADS]
     elements = sum(one.width for one in loads if one.width == width) // itemsize
-    row = [one for one in body if one.name in ("LDG", "LDGSTS", "STG") and one.width == width]
+    row = [one for one in body if one.name in (*LOADS, "STG") and one.width == width]
     return Sweep(
         elements=elements,
         load_width=width,

@@ -23,8 +23,8 @@ An access outside every tensor argument raises before it happens: it would read 
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -60,12 +60,21 @@ class _Storage:
         self.loads = np.zeros(storage.nbytes(), np.uint32)
         self.stores = np.zeros(storage.nbytes(), np.uint32)
 
+    def moved(self, own: np.ndarray | slice = slice(None)) -> TensorTraffic:
+        """The traffic with its own bytes among these."""
+        loads, stores = self.loads[own], self.stores[own]
+        loaded, loaded_once, stored, stored_once = (
+            int(count) for counts in (loads, stores) for count in (counts.sum(), np.count_nonzero(counts))
+        )
+        return TensorTraffic(int(loaded + stored > 0), loaded, loaded_once, stored, stored_once)
+
 
 class Launch:
     """One kernel launch: its name and the traffic of every storage it was given."""
 
     def __init__(self, kernel: str, storages):
         self.kernel = kernel
+        # An argument may be passed twice and its storage must be counted once.
         self._storages = {storage._cdata: _Storage(storage) for storage in storages}
 
     def count(self, kind: str, addresses: np.ndarray, itemsize: int) -> None:
@@ -85,30 +94,12 @@ class Launch:
     def of(self, tensor: torch.Tensor) -> TensorTraffic:
         """The traffic of this launch with `tensor`, which may be any view."""
         storage = self._storages.get(tensor.untyped_storage()._cdata)
-        if storage is None:
-            return NO_TRAFFIC
-        own = _bytes_of(tensor)
-        loads, stores = storage.loads[own], storage.stores[own]
-        return TensorTraffic(
-            launches=int(loads.any() or stores.any()),
-            loaded=int(loads.sum()),
-            loaded_once=int(np.count_nonzero(loads)),
-            stored=int(stores.sum()),
-            stored_once=int(np.count_nonzero(stores)),
-        )
+        return NO_TRAFFIC if storage is None else storage.moved(_bytes_of(tensor))
 
     @property
     def total(self) -> TensorTraffic:
         """The traffic of this launch with every tensor."""
-        loads = [storage.loads for storage in self._storages.values()]
-        stores = [storage.stores for storage in self._storages.values()]
-        return TensorTraffic(
-            launches=1,
-            loaded=sum(int(counts.sum()) for counts in loads),
-            loaded_once=sum(int(np.count_nonzero(counts)) for counts in loads),
-            stored=sum(int(counts.sum()) for counts in stores),
-            stored_once=sum(int(np.count_nonzero(counts)) for counts in stores),
-        )
+        return _sum(storage.moved() for storage in self._storages.values())._replace(launches=1)
 
 
 class Traffic:
@@ -151,9 +142,8 @@ def count_traffic():
     atomic_rmw, atomic_cas = memory.atomic_rmw, memory.atomic_cas
 
     def counted_launch(self, *args, **kwargs):
-        # A dict, because an argument may be passed twice and its storage must be counted once.
-        storages = {storage._cdata: storage for storage in _storages((args, tuple(kwargs.values())))}
-        traffic.launches.append(Launch(self.fn.__name__, storages.values()))
+        storages = [tensor.untyped_storage() for tensor in tensors((args, tuple(kwargs.values())))]
+        traffic.launches.append(Launch(self.fn.__name__, storages))
         return launch(self, *args, **kwargs)
 
     def count(kind, pointers, mask, itemsize):
@@ -190,15 +180,15 @@ def count_traffic():
         yield traffic
 
 
-def _storages(argument):
-    """The storages among kernel arguments, through tuples, tensor descriptors and reinterpreted tensors."""
+def tensors(argument: Any) -> Iterator[torch.Tensor]:
+    """The tensors among a kernel's arguments, through tuples, tensor descriptors and reinterpreted tensors."""
     if isinstance(argument, torch.Tensor):
-        yield argument.untyped_storage()
+        yield argument
     elif isinstance(argument, tuple):
         for member in argument:
-            yield from _storages(member)
+            yield from tensors(member)
     elif hasattr(argument, "base"):
-        yield from _storages(argument.base)
+        yield from tensors(argument.base)
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:

@@ -16,8 +16,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def listing(*instructions):
-    """Instructions at addresses 16 bytes apart, as `Compiled.sass` holds them."""
-    return "\n".join(f"{16 * place:04x}  {instruction}" for place, instruction in enumerate(instructions))
+    """Instructions at addresses 16 bytes apart, as ``cuobjdump`` prints them."""
+    lines = (f"        /*{16 * place:04x}*/    {one} ;    /* 0x0 */" for place, one in enumerate(instructions))
+    return "        Function : kernel\n" + "\n".join(lines)
+
+
+def read(text, itemsize):
+    return sweeps(parse(text), itemsize)
 
 
 SWEEPS = listing(
@@ -46,13 +51,13 @@ SWEEPS = listing(
 
 def test_evict_first_is_said_of_a_sweep_whose_every_access_says_so():
     hinted = SWEEPS.replace("LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.EF.128")
-    assert [sweep.evict_first for sweep in sweeps(hinted, itemsize=2)] == [False, True]
-    assert not any(sweep.evict_first for sweep in sweeps(hinted.replace("STG.E.EF.128", "STG.E.128"), itemsize=2))
+    assert [sweep.evict_first for sweep in read(hinted, itemsize=2)] == [False, True]
+    assert not any(sweep.evict_first for sweep in read(hinted.replace("STG.E.EF.128", "STG.E.128"), itemsize=2))
 
 
 def test_sweeps_of_a_listing():
     # bfloat16: 32 bytes are 16 elements, 16 bytes are 8; sweep 1 has 8 instructions, sweep 2 has 5.
-    assert sweeps(SWEEPS, itemsize=2) == [
+    assert read(SWEEPS, itemsize=2) == [
         Sweep(
             16,
             16,
@@ -79,7 +84,7 @@ def test_sweeps_of_a_listing():
         ),
     ]
     # float32: half the elements for the same bytes.
-    assert [sweep.elements for sweep in sweeps(SWEEPS, itemsize=4)] == [8, 4]
+    assert [sweep.elements for sweep in read(SWEEPS, itemsize=4)] == [8, 4]
 
 
 def test_loops_are_innermost_and_a_branch_to_itself_is_none():
@@ -89,7 +94,7 @@ def test_loops_are_innermost_and_a_branch_to_itself_is_none():
 
 def test_two_branches_back_to_one_place_are_one_loop():
     twice = listing("LDG.E.64 R2, desc[UR4][R2.64]", "@P0 BRA 0x0000", "IADD3 R1, R1, R2, RZ", "@P1 BRA 0x0000", "EXIT")
-    assert sweeps(twice, itemsize=2) == [
+    assert read(twice, itemsize=2) == [
         Sweep(
             4,
             8,
@@ -107,7 +112,7 @@ def test_two_branches_back_to_one_place_are_one_loop():
 
 def test_a_kernel_without_a_loop_is_one_sweep():
     straight = listing("LDG.E.128 R4, desc[UR4][R2.64]", "MUFU.EX2 R4, R4", "EXIT", "BRA 0x0030", "NOP", "NOP")
-    assert sweeps(straight, itemsize=4) == [Sweep(4, 16, 3 / 4, 1 / 4, 1 / 4, 0, 0, 0, False, False)]
+    assert read(straight, itemsize=4) == [Sweep(4, 16, 3 / 4, 1 / 4, 1 / 4, 0, 0, 0, False, False)]
 
 
 def test_ceilings():
@@ -118,16 +123,18 @@ def test_ceilings():
 
 
 def check_toy_kernels():
+    from benchmarks.counts.launches import VOCAB
     from tests.support.test_support import compile_sum_rows
 
     # 2048 bfloat16 over 256 threads: one 16-byte load of 8 elements in the loop, no exponential, two barriers at most
     # for the sum over warps. The masked tail is no loop.
-    (sweep,) = sweeps(compile_sum_rows("*bf16:16", "i64:16", "i32:16", "sm_90").sass, itemsize=2)
-    assert (sweep.elements, sweep.load_width, sweep.loads, sweep.stores, sweep.special) == (8, 16, 1 / 8, 0, 0)
-    assert 8 < sweep.instructions * 8 < 100
+    (sweep,) = compile_sum_rows("sm_90")["sweeps"]
+    found = [sweep[name] for name in ("elements", "load_width", "loads", "stores", "special")]
+    assert found == [8, 16, 1 / 8, 0, 0]
+    assert 8 < sweep["instructions"] * 8 < 100
     # With an odd stride the same 8 elements come two bytes at a time.
-    (narrow,) = sweeps(compile_sum_rows("*bf16:16", "i64", "i32:16", "sm_90").sass, itemsize=2)
-    assert (narrow.elements, narrow.load_width, narrow.loads) == (8, 2, 1)
+    (narrow,) = compile_sum_rows("sm_90", stride=VOCAB + 1)["sweeps"]
+    assert [narrow[name] for name in ("elements", "load_width", "loads")] == [8, 2, 1]
 
 
 def test_toy_kernels():

@@ -17,7 +17,8 @@ import triton.language as tl  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
 
-from benchmarks.counts import offline  # noqa: E402
+from benchmarks.counts.launches import VOCAB  # noqa: E402
+from benchmarks.counts.offline import Compiler  # noqa: E402
 from benchmarks.counts.traffic import NO_TRAFFIC, TensorTraffic, count_traffic  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,54 +202,58 @@ def test_nothing_is_counted_after_the_block():
     assert traffic.launches == []
 
 
-def compile_sum_rows(pointer, stride, vocab, target, ref=None):
-    return offline.compile_kernel(
-        sum_rows_kernel,
-        signature={"rows": Rows(pointer, ref, stride), "out_ptr": "*fp32:16", "vocab": vocab},
-        constants={"SWEEPS": 1, "BLOCK_V": 2048},
-        target=target,
-        num_warps=8,
-    )
+def compiled(target, kernel, *args, **options):
+    """What becomes of a launch with these arguments, of which one is as large as logits."""
+    compiler = Compiler(target)
+    with compiler.catching():
+        kernel[(1,)](*args, **options)
+    (row,) = compiler.launched
+    return row
+
+
+def compile_sum_rows(target, stride=VOCAB, vocab=VOCAB, with_ref=False):
+    """Rows of bfloat16 that lie ``stride`` apart."""
+    x = torch.empty(2, stride, dtype=torch.bfloat16)
+    rows = Rows(x, x if with_ref else None, x.stride(0))
+    return compiled(target, sum_rows_kernel, rows, torch.empty(2), vocab, 1, 2048, num_warps=8)
 
 
 def check_widths():
     for target in ("sm_80", "sm_90", "sm_100"):
         # 2048 bf16 over 256 threads are 8 each, one 16-byte load: one in the loop, one in the tail.
-        wide = compile_sum_rows("*bf16:16", "i64:16", "i32:16", target)
-        assert wide.load_widths == {16: 2}, (target, wide.load_widths)
-        assert wide.store_widths == {4: 1}
-        assert (wide.spill_stores, wide.spill_loads) == (0, 0)
-        assert 8 <= wide.registers <= 128
-        assert wide.shared > 0  # the partial sums of the warps
-        assert sum("LDG.E.128" in line for line in wide.sass.splitlines()) == 2
-        assert wide.sass.startswith("0000  ")
+        wide = compile_sum_rows(target)
+        assert wide["load_widths"] == {16: 2}, (target, wide)
+        assert wide["store_widths"] == {4: 1}
+        assert (wide["spill_stores"], wide["spill_loads"], wide["stack"]) == (0, 0, 0)
+        assert 8 <= wide["registers"] <= 128
+        assert wide["shared"] > 0  # the partial sums of the warps
     # An odd vocabulary narrows the tail only; an odd stride everything.
-    assert compile_sum_rows("*bf16:16", "i64:16", "i32", "sm_90").load_widths == {16: 1, 2: 8}
-    assert compile_sum_rows("*bf16:16", "i64", "i32:16", "sm_90").load_widths == {2: 16}
-    # A pointer that is None in one signature and given in the other.
-    assert compile_sum_rows("*bf16:16", "i64:16", "i32:16", "sm_90", "*bf16:16").load_widths == {16: 3}
+    assert compile_sum_rows("sm_90", vocab=VOCAB - 1)["load_widths"] == {16: 1, 2: 8}
+    assert compile_sum_rows("sm_90", stride=VOCAB + 1)["load_widths"] == {2: 16}
+    # A pointer that is None in one launch and given in the other.
+    assert compile_sum_rows("sm_90", with_ref=True)["load_widths"] == {16: 3}
 
 
 def check_amd():
-    wide = compile_sum_rows("*bf16:16", "i64:16", "i32:16", "gfx942")
+    wide = compile_sum_rows("gfx942")
     # 512 threads of 4 elements.
-    assert wide.load_widths == {8: 2}, wide.load_widths
-    assert wide.store_widths == {4: 1}
-    assert wide.registers > 0
-    assert (wide.spill_stores, wide.spill_loads) == (0, 0)
+    assert wide["load_widths"] == {8: 2}, wide
+    assert wide["store_widths"] == {4: 1}
+    assert wide["registers"] > 0
+    assert (wide["spill_stores"], wide["spill_loads"]) == (0, 0)
 
 
 def check_spills():
-    signature, constants = {"x_ptr": "*fp32:16", "y_ptr": "*fp32:16"}, {"BLOCK": 8192}
-    free = offline.compile_kernel(spill_kernel, signature, constants, "sm_90", num_warps=4)
-    tight = offline.compile_kernel(spill_kernel, signature, constants, "sm_90", num_warps=4, maxnreg=32)
-    assert (free.spill_stores, free.spill_loads) == (0, 0)
-    assert tight.registers <= 32 < free.registers
-    assert tight.spill_stores > 0
-    assert tight.spill_loads > 0
+    x, y = torch.empty(VOCAB), torch.empty(VOCAB)
+    free = compiled("sm_90", spill_kernel, x, y, 8192, num_warps=4)
+    tight = compiled("sm_90", spill_kernel, x, y, 8192, num_warps=4, maxnreg=32)
+    assert (free["spill_stores"], free["spill_loads"]) == (0, 0)
+    assert tight["registers"] <= 32 < free["registers"]
+    assert tight["spill_stores"] > 0
+    assert tight["spill_loads"] > 0
     # The stack is there for the spills and for nothing else.
-    assert (free.stack, tight.stack % 8) == (0, 0)
-    assert tight.stack > 0
+    assert (free["stack"], tight["stack"] % 8) == (0, 0)
+    assert tight["stack"] > 0
 
 
 def test_offline_compilation():
@@ -262,4 +267,4 @@ def test_offline_compilation():
 @interpreted
 def test_an_interpreting_process_cannot_compile():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
-        offline.compile_kernel(copy_block_kernel, {}, {}, "sm_90")
+        Compiler("sm_90")
