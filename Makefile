@@ -40,7 +40,7 @@ help: ## list the targets
 venv: $(VENV)/.stamp-test ## make .venv with the test extra
 
 test: $(VENV)/.stamp-test ## run the tests (ARGS="-k clip", JOBS=4)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.stamp-test ## ruff and mypy
 	$(BIN)/ruff check .

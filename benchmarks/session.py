@@ -1,16 +1,12 @@
-"""One run: checks each provider against float64, then lets pytest-benchmark time them in interleaved rounds."""
+"""One run: checks each provider against float64, then times all of them in interleaved rounds."""
 
-import contextlib
-import io
+import gc
 import multiprocessing
-import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from rich.progress import Progress
 
@@ -18,123 +14,54 @@ from benchmarks.errors import allowance, distance
 from benchmarks.providers import OURS, Provider, own_providers
 from benchmarks.rivals import rivals
 from benchmarks.timing import make_ready, peak_bytes, timer
-from benchmarks.workloads import DTYPES, LARGEST_LOGIT, LOGITS, WORKLOADS, Batch, Case, Outputs, sampled_rows
+from benchmarks.workloads import DTYPES, LARGEST_LOGIT, LOGITS, WORKLOADS, Case, Outputs, sampled_rows
 
 Facts = dict[tuple[Case, str], dict[str, Any]]
 
 
-class Entry(NamedTuple):
-    """One call to be timed, or, with a reason, one that cannot be."""
+class Bench:
+    """One case: its inputs, whole again after each call, and the providers that have not refused."""
 
-    case: Case
-    provider: Provider
-    round: int
-    ends_round: bool
-
-
-class Session:
-    """A pytest plugin: makes a test of every entry, keeps one case's inputs at a time, collects what is not a time."""
-
-    def __init__(self, cases: list[Case], who: "Who", rounds: int, keep: Callable[[Facts], None]) -> None:
-        self.facts: Facts = {}
-        self.keep = keep
-        self.entries = list(self._entries(cases, who, rounds))
-        self.runs: dict[str, Any] = {}
-        self.case: Case | None = None
-        self.progress = Progress(transient=True)
-
-    def _entries(self, cases: list[Case], who: "Who", rounds: int) -> Iterator[Entry]:
-        shuffle = random.Random(0)
-        for case in cases:
-            providers = []
-            for provider in selected(case.workload, who):
-                reason = provider.unavailable(case.device)
-                self.facts[case, provider.name] = {"family": provider.family, "refused": reason}
-                if reason is None:
-                    providers.append(provider)
-            for number in range(rounds):
-                # In another order each round: a provider is faster after one that left memory of the right kind.
-                order = shuffle.sample(providers, len(providers))
-                for provider in order:
-                    yield Entry(case, provider, number, provider is order[-1])
-
-    def pytest_generate_tests(self, metafunc: Any) -> None:
-        """Every entry becomes a test of `benchmarks/rounds.py`."""
-        names = [f"{'-'.join(map(str, one.case))}-{one.provider.name}-{one.round}" for one in self.entries]
-        metafunc.parametrize("entry", self.entries, ids=names)
-
-    def pytest_runtest_logfinish(self) -> None:
-        """Move the bar."""
-        self.progress.advance(self.progress.task_ids[0])
-
-    @pytest.fixture
-    def session(self) -> "Session":
-        """This object, for the test."""
-        return self
-
-    def enter(self, case: Case) -> None:
-        """Make the inputs of ``case`` and check its providers, unless it is the current one."""
-        if case == self.case:
-            return
-        self.batch = self.spare = None
-        self.case, workload = case, WORKLOADS[case.workload]
-        self.progress.update(self.progress.task_ids[0], description=" ".join(map(str, case)))
+    def __init__(self, case: Case, providers: list[Provider], facts: Facts) -> None:
         torch.compiler.reset()
         if case.device == "cuda":
             torch.cuda.empty_cache()
-        self.batch = workload.make(case)
-        providers = {one.provider.name: one.provider for one in self.entries if one.case == case}
-        if any(provider.overwrites for provider in providers.values()):
-            self.spare = self.batch.logits.detach().clone()
-        truth = workload.truth(self.batch)
-        for name, provider in providers.items():
-            self.runs[name] = provider.prepare() if provider.prepare else provider.run
-            self.facts[case, name] |= self._check(provider, truth)
-        self.keep(self.facts)
+        self.case, self.facts, self.clock = case, facts, timer(case.device)
+        for one in providers:
+            facts[case, one.name] = {"family": one.family, "refused": one.unavailable(case.device)}
+        self.batch = WORKLOADS[case.workload].make(case)
+        overwritten = any(one.overwrites for one in self.willing(providers))
+        self.pristine = self.batch.logits.detach().clone() if overwritten else None
+        self.runs = {one.name: one.prepare() if one.prepare else one.run for one in self.willing(providers)}
+        truth = WORKLOADS[case.workload].truth(self.batch)
+        for one in self.willing(providers):
+            self.call(one, truth)
 
-    def _check(self, provider: Provider, truth: Outputs) -> dict[str, Any]:
-        """A provider's error at the size that is timed, or why it refused."""
-        self._ready()
+    def willing(self, providers: list[Provider]) -> list[Provider]:
+        """Those among them that have not refused."""
+        return [one for one in providers if self.facts[self.case, one.name]["refused"] is None]
+
+    def call(self, provider: Provider, truth: Outputs | None = None) -> None:
+        """Call it once: note its error where the ``truth`` is given, else its time, or why it refused."""
+        facts = self.facts[self.case, provider.name]
+        make_ready(self.batch, self.case.device)
+        gc.disable()
         try:
+            start = self.clock()
             found = self.runs[provider.name](self.batch)
-            return compared(found, truth, provider.outputs, self.case)
+            seconds = self.clock() - start
+            if truth is None:
+                facts.setdefault("seconds", []).append(seconds)
+            else:
+                facts |= compared(found, truth, provider.outputs, self.case)
         except Exception as error:
             if provider.family == OURS:
                 raise
-            return {"refused": reason(error)}
-        finally:
-            if provider.overwrites:
-                self._restore(self.batch)
-
-    def time(self, benchmark: Any, entry: Entry) -> None:
-        """One timed call; the check was the first. What is known is kept after each round."""
-        self.enter(entry.case)
-        try:
-            self._time(benchmark, entry)
-        finally:
-            if entry.ends_round:
-                self.keep(self.facts)
-
-    def _time(self, benchmark: Any, entry: Entry) -> None:
-        facts = self.facts[entry.case, entry.provider.name]
-        if facts["refused"]:
-            pytest.skip(facts["refused"])
-        restore = self._restore if entry.provider.overwrites else None
-        run = self.runs[entry.provider.name]
-        try:
-            benchmark.pedantic(run, (self.batch,), setup=self._ready, teardown=restore)
-        except Exception as error:
-            if entry.provider.family == OURS:
-                raise
             facts["refused"] = reason(error)
-        else:
-            facts.setdefault("seconds", []).extend(benchmark.stats.stats.data)
-
-    def _ready(self) -> None:
-        make_ready(self.batch, self.case.device)
-
-    def _restore(self, batch: Batch) -> None:
-        batch.logits.detach().copy_(self.spare)
+        finally:
+            gc.enable()
+            if provider.overwrites:
+                self.batch.logits.detach().copy_(self.pristine)
 
 
 class Who(NamedTuple):
@@ -181,36 +108,36 @@ def reason(error: Exception) -> str:
 
 def run(cases: list[Case], who: Who, rounds: int, keep: Callable[[Facts], None] = lambda facts: None) -> Facts:
     """Times, errors, peaks and refusals of every provider of every case; ``keep`` is told after each round."""
-    session = Session(cases, who, rounds, keep)
-    if session.entries:
-        with session.progress:
-            session.progress.add_task("", total=len(session.entries))
-            _pytest(session, cases[0].device)
-            add_peaks(session)
-    return session.facts
+    facts: Facts = {}
+    shuffle = random.Random(0)
+    with Progress(transient=True) as progress:
+        for case in cases:
+            task = progress.add_task(" ".join(map(str, case)), total=rounds)
+            providers = selected(case.workload, who)
+            bench = Bench(case, providers, facts)
+            keep(facts)
+            for _ in range(rounds):
+                try:
+                    # In another order each time: a provider is faster after one that left memory of the right kind.
+                    willing = bench.willing(providers)
+                    for one in shuffle.sample(willing, len(willing)):
+                        bench.call(one)
+                finally:
+                    keep(facts)
+                progress.advance(task)
+            # Inputs of one case at a time.
+            del bench
+        progress.add_task("peak memory", total=None)
+        add_peaks(facts)
+    return facts
 
 
-def _pytest(session: Session, device: str) -> None:
-    clock = timer(device)
-    arguments = [
-        str(Path(__file__).with_name("rounds.py")), "-c", os.devnull, "--rootdir", str(Path(__file__).parent), "-q",
-        "-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist", "--benchmark-only", "--benchmark-quiet",
-        "--benchmark-disable-gc", "--no-header", "-x", "--benchmark-timer", f"{clock.__module__}.{clock.__name__}",
-    ]  # fmt: skip
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        code = pytest.main(arguments, plugins=[session])
-    if code != 0:
-        raise RuntimeError(f"pytest-benchmark ended with {code}:\n{printed.getvalue()}")
-
-
-def add_peaks(session: Session) -> None:
+def add_peaks(facts: Facts) -> None:
     """Peak memory of each provider, for the first case (the largest) of each workload and dtype."""
-    session.progress.update(session.progress.task_ids[0], description="peak memory")
-    session.batch = session.spare = session.case = None
-    first = {(case.workload, case.dtype): case for case, _ in reversed(session.facts)}
-    for (case, name), facts in session.facts.items():
-        if case in first.values() and facts["refused"] is None:
-            facts["peak_bytes"] = _apart(case, name) if case.device == "cpu" else _peak_of(case, name)
+    first = {(case.workload, case.dtype): case for case, _ in reversed(facts)}
+    for (case, name), found in facts.items():
+        if case in first.values() and found["refused"] is None:
+            found["peak_bytes"] = _apart(case, name) if case.device == "cpu" else _peak_of(case, name)
 
 
 def _peak_of(case: Case, name: str) -> int | None:

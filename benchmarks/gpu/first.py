@@ -19,8 +19,8 @@ from benchmarks.machine import answer, version
 from benchmarks.timing import copy_bandwidth
 
 PACKAGES = (
-    "torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "pytest-benchmark", "rich",
-    "matplotlib", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels",
+    "torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "rich", "matplotlib",
+    "transformers", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels",
 )  # fmt: skip
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
 Entry = dict[str, Any]

@@ -39,7 +39,7 @@ def first(plan: Plan, limit: float) -> Record:
 
 def bench(plan: Plan, limit: float) -> Record:
     """The benchmarks, which write tables and pictures of their own, as they come."""
-    lacking = [name for name in ("matplotlib", "pytest_benchmark", "rich") if not installed(name)]
+    lacking = [name for name in ("matplotlib", "rich") if not installed(name)]
     if lacking:
         return absent(f"{', '.join(lacking)} not installed here: `make wheels` fetches what can be taken along")
     large = ["all", "--tokens", "2048,8192", "--vocab", "151936", "--linear", "8192x4096x131072"]

@@ -14,7 +14,7 @@ from benchmarks.machine import ROOT, version
 WHEELS = ROOT / ".whl"
 # Rivals go without what they depend on, of which the machine's torch is the most; the rest with it.
 RIVALS = ("liger-kernel", "trl", "cut-cross-entropy")
-TOOLS = ("matplotlib", "pytest-benchmark", "rich", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis")
+TOOLS = ("matplotlib", "rich", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis")
 LIMIT = 60
 
 

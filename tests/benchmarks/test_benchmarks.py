@@ -9,7 +9,6 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("pytest_benchmark")
 pytest.importorskip("rich")
 
 import benchmarks.session as session_module
@@ -25,12 +24,6 @@ from tests.support.benchmark import CASE, LINEAR, MACHINE, case_of, fact, judged
 from tests.support.device import DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """The command's own pytest must not take itself for one of several workers: it would not time anything."""
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
 
 def broken(batch):

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("pytest_benchmark")
 pytest.importorskip("rich")
 
 from benchmarks.pictures import draw
@@ -82,8 +81,7 @@ def test_time_over_that_of_the_bare_products(workload, products, tmp_path):
     assert f"| 1.00 | ({flops / 1e9:.3g} GFLOP/s) |" in without
 
 
-def test_linear_is_a_head_that_trains_and_a_frozen_one(tmp_path, monkeypatch):
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # beside other workers pytest-benchmark measures nothing
+def test_linear_is_a_head_that_trains_and_a_frozen_one(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "linear", "--device", "cpu", "--linear", "64x16x50", "--rounds", "1"]
     options = ["--dtype", "fp32", "--rivals", f"eager,{GEMMS}", "--out", str(tmp_path)]
     done = subprocess.run(command + options, cwd=ROOT, capture_output=True, text=True)
