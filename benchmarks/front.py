@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.patches import FancyBboxPatch
 
+from benchmarks import tables
 from benchmarks.machine import headline
 from benchmarks.pictures import plt, save
 from benchmarks.report import Report, case_of, cases_of, duration
@@ -65,12 +66,12 @@ def contenders(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def table(reports: Sequence[Report]) -> str:
     """A row a workload, a column a family, and where it was measured."""
-    lines = [["", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
+    rows = []
     for workload in ROWS:
         records = leading(reports, workload)
-        lines.append([f"{WORKLOADS[workload].title}, {size(case_of(records[0]))}", *_cells(records)])
+        rows.append([f"{WORKLOADS[workload].title}, {size(case_of(records[0]))}", *_cells(records)])
     where = "\n".join(f"- {headline(report['machine'])}" for report in reports)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"{NOTES}\n{where}\n"
+    return f"{tables.table(['', *COLUMNS.values()], rows)}\n{NOTES}\n{where}\n"
 
 
 def _cells(records: list[dict[str, Any]]) -> list[str]:

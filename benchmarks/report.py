@@ -1,15 +1,16 @@
 """From times and facts to one JSON, one table: ratios, rates and memory are worked out here and nowhere else."""
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 from benchmarks.machine import headline, version
 from benchmarks.providers import GEMMS
 from benchmarks.rivals import PACKAGES
+from benchmarks.tables import table
 from benchmarks.workloads import DTYPES, HIDDEN, ROLLOUTS, SAMPLED, WORKLOADS, Case, size
 
 Report = dict[str, Any]
@@ -36,8 +37,7 @@ def _record(case: Case, name: str, found: dict[str, Any], facts: dict[Any, Any],
     record = case._asdict() | {"provider": name, "family": found["family"], "refused": found["refused"]}
     if found["refused"] is not None:
         return record
-    seconds = statistics.median(found["seconds"])
-    low, high = _quartiles(found["seconds"])
+    low, seconds, high = np.quantile(found["seconds"], (0.25, 0.5, 0.75)).tolist()
     record |= {
         "seconds": {"median": seconds, "lower_quartile": low, "upper_quartile": high, "rounds": len(found["seconds"])},
         "error": found["error"],
@@ -57,18 +57,11 @@ def _record(case: Case, name: str, found: dict[str, Any], facts: dict[Any, Any],
 
 
 def _median(found: dict[str, Any]) -> float | None:
-    return statistics.median(found["seconds"]) if found.get("seconds") else None
+    return float(np.median(found["seconds"])) if found.get("seconds") else None
 
 
 def _unit(case: Case) -> str:
     return "FLOPs" if WORKLOADS[case.workload].given == HIDDEN else "bytes"
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    if len(values) == 1:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
 
 
 def cases_of(report: Report, leading: bool = False) -> list[Case]:
@@ -83,14 +76,6 @@ def cases_of(report: Report, leading: bool = False) -> list[Case]:
 def case_of(one: dict[str, Any]) -> Case:
     """What a record is about; older ones say nothing of hidden states."""
     return Case(**{field: one[field] for field in Case._fields if field in one})
-
-
-def section(report: Report, case: Case) -> tuple[str, list[list[str]]]:
-    """A heading, and the head and the rows of the table of one case, as text."""
-    workload, unit = WORKLOADS[case.workload], _unit(case)
-    heading = f"{case.workload}: {workload.title}, {size(case)}; {unit}: {workload.formula}"
-    head = [RATES[unit] if name == RATES["bytes"] else name for name in COLUMNS]
-    return heading, [head, *(_cells(one) for one in report["results"] if case_of(one) == case)]
 
 
 def _cells(one: dict[str, Any]) -> list[str]:
@@ -164,12 +149,14 @@ def markdown(report: Report) -> str:
 
 
 def tables(report: Report, leading: bool = False) -> str:
-    """A table of each case, or of those that a reader wants first."""
+    """Heading and table of each case, or of those that a reader wants first."""
     parts = []
     for case in cases_of(report, leading):
-        title, (head, *rows) = section(report, case)
-        lines = [head, ["---"] * len(head), *rows]
-        parts.append(f"**{title}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n")
+        workload, unit = WORKLOADS[case.workload], _unit(case)
+        heading = f"{case.workload}: {workload.title}, {size(case)}; {unit}: {workload.formula}"
+        head = [RATES[unit] if name == RATES["bytes"] else name for name in COLUMNS]
+        rows = [_cells(one) for one in report["results"] if case_of(one) == case]
+        parts.append(f"**{heading}**\n\n{table(head, rows)}\n\n")
     return "".join(parts)
 
 
@@ -178,11 +165,4 @@ def show(report: Report) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    console.print(headline(report["machine"]), highlight=False)
-    for case in cases_of(report):
-        title, (head, *rows) = section(report, case)
-        drawn = Table(*head, title=title, title_justify="left", title_style="bold")
-        for row in rows:
-            drawn.add_row(*row, style="bold" if row[0].startswith("egpo_kernels") else None)
-        console.print(drawn)
-    console.print(notes(report), highlight=False, markup=False)
+    console.print(Markdown(markdown(report)))

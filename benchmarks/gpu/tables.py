@@ -4,11 +4,12 @@ python -m benchmarks.gpu.tables benchmarks/results/some-device    # gpu.md again
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.stages import gather
+from benchmarks.tables import records, table
 
 MAX_ROWS = 60
 
@@ -28,28 +29,10 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; what would break it is made harmless."""
-    lines = [[cell(value) for value in row] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [list(head), ["---"] * len(head), *lines])
-
-
-def cell(value: Any) -> str:
-    """One value on one line."""
-    text = " ".join(str(value).split()).replace("|", "\\|")
-    return text if len(text) <= 300 else text[:299] + "…"
-
-
 def of_kind(record: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     """What the first stage's commands said of one kind, without saying so again."""
     chosen = [entry for entry in record.get("said", []) if entry["kind"] == kind]
     return [{name: value for name, value in entry.items() if name != "kind"} for entry in chosen]
-
-
-def records(entries: list[dict[str, Any]]) -> str:
-    """A table of entries, whose keys are its columns."""
-    head = list(dict.fromkeys(name for entry in entries for name in entry))
-    return table(head, [[entry.get(name, "") for name in head] for entry in entries])
 
 
 HEADINGS = {
