@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.workloads import GROUP, Batch, Outputs
-from egpo_kernels import group_advantages, linear_policy_loss, logits_policy_loss, policy_loss, token_log_probs
+from egpo_kernels import (
+    TokenLogProbs,
+    group_advantages,
+    linear_policy_loss,
+    logits_policy_loss,
+    policy_loss,
+    token_log_probs,
+)
 
 OURS = "egpo_kernels"
 NATIVE = "eager, in the logits' dtype"
@@ -75,14 +82,15 @@ def eager_logits_and_entropy(batch: Batch) -> Outputs:
     return found
 
 
-def _ours_logits(**options) -> Run:
-    def run(batch: Batch) -> Outputs:
-        loss, _ = logits_policy_loss(
-            batch.logits, batch.tokens, batch.advantages, batch.mask, old_log_probs=batch.old_log_probs, **options
-        )
-        return answer(loss, batch)
+def our_loss(batch: Batch, **options) -> Tensor:
+    """`logits_policy_loss`."""
+    given = (batch.logits, batch.tokens, batch.advantages, batch.mask)
+    return logits_policy_loss(*given, old_log_probs=batch.old_log_probs, **options).loss
 
-    return run
+
+def ours_logits(**options) -> Run:
+    """`our_loss` and its gradient."""
+    return lambda batch: answer(our_loss(batch, **options), batch)
 
 
 def _linear_by_hand(hidden: Tensor, batch: Batch) -> Tensor:
@@ -139,16 +147,20 @@ def _log_probs_by_hand(batch: Batch, dtype: torch.dtype | None = torch.float32) 
     return {"log_probs": chosen * batch.mask, "entropy": entropy * batch.mask}
 
 
-@torch.no_grad()
-def ours_log_probs(batch: Batch) -> Outputs:
+def our_log_probs(batch: Batch, entropy: bool, **options) -> TokenLogProbs:
     """`token_log_probs`."""
-    return {"log_probs": token_log_probs(batch.logits, batch.tokens, mask=batch.mask).log_probs}
+    return token_log_probs(batch.logits, batch.tokens, mask=batch.mask, return_entropy=entropy, **options)
 
 
-@torch.no_grad()
-def ours_log_probs_and_entropy(batch: Batch) -> Outputs:
-    """`token_log_probs` with entropy."""
-    return token_log_probs(batch.logits, batch.tokens, mask=batch.mask, return_entropy=True)._asdict()
+def ours_log_probs(entropy: bool, **options) -> Run:
+    """The values of `our_log_probs`."""
+
+    @torch.no_grad()
+    def run(batch: Batch) -> Outputs:
+        found = our_log_probs(batch, entropy, **options)
+        return found._asdict() if entropy else {"log_probs": found.log_probs}
+
+    return run
 
 
 def _advantages_by_hand(batch: Batch) -> Outputs:
@@ -209,17 +221,17 @@ def own_providers(workload: str) -> list[Provider]:
         "linear": linear,
         "linear-frozen": linear,
         "logits": [
-            Provider(OURS, OURS, _ours_logits()),
-            Provider("egpo_kernels, in place", OURS, _ours_logits(inplace_grad=True), overwrites=True),
-            Provider("egpo_kernels, no metrics", OURS, _ours_logits(metrics="none")),
+            Provider(OURS, OURS, ours_logits()),
+            Provider("egpo_kernels, in place", OURS, ours_logits(inplace_grad=True), overwrites=True),
+            Provider("egpo_kernels, no metrics", OURS, ours_logits(metrics="none")),
             Provider("eager", "eager", eager_logits),
             Provider("eager, with entropy", "eager", eager_logits_and_entropy),
             Provider(NATIVE, "eager", native_logits),
             Provider("torch.compile", "torch.compile", eager_logits, prepare=_compiled_loss(_by_hand, "logits")),
         ],
         "log-probs": [
-            Provider(OURS, OURS, ours_log_probs_and_entropy),
-            Provider("egpo_kernels (no entropy)", OURS, ours_log_probs, outputs=("log_probs",)),
+            Provider(OURS, OURS, ours_log_probs(entropy=True)),
+            Provider("egpo_kernels (no entropy)", OURS, ours_log_probs(entropy=False), outputs=("log_probs",)),
             Provider("eager", "eager", torch.no_grad()(_log_probs_by_hand)),
             Provider(NATIVE, "eager", torch.no_grad()(functools.partial(_log_probs_by_hand, dtype=None))),
             Provider("torch.compile", "torch.compile", _log_probs_by_hand, prepare=_compiled(_log_probs_by_hand)),

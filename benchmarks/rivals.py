@@ -33,18 +33,18 @@ def _needs(package: str, on_cuda: bool = False, hopper: bool = False) -> Callabl
     return unavailable
 
 
-def _liger_logits(inplace: bool) -> Callable[[Batch], Outputs]:
-    def run(batch: Batch) -> Outputs:
-        from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+def liger_loss(batch: Batch, **options) -> torch.Tensor:
+    """Liger's loss of logits, which expects those of a whole sequence: the last score nothing."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-        loss, _ = triton_grpo_loss(
-            batch.logits, batch.old_log_probs[:, :-1].contiguous(), None, batch.tokens[:, :-1].contiguous(),
-            batch.advantages, temperature=1.0, beta=0.0, eps_low=0.2, eps_high=0.2, inplace=inplace,
-            loss_type="bnpo", reduce=True,
-        )  # fmt: skip
-        return answer(loss, batch)
+    old, tokens = (field[:, :-1].contiguous() for field in (batch.old_log_probs, batch.tokens))
+    plain = {"temperature": 1.0, "beta": 0.0, "reduce": True}
+    return triton_grpo_loss(batch.logits, old, None, tokens, batch.advantages, **plain, **options)[0]
 
-    return run
+
+def _liger_logits(inplace: bool) -> Run:
+    options = {"eps_low": 0.2, "eps_high": 0.2, "loss_type": "bnpo", "inplace": inplace}
+    return lambda batch: answer(liger_loss(batch, **options), batch)
 
 
 def _liger_linear(sequences: int) -> Run:
@@ -102,7 +102,8 @@ def _trl_linear(outputs: tuple[str, ...]) -> Run:
     return run
 
 
-def _liger_log_probs(batch: Batch) -> Outputs:
+def liger_log_probs(batch: Batch) -> Outputs:
+    """Liger's log-probs of logits, of which it too expects those of a whole sequence."""
     from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
 
     found = fused_selective_log_softmax(batch.logits.detach(), batch.tokens[:, :-1].contiguous(), 1.0)
@@ -129,7 +130,8 @@ def _trl_chosen(batch: Batch) -> Scored:
     return selective_log_softmax(batch.logits, batch.tokens, row_mask=batch.mask), None
 
 
-def _trl_kernel(batch: Batch) -> Scored:
+def trl_kernel(batch: Batch) -> Scored:
+    """Log-probs and entropy by the kernel."""
     from trl.kernels import selective_log_softmax_and_entropy
 
     return selective_log_softmax_and_entropy(batch.logits, batch.tokens, row_mask=batch.mask)
@@ -159,7 +161,7 @@ def _quack_cross_entropy(batch: Batch) -> Outputs:
 
 def rivals(workload: str) -> list[Provider]:
     """Of one workload; those that cannot run say so in their row."""
-    liger, trl, trl_kernel = _needs("liger-kernel", on_cuda=True), _needs("trl"), _needs("trl", on_cuda=True)
+    liger, trl, on_cuda = _needs("liger-kernel", on_cuda=True), _needs("trl"), _needs("trl", on_cuda=True)
     by_compiler = functools.partial(_cut_cross_entropy, "torch_compile")
     linear = [
         Provider("Liger", "Liger", _liger_linear(1), _needs("liger-kernel")),
@@ -185,7 +187,7 @@ def rivals(workload: str) -> list[Provider]:
             Provider("Liger, in place", "Liger", _liger_logits(True), liger, overwrites=True),
             Provider(TRL_LOSS, "TRL", _trl_logits(_trl_scores), _trl_in_torch),
             Provider(f"{TRL_LOSS} (no entropy)", "TRL", _trl_logits(_trl_chosen), _trl_in_torch),
-            Provider(f"{TRL_KERNEL} + torch loss", "TRL", _trl_logits(_trl_kernel), trl_kernel),
+            Provider(f"{TRL_KERNEL} + torch loss", "TRL", _trl_logits(trl_kernel), on_cuda),
             # A bar, not a rival: cross-entropy is less work, and its answer is another one.
             Provider(
                 "quack cross-entropy, in place", "quack", _quack_cross_entropy,
@@ -193,11 +195,11 @@ def rivals(workload: str) -> list[Provider]:
             ),
         ],
         "log-probs": [
-            Provider("Liger (no entropy)", "Liger", _liger_log_probs, liger, outputs=("log_probs",)),
+            Provider("Liger (no entropy)", "Liger", liger_log_probs, liger, outputs=("log_probs",)),
             Provider(TRL, "TRL", _trl_log_probs(_trl_scores), _trl_in_torch),
             Provider(
                 f"{TRL} (no entropy)", "TRL", _trl_log_probs(_trl_chosen), _trl_in_torch, outputs=("log_probs",)
             ),
-            Provider(TRL_KERNEL, "TRL", _trl_log_probs(_trl_kernel), trl_kernel),
+            Provider(TRL_KERNEL, "TRL", _trl_log_probs(trl_kernel), on_cuda),
         ],
     }.get(workload, [])  # fmt: skip

@@ -5,7 +5,7 @@ import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,8 @@ from egpo_kernels.engine import ops
 
 FLUSH_BYTES = 8 << 30
 """Far more than any GPU's cache; writing it is meant to outlast the host's queueing of a call's kernels behind it."""
+CYCLES = 2e9
+"""Of a GPU in a second, at the most."""
 
 
 class Moment:
@@ -32,6 +34,31 @@ class Moment:
 def timer(device: str) -> Callable[[], Any]:
     """A clock to call before and after; the difference is in seconds."""
     return Moment if device == "cuda" else time.perf_counter
+
+
+class Times(NamedTuple):
+    """Seconds of one call on the device and on the host, and whether the device never waited for the host."""
+
+    device: float
+    host: float
+    ahead: bool
+
+
+def timed_once(run: Callable[[], object], device: str, sleep: float) -> Times:
+    """Time a call; a GPU sleeps for so many seconds first, so that the host is ahead of it."""
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        taken = time.perf_counter() - start
+        return Times(taken, taken, False)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(CYCLES * sleep))
+    first = Moment()
+    start = time.perf_counter()
+    run()
+    host = time.perf_counter() - start
+    ahead = not first.event.query()
+    return Times(Moment() - first, host, ahead)
 
 
 def make_ready(batch: Batch, device: str) -> None:

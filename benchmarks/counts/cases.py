@@ -1,29 +1,26 @@
-"""The calls that are counted: this library's here, others' in `rivals`.
+"""The calls that are counted, this library's and others'.
 
 Each runs interpreted for its memory traffic and offline for its machine code, so that both come from the same launches.
+The temperature of others is compiled in. It is 1 here, which folds their division of every logit away; ours is a
+run-time value.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
 
 import torch
-from torch import Tensor
 
 import egpo_kernels
+from benchmarks.providers import our_log_probs, our_loss
+from benchmarks.rivals import liger_log_probs, liger_loss, trl_kernel
+from benchmarks.workloads import Batch
 from egpo_kernels import AdvantageConfig, PolicyLossConfig, policy_loss
 
 SEQUENCES, LENGTH = 2, 3
 TOKENS = SEQUENCES * LENGTH
-
-
-class Batch(NamedTuple):
-    """What a call may need; the policy has not moved yet, so every row has a gradient."""
-
-    logits: Tensor
-    tokens: Tensor
-    advantages: Tensor
-    log_probs: Tensor
+PACKAGES = {"liger": "liger-kernel", "trl": "trl"}
+"""Of other libraries."""
 
 
 @dataclass(frozen=True)
@@ -31,40 +28,32 @@ class Case:
     """One call, forward and, where it says so, backward."""
 
     name: str
-    run: Callable[[Batch], None]
+    run: Callable[[Batch], object]
     library: str = "egpo_kernels"
     extra_positions: int = 0
-    """Positions of the logits beyond the tokens, for those who expect a whole sequence's logits."""
+    """Positions beyond the tokens, for those who expect a whole sequence's logits."""
     listed: bool = True
     """Whether the table shows it; the others are there for their budgets."""
 
 
 def make_batch(case: Case, vocab: int) -> Batch:
-    """Bfloat16 logits that want a gradient."""
+    """Bfloat16 logits that want a gradient; the policy has not moved yet, so every row has one."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(SEQUENCES, LENGTH + case.extra_positions, vocab, generator=generator).to(torch.bfloat16)
-    tokens = torch.randint(0, vocab, (SEQUENCES, LENGTH), generator=generator)
-    log_probs = logits[:, :LENGTH].float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    return Batch(logits.requires_grad_(), tokens, torch.tensor([1.0, -1.0]), log_probs)
+    shape = (SEQUENCES, LENGTH + case.extra_positions)
+    logits = torch.randn(*shape, vocab, generator=generator).to(torch.bfloat16)
+    tokens = torch.randint(0, vocab, shape, generator=generator)
+    log_probs = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    given = {"old_log_probs": log_probs, "advantages": torch.tensor([1.0, -1.0])}
+    return Batch(tokens, logits=logits.requires_grad_(), log_probs=log_probs, **given)
 
 
-def logits_loss(
-    batch: Batch, config: PolicyLossConfig | None = None, metrics: str = "none", inplace: bool = False
-) -> Tensor:
-    """`logits_policy_loss`; metrics "none" leaves out the entropy that is otherwise reported."""
-    return egpo_kernels.logits_policy_loss(
-        batch.logits, batch.tokens, batch.advantages, old_log_probs=batch.log_probs,
-        config=config or PolicyLossConfig(), metrics=metrics, inplace_grad=inplace, backend="triton",
-    ).loss  # fmt: skip
-
-
-def value(batch: Batch, metrics: str) -> None:
-    with torch.no_grad():
-        logits_loss(batch, metrics=metrics)
+def loss(batch: Batch, config: PolicyLossConfig | None = None, metrics: str = "none", **options) -> torch.Tensor:
+    """Metrics "none" leave out the entropy that is otherwise reported."""
+    return our_loss(batch, config=config or PolicyLossConfig(), metrics=metrics, backend="triton", **options)
 
 
 def log_probs(batch: Batch, entropy: bool) -> None:
-    found = egpo_kernels.token_log_probs(batch.logits, batch.tokens, return_entropy=entropy, backend="triton")
+    found = our_log_probs(batch, entropy, backend="triton")
     (found.log_probs.sum() + (found.entropy.sum() if entropy else 0)).backward()
 
 
@@ -79,6 +68,16 @@ def groups(batch: Batch, config: AdvantageConfig, dtype: torch.dtype = torch.flo
     egpo_kernels.group_advantages(SEQUENCES, rewards, old, config=config, backend="triton")
 
 
+def ligers(batch: Batch, level: str) -> None:
+    mask = torch.ones(SEQUENCES, LENGTH)
+    liger_loss(batch, completion_mask=mask, inplace=True, importance_sampling_level=level).backward()
+
+
+def trls(batch: Batch) -> None:
+    log_probs, entropy = trl_kernel(batch)
+    (log_probs.sum() + entropy.sum()).backward()
+
+
 ENTROPY = PolicyLossConfig(entropy_coef=0.01)
 SEQUENCE_RATIO = PolicyLossConfig(ratio="sequence")
 CISPO = PolicyLossConfig(surrogate="cispo")
@@ -89,18 +88,18 @@ RENORMALISED = AdvantageConfig(clamp="negative_only", renorm="before", scale="no
 WHITENED = AdvantageConfig(baseline="leave_one_out", scale="batch_whiten")
 
 OURS = (
-    Case("value", lambda batch: value(batch, "none")),
-    Case("value, entropy reported", lambda batch: value(batch, "all")),
-    Case("one pass", lambda batch: logits_loss(batch).backward()),
-    Case("one pass, in place", lambda batch: logits_loss(batch, inplace=True).backward()),
-    Case("one pass, entropy reported", lambda batch: logits_loss(batch, metrics="all").backward()),
-    Case("one pass, entropy in the loss", lambda batch: logits_loss(batch, ENTROPY).backward()),
-    Case("one pass, another upstream gradient", lambda batch: (3 * logits_loss(batch)).backward()),
-    Case("one pass, cispo", lambda batch: logits_loss(batch, CISPO).backward(), listed=False),
-    Case("one pass, sapo", lambda batch: logits_loss(batch, SAPO).backward(), listed=False),
-    Case("gmpo", lambda batch: logits_loss(batch, GMPO).backward(), listed=False),
-    Case("sequence ratio", lambda batch: logits_loss(batch, SEQUENCE_RATIO).backward()),
-    Case("sequence ratio, in place", lambda batch: logits_loss(batch, SEQUENCE_RATIO, inplace=True).backward()),
+    Case("value", torch.no_grad()(loss)),
+    Case("value, entropy reported", torch.no_grad()(partial(loss, metrics="all"))),
+    Case("one pass", lambda batch: loss(batch).backward()),
+    Case("one pass, in place", lambda batch: loss(batch, inplace_grad=True).backward()),
+    Case("one pass, entropy reported", lambda batch: loss(batch, metrics="all").backward()),
+    Case("one pass, entropy in the loss", lambda batch: loss(batch, ENTROPY).backward()),
+    Case("one pass, another upstream gradient", lambda batch: (3 * loss(batch)).backward()),
+    Case("one pass, cispo", lambda batch: loss(batch, CISPO).backward(), listed=False),
+    Case("one pass, sapo", lambda batch: loss(batch, SAPO).backward(), listed=False),
+    Case("gmpo", lambda batch: loss(batch, GMPO).backward(), listed=False),
+    Case("sequence ratio", lambda batch: loss(batch, SEQUENCE_RATIO).backward()),
+    Case("sequence ratio, in place", lambda batch: loss(batch, SEQUENCE_RATIO, inplace_grad=True).backward()),
     Case("token_log_probs", lambda batch: log_probs(batch, entropy=False)),
     Case("token_log_probs, entropy", lambda batch: log_probs(batch, entropy=True)),
     Case("policy_loss", lambda batch: loss_of_log_probs(batch, PolicyLossConfig(), torch.float32)),
@@ -115,4 +114,15 @@ OURS = (
     Case("group_advantages, unweighted", lambda batch: groups(batch, UNWEIGHTED, torch.float64), listed=False),
     Case("group_advantages, renormalised", lambda batch: groups(batch, RENORMALISED), listed=False),
     Case("group_advantages, whitened", lambda batch: groups(batch, WHITENED), listed=False),
+)  # fmt: skip
+
+RIVALS = (
+    Case("fused_selective_log_softmax, value", liger_log_probs, "liger", extra_positions=1),
+    Case("triton_grpo_loss, in place", lambda batch: ligers(batch, "token"), "liger", extra_positions=1),
+    Case(
+        "triton_grpo_loss, sequence ratio, in place", lambda batch: ligers(batch, "sequence"), "liger",
+        extra_positions=1,
+    ),
+    Case("selective_log_softmax_and_entropy, value", torch.no_grad()(trl_kernel), "trl"),
+    Case("selective_log_softmax_and_entropy", trls, "trl"),
 )  # fmt: skip

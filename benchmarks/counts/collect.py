@@ -16,7 +16,7 @@ from benchmarks.machine import ROOT, commit, version
 
 LIBRARIES = ("egpo_kernels", "liger", "trl")
 MAIN_TARGET = "sm_90"
-SOURCES = ("egpo_kernels", "benchmarks/counts")
+SOURCES = ("egpo_kernels", "benchmarks/counts", "benchmarks/providers.py", "benchmarks/rivals.py")
 
 
 def together() -> ThreadPoolExecutor:

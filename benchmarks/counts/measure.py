@@ -14,12 +14,12 @@ from unittest import mock
 
 import torch
 
-from benchmarks.counts.cases import OURS, TOKENS, Batch, Case, make_batch
+from benchmarks.counts.cases import OURS, PACKAGES, RIVALS, TOKENS, Case, make_batch
 from benchmarks.counts.launches import VOCAB
 from benchmarks.counts.offline import Compiler
-from benchmarks.counts.rivals import PACKAGES, RIVALS
 from benchmarks.counts.traffic import Launch, count_traffic
 from benchmarks.machine import version
+from benchmarks.workloads import Batch
 from egpo_kernels.engine import dispatch, ops
 
 # More than one block of everybody's, and not a multiple of ours.

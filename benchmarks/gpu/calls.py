@@ -12,14 +12,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import egpo_kernels as ek
-from benchmarks.timing import make_ready
+from benchmarks.providers import ours_log_probs, ours_logits
+from benchmarks.timing import Times, make_ready, timed_once
 from benchmarks.workloads import SEQUENCES, WORKLOADS, Batch, Case
 
 ROWS = {"cuda": (8192, 2048), "cpu": (16,)}
 VOCAB = {"cuda": 151936, "cpu": 1030}
 ROUNDS = {"cuda": 20, "cpu": 2}
-CYCLES = 2e9
-"""Of a GPU in a second, at the most."""
 AHEAD = 3
 """How many times what a call takes the host the GPU is kept busy first."""
 SMALL = 0.1
@@ -35,17 +34,6 @@ class Call(NamedTuple):
     overwrites: bool = False
 
 
-def _loss(**options: Any) -> Callable[[Batch], None]:
-    def run(batch: Batch) -> None:
-        rest = (batch.tokens, batch.advantages, batch.mask)
-        found = ek.logits_policy_loss(
-            batch.logits, *rest, old_log_probs=batch.old_log_probs, backend="triton", **options
-        )
-        found.loss.backward()
-
-    return run
-
-
 def _of_groups(batch: Batch) -> None:
     groups = torch.arange(SEQUENCES, device=batch.mask.device) // 4
     rewards = (batch.advantages > 0).float()
@@ -53,18 +41,14 @@ def _of_groups(batch: Batch) -> None:
     ek.egpo_loss(batch.logits, batch.tokens, groups, rewards, **given).loss.backward()
 
 
-@torch.no_grad()
-def _log_probs(batch: Batch) -> None:
-    ek.token_log_probs(batch.logits, batch.tokens, mask=batch.mask, return_entropy=True, backend="triton")
-
-
+_loss = partial(ours_logits, backend="triton")
 CALLS = (
     Call("one pass", 2, _loss()),
     Call("one pass, in place", 2, _loss(inplace_grad=True), overwrites=True),
     Call("one pass, no metrics", 2, _loss(metrics="none")),
     Call("sequence ratio", 2, _loss(config=ek.PolicyLossConfig(ratio="sequence"))),
     Call("egpo_loss", 2, _of_groups),
-    Call("log-probs and entropy", 1, _log_probs),
+    Call("log-probs and entropy", 1, ours_log_probs(entropy=True, backend="triton")),
 )
 
 
@@ -78,35 +62,12 @@ def calls(device: str, rows: int) -> Iterator[tuple[str, Callable[[], dict[str, 
         batch.logits.detach().copy_(pristine)
 
 
-class Times(NamedTuple):
-    """Seconds of one call on the device and on the host, and whether the device never waited for the host."""
-
-    device: float
-    host: float
-    ahead: bool
-
-
 def once(call: Call, batch: Batch, pristine: torch.Tensor, device: str, sleep: float) -> Times:
     """Time a call on whole logits, with an empty cache, while the GPU sleeps for so many seconds first."""
     if call.overwrites:
         batch.logits.detach().copy_(pristine)
     make_ready(batch, device)
-    if device == "cpu":
-        start = time.perf_counter()
-        call.run(batch)
-        taken = time.perf_counter() - start
-        return Times(taken, taken, False)
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    torch.cuda._sleep(int(CYCLES * sleep))
-    first.record()
-    start = time.perf_counter()
-    call.run(batch)
-    host = time.perf_counter() - start
-    ahead = not first.query()
-    last.record()
-    last.synchronize()
-    return Times(first.elapsed_time(last) / 1e3, host, ahead)
+    return timed_once(partial(call.run, batch), device, sleep)
 
 
 def timed(call: Call, batch: Batch, pristine: torch.Tensor, device: str) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-import egpo_kernels as ek
+from benchmarks.providers import our_log_probs, our_loss
+from benchmarks.workloads import Batch
 
 
 class Case(NamedTuple):
@@ -39,15 +40,11 @@ def main(device: str = "cuda", tokens: str = "8192", vocab: str = "151936") -> N
     logits = torch.empty(*shape, int(vocab), dtype=torch.bfloat16, device=device).normal_(generator=generator)
     chosen = torch.randint(int(vocab), shape, generator=generator, device=device)
     advantages = torch.linspace(-1, 1, sequences, device=device)
-    leaf = logits.detach().requires_grad_()
-
-    def loss(inplace: bool) -> torch.Tensor:
-        return ek.logits_policy_loss(leaf, chosen, advantages, inplace_grad=inplace, backend="triton").loss
-
-    torch.autograd.grad(loss(False), leaf)
-    torch.autograd.grad(3 * loss(True), leaf)
-    found = ek.token_log_probs(leaf, chosen, return_entropy=True, backend="triton")
-    torch.autograd.grad(found.log_probs.sum(), leaf)
+    batch = Batch(chosen, logits=logits.requires_grad_(), advantages=advantages)
+    torch.autograd.grad(our_loss(batch, backend="triton"), batch.logits)
+    torch.autograd.grad(3 * our_loss(batch, inplace_grad=True, backend="triton"), batch.logits)
+    found = our_log_probs(batch, entropy=True, backend="triton")
+    torch.autograd.grad(found.log_probs.sum(), batch.logits)
     print("every kernel over logits was launched")
 
 

@@ -21,6 +21,7 @@ import torch
 from benchmarks.gpu import lines
 from benchmarks.gpu.candidates import KERNELS, Candidate, Problem, candidates, problem_of, using
 from benchmarks.gpu.trial import VOCAB
+from benchmarks.timing import timed_once
 from egpo_kernels.config.settings import Rows
 
 ROWS = {"cuda": (8192, 2048), "cpu": (8, 4)}
@@ -29,8 +30,8 @@ TRIAL_SHARE = 0.7
 """Of the time, when what is not checked yet is given up."""
 TRIAL_BYTES = 6 << 30
 """Of the GPU's memory, what a process that checks candidates may come to hold in float64."""
-AHEAD_CYCLES = 3_000_000
-"""A millisecond and a half that the GPU sleeps while the host queues what is timed."""
+AHEAD = 1.5e-3
+"""Seconds that the GPU sleeps while the host queues what is timed."""
 BEST = 8
 COPY = "copy"
 
@@ -81,17 +82,7 @@ def make_problem(device: str, rows: int) -> Problem:
 
 def milliseconds(run: Callable[[], object], device: str) -> float:
     """What a call takes, on a GPU between two events with the host ahead."""
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - start)
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(AHEAD_CYCLES)
-    first.record()
-    run()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last)
+    return 1e3 * timed_once(run, device, AHEAD).device
 
 
 def launcher(candidate: Candidate, problem: Problem, out: torch.Tensor) -> Callable[[], object]:

@@ -11,11 +11,10 @@ import torch
 import triton
 
 from benchmarks.counts.budgets import CASES, KERNELS, TARGETS, WIDTH, case_figures, kernel_figures
-from benchmarks.counts.cases import Case
+from benchmarks.counts.cases import PACKAGES, Case
 from benchmarks.counts.collect import collect, printed, together
 from benchmarks.counts.launches import VOCAB
 from benchmarks.counts.measure import SMALL_PASS, counted, traffic_of
-from benchmarks.counts.rivals import PACKAGES
 from benchmarks.counts.table import markdown
 from egpo_kernels.triton import launch
 from tests.support.once import made_once
