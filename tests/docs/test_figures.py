@@ -5,7 +5,6 @@ import re
 import pytest
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("pytest_benchmark")
 pytest.importorskip("rich")
 
 from benchmarks import front
