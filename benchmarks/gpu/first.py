@@ -4,15 +4,13 @@ python -m benchmarks.gpu.first cuda results.jsonl
 """
 
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.gpu import lines
+from benchmarks.gpu.ask import Jobs, ask, guarded
 from benchmarks.gpu.calls import ROWS, calls
-from benchmarks.gpu.lost import context_is_lost
+from benchmarks.gpu.lines import Entry
 from benchmarks.gpu.plan import find_tool
 from benchmarks.gpu.values import values
 from benchmarks.machine import answer, version
@@ -23,9 +21,6 @@ PACKAGES = (
     "transformers", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels",
 )  # fmt: skip
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
-Entry = dict[str, Any]
-Jobs = Iterator[tuple[str, Callable[[], Entry]]]
-"""A name and what makes an entry, each to be called before the next is asked for."""
 
 
 def machine(device: str) -> Entry:
@@ -52,38 +47,5 @@ def questions(device: str) -> Jobs:
         yield from guarded(f"calls on {rows} rows", calls(device, rows))
 
 
-def guarded(name: str, jobs: Jobs) -> Jobs:
-    """``jobs``, and a last one that says so where what they share cannot be made; those after them are still asked."""
-    try:
-        yield from jobs
-    except Exception as error:
-        trouble = error
-
-        def fail() -> Entry:
-            raise trouble
-
-        yield name, fail
-
-
-def ask(jobs: Jobs, path: Path) -> bool:
-    """Write each answer as it comes, also of a job that fails; False where the CUDA context is lost, which ends it."""
-    for name, job in jobs:
-        try:
-            entry = job()
-        except Exception as error:
-            entry = {
-                "kind": "trouble",
-                "of": name,
-                "message": f"{type(error).__name__}: {error}"[:2000],
-                "right": False,
-            }
-            if context_is_lost(error):
-                lines.append(path, **entry)
-                return False
-        lines.append(path, **entry)
-        print(entry, flush=True)
-    return True
-
-
 if __name__ == "__main__":
-    sys.exit(0 if ask(questions(sys.argv[1]), Path(sys.argv[2])) else "the CUDA context is lost")
+    sys.exit(ask(questions(sys.argv[1]), Path(sys.argv[2])))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 Entry = dict[str, Any]
+DIED = "the process ended while it ran"
 
 
 def append(path: Path, **entry: Any) -> None:
@@ -22,3 +23,10 @@ def read(path: Path) -> list[Entry]:
         except json.JSONDecodeError:
             continue  # cut off in the middle
     return found
+
+
+def known(path: Path) -> tuple[set[str], list[str]]:
+    """Names of what an earlier process ``started``, and among them of what has no line that it is the result ``of``."""
+    entries = read(path)
+    begun = {entry["started"] for entry in entries if "started" in entry}
+    return begun, sorted(begun - {entry["of"] for entry in entries if "of" in entry})

@@ -3,10 +3,12 @@
 import importlib.util
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.gpu import lines
 from benchmarks.gpu.process import Finished, run
 
 Record = dict[str, Any]
@@ -33,6 +35,19 @@ class Plan(NamedTuple):
     def run(self, name: str, command: list[str], limit: float, **environment: str) -> Finished:
         """Run a command, its output kept as ``logs/name.txt``."""
         return run(command, limit, self.log(f"{name}.txt"), {**self.environment, **environment})
+
+    def run_on(self, name: str, command: list[str], limit: float) -> Record:
+        """As `run`, again and again where the process ended early: it goes on behind what ended it, as
+        ``logs/name.jsonl`` tells.
+        """
+        start, number, known = time.monotonic(), 0, 0
+        while True:
+            done = self.run(f"{name}-{number}" if number else name, command, limit - (time.monotonic() - start))
+            found = lines.read(self.log(f"{name}.jsonl"))
+            # What made no headway will not the next time.
+            if done.code in (None, 0) or any("finished" in entry for entry in found) or len(found) == known:
+                return done.record() | {"seconds": round(time.monotonic() - start, 1), "restarts": number}
+            known, number = len(found), number + 1
 
     def log(self, name: str) -> Path:
         """A file in ``logs``, whose folder is there."""

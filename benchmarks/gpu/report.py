@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import lines
-from benchmarks.gpu.lost import context_is_lost
+from benchmarks.gpu.ask import context_is_lost
 
 MESSAGE_LENGTH = 2000
 DETAIL_LENGTH = 4000
 LOST = 86
 """Exit status of a process without a CUDA context."""
-DIED = "the process ended while this test ran"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,13 +60,10 @@ class _Writer:
     def __init__(self, path: Path, alone: bool) -> None:
         self.path = path
         # Workers would not agree on what is known: each reads it when it starts.
-        known = lines.read(path) if alone else []
-        ended = {entry["test"] for entry in known if "test" in entry}
-        begun = {entry["started"] for entry in known if "started" in entry}
-        self.done = ended | begun
+        self.done, died = lines.known(path) if alone else (set(), [])
         self.warned: set[tuple[str, ...]] = set()
-        for test in sorted(begun - ended):
-            self.write(test=test, outcome="failed", seconds=0.0, message=DIED)
+        for test in died:
+            self.write(of=test, outcome="failed", seconds=0.0, message=lines.DIED)
 
     def write(self, **entry: Any) -> None:
         lines.append(self.path, **entry)
@@ -89,14 +85,14 @@ class _Writer:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.write(test=report.nodeid, outcome="failed", seconds=0.0, **_why(report))
+            self.write(of=report.nodeid, outcome="failed", seconds=0.0, **_why(report))
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.write(started=nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
-            self.write(test=report.nodeid, outcome=report.outcome, seconds=report.duration, **_why(report))
+            self.write(of=report.nodeid, outcome=report.outcome, seconds=report.duration, **_why(report))
 
     def pytest_warning_recorded(self, warning_message: Any, nodeid: str) -> None:
         place = f"{Path(warning_message.filename).name}:{warning_message.lineno}"
@@ -105,8 +101,11 @@ class _Writer:
             self.warned.add(said)
             self.write(warning=said[0], place=place, message=said[2], first=nodeid)
 
-    def pytest_sessionfinish(self, exitstatus: int) -> None:
-        self.write(finished=int(exitstatus))
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        # All tests are deselected when the last one ended the process before.
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.done:
+            session.exitstatus = pytest.ExitCode.OK
+        self.write(finished=int(session.exitstatus))
 
 
 def _why(report: Any) -> dict[str, str]:

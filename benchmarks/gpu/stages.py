@@ -1,40 +1,64 @@
 """The stages: each runs its commands inside a time limit and returns a record; what is not there is said."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.gpu import dram as counters
 from benchmarks.gpu import lines
 from benchmarks.gpu.plan import Plan, Record, absent, find_tool, installed, no_tool, worst
 from benchmarks.gpu.tests import tests
 
-SWEEP_SHARE = 0.5
-"""Of the first stage's time, what the sweep has for certain."""
+SHARE = {"first": 0.5, "trial": 0.7, "sweep": 1.0}
+"""Of the time that is left to the first stage, what each of its parts may take."""
+TRIAL_BYTES = 6 << 30
+"""Of the GPU's memory, what a process that checks candidates may come to hold in float64."""
 
 
 def first(plan: Plan, limit: float) -> Record:
     """What the machine is, whether values are right, what whole calls take; then the kernels' launch constants."""
-    deadline = time.monotonic() + limit
-    runs, said = {}, []
-    for name, share in (("first", 1 - SWEEP_SHARE), ("sweep", 1.0)):
-        path = plan.log(f"{name}.jsonl")
-        path.unlink(missing_ok=True)
-        left = deadline - limit * (1 - share) - time.monotonic()
-        script = [sys.executable, "-m", f"benchmarks.gpu.{name}", plan.device, str(path)]
-        # The sweep divides its time by itself.
-        script += [f"{left:.0f}"] if name == "sweep" else []
-        runs[name] = plan.run(name, script, left).record()
-        said += lines.read(path)
+    start, shares = time.monotonic(), trial_processes(plan.device)
+    names = ["first", *(f"trial-{share}" for share in range(shares)), "sweep"]
+    logs = {name: plan.log(f"{name}.jsonl") for name in names}
+    for log in logs.values():
+        log.unlink(missing_ok=True)
+
+    def run(name: str) -> Record:
+        module, _, share = name.partition("-")
+        more = {"first": [], "trial": [share, str(shares)], "sweep": [str(logs[trial]) for trial in trials]}[module]
+        script = [sys.executable, "-m", f"benchmarks.gpu.{module}", plan.device, str(logs[name]), *more]
+        left = SHARE[module] * (limit - (time.monotonic() - start))
+        return plan.run(name, script, left).record() if module == "sweep" else plan.run_on(name, script, left)
+
+    trials = names[1:-1]
+    runs = {"first": run("first")}
+    with ThreadPoolExecutor(shares) as pool:
+        runs |= zip(trials, pool.map(run, trials), strict=True)
+    runs["sweep"] = run("sweep")
+    said = [entry for log in logs.values() for entry in lines.read(log) if "kind" in entry]
     wrong = [entry for entry in said if not entry.get("right", True)]
-    status = "failed" if wrong else worst([run["status"] for run in runs.values()])
-    reasons = [f"{name}: {run['reason']}" for name, run in runs.items() if "reason" in run]
+    # Candidates that are not checked in time are given up.
+    ended = {name: run for name, run in runs.items() if name not in trials or run["status"] != "killed"}
+    status = "failed" if wrong else worst([run["status"] for run in ended.values()])
+    reasons = [f"{name}: {run['reason']}" for name, run in ended.items() if "reason" in run]
     reasons += [f"{len(wrong)} results are wrong"] if wrong else []
-    record = {"status": status, "seconds": round(limit - (deadline - time.monotonic()), 1), "runs": runs}
+    record = {"status": status, "seconds": round(time.monotonic() - start, 1), "runs": runs}
     return {**record, "said": said, **({"reason": "; ".join(reasons)} if reasons else {})}
+
+
+def trial_processes(device: str) -> int:
+    """How many processes check candidates side by side."""
+    if device == "cpu":
+        return 1
+    room = torch.cuda.get_device_properties(device).total_memory // TRIAL_BYTES
+    return max(1, min(12, (os.cpu_count() or 2) - 2, room))
 
 
 def bench(plan: Plan, limit: float) -> Record:

@@ -19,7 +19,7 @@ def summary(paths: Iterable[Path]) -> dict[str, Any]:
         chosen = 0
         for entry in lines.read(path):
             chosen = max(chosen, entry.get("selected", 0))
-            if "test" in entry:
+            if "of" in entry:
                 _add(tests, entry)
             elif "started" in entry:
                 started[entry["started"]] = None
@@ -42,9 +42,9 @@ def summary(paths: Iterable[Path]) -> dict[str, Any]:
 
 def _add(tests: dict[str, lines.Entry], entry: lines.Entry) -> None:
     """Set-up, call and teardown are one test, as bad as the worst and as long as the longest of them."""
-    known = tests.get(entry["test"], entry)
+    known = tests.get(entry["of"], entry)
     worst = max(known, entry, key=lambda one: SEVERITY.index(one["outcome"]))
-    tests[entry["test"]] = {**worst, "seconds": max(known["seconds"], entry["seconds"])}
+    tests[entry["of"]] = {"test": entry["of"], **worst, "seconds": max(known["seconds"], entry["seconds"])}
 
 
 def _brief(one: lines.Entry) -> dict[str, str]:

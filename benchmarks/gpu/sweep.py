@@ -1,17 +1,14 @@
 """Which launch constants are fastest: each candidate held against float64, then timed beside a copy of the same bytes.
 
-python -m benchmarks.gpu.sweep cuda sweep.jsonl 120
+python -m benchmarks.gpu.sweep cuda sweep.jsonl trial-0.jsonl trial-1.jsonl
 
-Candidates are compiled and checked by processes side by side, which share Triton's cache with this one; here those that
-are right are timed in interleaved rounds, the best of them in place and with fewer rows too.
+Candidates are compiled and checked by `trial`, which shares Triton's cache with this process; here those that are right
+are timed in interleaved rounds, the best of them in place and with fewer rows too.
 """
 
-import os
 import random
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,47 +23,10 @@ from egpo_kernels.config.settings import Rows
 
 ROWS = {"cuda": (8192, 2048), "cpu": (8, 4)}
 ROUNDS = {"cuda": 9, "cpu": 1}
-TRIAL_SHARE = 0.7
-"""Of the time, when what is not checked yet is given up."""
-TRIAL_BYTES = 6 << 30
-"""Of the GPU's memory, what a process that checks candidates may come to hold in float64."""
 AHEAD = 1.5e-3
 """Seconds that the GPU sleeps while the host queues what is timed."""
 BEST = 8
 COPY = "copy"
-
-
-def try_all(device: str, path: Path, deadline: float) -> list[dict[str, Any]]:
-    """Check all candidates in processes side by side; a process that a candidate ended goes on behind it."""
-    shares = 1
-    if device == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory // TRIAL_BYTES
-        shares = max(1, min(12, (os.cpu_count() or 2) - 2, room))
-    logs = [path.with_name(f"trial-{share}.jsonl") for share in range(shares)]
-    command = [sys.executable, "-m", "benchmarks.gpu.trial", device]
-
-    def start(share: int) -> subprocess.Popen:
-        return subprocess.Popen([*command, str(logs[share]), str(share), str(shares)])
-
-    for log in logs:
-        log.unlink(missing_ok=True)
-    running, known = {share: start(share) for share in range(shares)}, [0] * shares
-    while running and time.monotonic() < deadline:
-        time.sleep(0.2)
-        for share, process in list(running.items()):
-            code = process.poll()
-            if code is None:
-                continue
-            del running[share]
-            count = len(lines.read(logs[share]))
-            # What made no headway will not the next time.
-            if code != 0 and count > known[share]:
-                known[share], running[share] = count, start(share)
-    for process in running.values():
-        process.kill()
-        process.wait()
-    found = [entry for log in logs for entry in lines.read(log) if entry["kind"] == "built"]
-    return sorted(found, key=lambda entry: entry["number"])
 
 
 def make_problem(device: str, rows: int) -> Problem:
@@ -119,15 +79,12 @@ def ranked(found: dict[Any, float], problem: Problem, built: dict[Candidate, dic
     return rows
 
 
-def main(device: str, path: Path, seconds: float) -> None:
-    """Try, time, rank; each written as soon as it is known."""
-    deadline = time.monotonic() + TRIAL_SHARE * seconds
-    every = candidates(torch.device(device), VOCAB[device])
-    entries = try_all(device, path, deadline)
-    for entry in entries:
-        lines.append(path, **entry)
-    print(f"{len(entries)} of {len(every)} candidates were tried", flush=True)
-    built = {every[entry["number"]]: entry for entry in entries if "error" not in entry}
+def main(device: str, path: Path, trials: list[Path]) -> None:
+    """Time and rank what the trials built; each written as soon as it is known."""
+    every = {(one.kernel, one.title): one for one in candidates(torch.device(device), VOCAB[device])}
+    entries = [entry for log in trials for entry in lines.read(log) if "of" in entry]
+    right = [entry for entry in entries if entry["kind"] == "built" and "error" not in entry]
+    built = {every[entry["kernel"], entry["constants"]]: entry for entry in right}
     large, small = (make_problem(device, rows) for rows in ROWS[device])
     out, pristine = (torch.empty_like(large.logits) for _ in range(2))
     pristine.copy_(large.logits)
@@ -155,4 +112,4 @@ def in_place(candidate: Candidate, problem: Problem, pristine: torch.Tensor, dev
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), [Path(trial) for trial in sys.argv[3:]])

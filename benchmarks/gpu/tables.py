@@ -4,7 +4,6 @@ python -m benchmarks.gpu.tables benchmarks/results/some-device    # gpu.md again
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,26 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
     """The machine of the last stage, all stages, and what each found."""
     machine = list(found.values())[-1]["machine"]
     parts = [f"# {machine['device']}", table(("", ""), machine.items()), "## Stages"]
-    rows = []
-    for name, it in found.items():
-        when = (it["machine"]["commit"], it["machine"]["date"])
-        rows.append((name, it["status"], it["seconds"], it["limit"], *when, it.get("reason", "")))
-    parts.append(table(("stage", "status", "seconds", "of", "commit", "date", ""), rows))
+    whole = {name: {**it, "of": it["limit"], **it["machine"]} for name, it in found.items()}
+    parts.append(runs("stage", whole, "of", "commit", "date"))
     sections = {"first": first, "tests": tests, "sanitizer": sanitizer, "bench": bench, "dram": dram}
     for name, record in found.items():
         parts += sections[name](record)
     return "\n\n".join(parts) + "\n"
 
 
+def runs(what: str, found: dict[str, dict[str, Any]], *more: str) -> str:
+    """How stages, or parts of one, ended, and why."""
+    head = ("status", "seconds", *more)
+    rows = [(name, *(it[key] for key in head), it.get("reason", "")) for name, it in found.items()]
+    return table((what, *head, ""), rows)
+
+
 def of_kind(record: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     """What the first stage's commands said of one kind, without saying so again."""
     chosen = [entry for entry in record.get("said", []) if entry["kind"] == kind]
-    return [{name: value for name, value in entry.items() if name != "kind"} for entry in chosen]
+    left_out = {"kind"} if kind == "trouble" else {"kind", "of"}
+    return [{name: value for name, value in entry.items() if name not in left_out} for entry in chosen]
 
 
 HEADINGS = {
@@ -74,33 +78,25 @@ def tests(record: dict[str, Any]) -> list[str]:
         return []
     counts = f"{record['selected']} selected: {record['passed']} passed, {record['failed']} failed, "
     parts = ["## Tests", counts + f"{record['skipped']} skipped, {len(record['unfinished'])} unfinished."]
-    rows = [(name, it["status"], it["seconds"], it.get("reason", "")) for name, it in record["runs"].items()]
-    parts.append(table(("part", "status", "seconds", ""), rows))
-    columns = ("passed", "failed", "skipped", "seconds")
-    rows = [(file, *(row[key] for key in columns)) for file, row in record["files"].items()]
-    parts.append(table(("file", *columns), rows))
-    for name in ("failures", "skips"):
-        rows = [(it["test"], it["message"]) for it in record[name]]
-        parts += listed(name, ("test", "message"), rows)
-    rows = [(it["warning"], it["message"], it["place"], it["first"]) for it in record["warnings"]]
-    parts += listed("warnings", ("", "message", "place", "first in"), rows)
-    parts += listed("unfinished", ("test",), [(test,) for test in record["unfinished"]])
-    slowest = [(it["test"], it["seconds"]) for it in record["slowest"]]
-    return [*parts, "Slowest:", table(("test", "seconds"), slowest)] if slowest else parts
-
-
-def listed(name: str, head: Sequence[str], rows: list[tuple[Any, ...]]) -> list[str]:
-    """A heading with their number, and the first of them; nothing where there are none."""
-    return [f"{name.capitalize()} ({len(rows)}):", table(head, rows[:MAX_ROWS])] if rows else []
+    parts.append(runs("part", record["runs"]))
+    parts.append(records([{"file": file, **row} for file, row in record["files"].items()]))
+    columns = {"failures": ("test", "message"), "skips": ("test", "message")}
+    columns["warnings"] = ("warning", "message", "place", "first")
+    found = record | {"unfinished": [{"test": test} for test in record["unfinished"]]}
+    for name in ("failures", "skips", "warnings", "unfinished", "slowest"):
+        if entries := found[name]:
+            head = columns.get(name, entries[0])
+            rows = [[entry[key] for key in head] for entry in entries[:MAX_ROWS]]
+            parts += [f"{name.capitalize()} ({len(entries)}):", table(list(head), rows)]
+    return parts
 
 
 def sanitizer(record: dict[str, Any]) -> list[str]:
     """What each tool said."""
     if "runs" not in record:
         return []
-    runs = record["runs"].items()
-    rows = [(name, it["status"], it["seconds"], it.get("reason") or "; ".join(it.get("said", []))) for name, it in runs]
-    return ["## compute-sanitizer", table(("tool", "status", "seconds", "said"), rows)]
+    said = {name: {"reason": "; ".join(it.get("said", [])), **it} for name, it in record["runs"].items()}
+    return ["## compute-sanitizer", runs("tool", said)]
 
 
 def bench(record: dict[str, Any]) -> list[str]:

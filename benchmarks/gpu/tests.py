@@ -6,15 +6,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.gpu import lines
 from benchmarks.gpu.plan import Plan, Record, absent, installed, worst
 from benchmarks.gpu.summary import summary
 from benchmarks.machine import ROOT
 
 TIMEOUT = 100
 """Seconds a test may take where pytest-timeout is there."""
-NOTHING_TO_RUN = 5
-"""Exit status of pytest where all tests are deselected, as they are when the last one ended the process."""
 
 
 class Part(NamedTuple):
@@ -63,21 +60,9 @@ def tests(plan: Plan, limit: float) -> Record:
 
 
 def run_part(plan: Plan, part: Part, limit: float) -> Record:
-    """Run a part, again and again where its process ended with a test, the rest of them each time."""
-    start, number, known = time.monotonic(), 0, 0
-    while True:
-        left = limit - (time.monotonic() - start)
-        done = plan.run(f"tests-{part.name}{f'-{number}' if number else ''}", command(plan, part), left)
-        found = lines.read(_results(plan, part))
-        ended = done.code is None or any("finished" in entry for entry in found)
-        # Workers are replaced one by one; and what made no headway will not the next time.
-        if ended or _spread(part) or len(found) == known:
-            break
-        known, number = len(found), number + 1
-    record = done.record() | {"seconds": round(time.monotonic() - start, 1), "restarts": number}
-    if number and done.code == NOTHING_TO_RUN:
-        record = {name: value for name, value in record.items() if name != "reason"} | {"status": "passed"}
-    return record
+    """Run a part; workers are replaced one by one, a process without them goes on behind the test that ended it."""
+    name, arguments = f"tests-{part.name}", command(plan, part)
+    return plan.run(name, arguments, limit).record() if _spread(part) else plan.run_on(name, arguments, limit)
 
 
 def command(plan: Plan, part: Part) -> list[str]:

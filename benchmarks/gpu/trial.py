@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,16 +20,15 @@ from triton.runtime.jit import JITFunction
 
 import egpo_kernels as ek
 from benchmarks.errors import allowance, distance
-from benchmarks.gpu import lines
+from benchmarks.gpu.ask import Jobs, ask, context_is_lost
 from benchmarks.gpu.candidates import CONFIG, KERNELS, Candidate, Outputs, Problem, candidates, problem_of, using
-from benchmarks.gpu.lost import context_is_lost
+from benchmarks.gpu.lines import Entry
 from egpo_kernels.config.settings import Rows
 from egpo_kernels.triton.launch import processors
 
 VOCAB = {"cuda": 151936, "cpu": 1032}
 EXACT_ROWS = 32
 """Rows that are float64 at a time."""
-DIED = "the process ended while it ran"
 
 
 def make_problem(device: str, count: int, vocab: int) -> Problem:
@@ -115,44 +115,28 @@ def compiled() -> Iterator[dict[str, Any]]:
         yield usage
 
 
-def result(candidate: Candidate, problem: Problem, truth: Outputs) -> tuple[dict[str, Any], bool]:
-    """What came of a candidate, and whether the CUDA context is lost with it; what cannot be launched is not wrong."""
-    start, error = time.monotonic(), None
-    entry: dict[str, Any] = {"kernel": candidate.kernel, "constants": candidate.title, "right": True}
-    try:
-        with compiled() as usage:
-            wrong = tried(candidate, problem, truth)
-        entry |= usage
-        if wrong is not None:
-            entry |= {"right": False, "error": wrong}
-    except Exception as raised:
-        error = raised
-        entry |= {"error": f"{type(raised).__name__}: {raised}"[:500], "right": not context_is_lost(raised)}
-    entry["seconds"] = round(time.monotonic() - start, 2)
-    return entry, error is not None and context_is_lost(error)
+def result(candidate: Candidate, problem: Problem, truth: Outputs) -> Entry:
+    """What came of a candidate; what cannot be launched is not wrong."""
+    start, error = time.monotonic(), {}
+    with compiled() as usage:
+        try:
+            if wrong := tried(candidate, problem, truth):
+                error = {"right": False, "error": wrong}
+        except Exception as raised:
+            if context_is_lost(raised):
+                raise
+            error = {"error": f"{type(raised).__name__}: {raised}"[:500]}
+    known = {"kind": "built", "kernel": candidate.kernel, "constants": candidate.title, "right": True, **usage, **error}
+    return {**known, "seconds": round(time.monotonic() - start, 2)}
 
 
-def main(device: str, path: Path, share: int, shares: int) -> int:
-    """0 when all of the share was tried, 1 when the CUDA context is lost."""
-    every = candidates(torch.device(device), VOCAB[device])
-    known = lines.read(path)
-    ended = {entry["number"] for entry in known if entry["kind"] == "built"}
-    begun = {entry["number"] for entry in known if entry["kind"] == "trying"}
-    for number in sorted(begun - ended):
-        found = {"kernel": every[number].kernel, "constants": every[number].title, "right": False, "error": DIED}
-        lines.append(path, kind="built", number=number, **found)
+def trials(device: str, share: int, shares: int) -> Jobs:
+    """A job for each candidate of the share."""
     problem = make_problem(device, 3 * processors(torch.device(device)) + 17 if device == "cuda" else 13, VOCAB[device])
     truth = exact(problem)
-    for number in range(share, len(every), shares):
-        if number in begun:
-            continue
-        lines.append(path, kind="trying", number=number)
-        found, lost = result(every[number], problem, truth)
-        lines.append(path, kind="built", number=number, **found)
-        if lost:
-            return 1
-    return 0
+    for candidate in candidates(torch.device(device), VOCAB[device])[share::shares]:
+        yield candidate.title, partial(result, candidate, problem, truth)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))
+    sys.exit(ask(trials(sys.argv[1], int(sys.argv[3]), int(sys.argv[4])), Path(sys.argv[2])))

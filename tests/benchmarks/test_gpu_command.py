@@ -164,12 +164,15 @@ class Told(Plan):
 @pytest.mark.parametrize("dry", [False, True])
 def test_what_each_stage_runs(dry, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "find_tool", lambda name: f"/opt/{name}")
+    monkeypatch.setattr(stages, "trial_processes", lambda device: 1)
     plan = Told(tmp_path, dry)
     found = {name: run(plan, 40.0) for name, run in stages.STAGES.items() if name != "dram"}
     told = (tmp_path / "commands.txt").read_text()
     assert {found[name]["status"] for name in ("first", "tests", "bench")} == {"passed"}
     device = "cpu" if dry else "cuda"
-    assert f"first -m benchmarks.gpu.first {device} " in told and "sweep.jsonl 40\n" in told
+    assert f"first -m benchmarks.gpu.first {device} " in told
+    assert f"benchmarks.gpu.trial {device} {tmp_path}/logs/trial-0.jsonl 0 1\n" in told
+    assert "trial-0.jsonl\n" in told.partition("benchmarks.gpu.sweep")[2]
     sizes = (
         "logits --dtype bf16 --tokens 64 --vocab 512"
         if dry

@@ -1,10 +1,14 @@
 """The first stage of `python -m benchmarks.gpu`: its questions, and the sweep over launch constants."""
 
+import sys
+
 import pytest
 import torch
 
 from benchmarks.gpu import calls, candidates, first, lines, sweep, tables, trial, values
+from benchmarks.gpu.ask import ask, guarded
 from benchmarks.gpu.candidates import KERNELS, Candidate
+from benchmarks.gpu.plan import Plan
 from egpo_kernels import triton as backend
 from egpo_kernels.triton import launch
 
@@ -13,6 +17,10 @@ LOSS, VALUES = "logits_policy_loss_kernel", "row_statistics_kernel"
 
 
 # Questions.
+
+
+def answers(path):
+    return [entry for entry in lines.read(path) if "of" in entry]
 
 
 def raising(message):
@@ -25,15 +33,25 @@ def raising(message):
 def test_answers_are_written_as_they_come_and_a_failure_is_one(tmp_path):
     path = tmp_path / "lines"
     jobs = [("a", lambda: {"kind": "copy", "GB/s": 1}), ("b", raising("no clock")), ("c", lambda: {"kind": "facts"})]
-    assert first.ask(iter(jobs), path)
-    assert [entry["kind"] for entry in lines.read(path)] == ["copy", "trouble", "facts"]
-    assert lines.read(path)[1]["message"] == "RuntimeError: no clock" and not lines.read(path)[1]["right"]
+    assert ask(iter(jobs), path) == 0
+    assert [entry["kind"] for entry in answers(path)] == ["copy", "trouble", "facts"]
+    assert answers(path)[1]["message"] == "RuntimeError: no clock" and not answers(path)[1]["right"]
 
 
-def test_nothing_is_asked_of_a_lost_context(tmp_path):
-    jobs = [("a", raising("CUDA error: misaligned address")), ("b", lambda: pytest.fail("asked"))]
-    assert not first.ask(iter(jobs), tmp_path / "lines")
-    assert [entry["of"] for entry in lines.read(tmp_path / "lines")] == ["a"]
+def test_nothing_is_asked_of_a_lost_context_and_the_next_process_goes_on_behind_it(tmp_path):
+    path, lost = tmp_path / "lines", ("a", raising("CUDA error: misaligned address"))
+    assert ask(iter([lost, ("a", lambda: pytest.fail("asked"))]), path) == 1
+    assert [entry["of"] for entry in answers(path)] == ["0 a"]
+    assert ask(iter([lost, ("a", lambda: {"kind": "copy"})]), path) == 0
+    assert [(entry["of"], entry["kind"]) for entry in answers(path)] == [("0 a", "trouble"), ("1 a", "copy")]
+
+
+def test_what_ended_its_process_is_wrong_and_the_rest_is_asked(tmp_path):
+    path = tmp_path / "lines"
+    lines.append(path, started="0 a")
+    assert ask(iter([("a", lambda: pytest.fail("asked")), ("b", lambda: {"kind": "copy"})]), path) == 0
+    died, answer = answers(path)
+    assert (died["of"], died["message"], died["right"]) == ("0 a", lines.DIED, False) and answer["kind"] == "copy"
 
 
 def test_what_several_jobs_share_may_fail_and_others_are_still_asked(tmp_path):
@@ -42,9 +60,9 @@ def test_what_several_jobs_share_may_fail_and_others_are_still_asked(tmp_path):
         raise RuntimeError("out of memory")
 
     path = tmp_path / "lines"
-    assert first.ask(first.guarded("calls", jobs()), path)
-    assert [entry["kind"] for entry in lines.read(path)] == ["facts", "trouble"]
-    assert lines.read(path)[1]["of"] == "calls" and "out of memory" in lines.read(path)[1]["message"]
+    assert ask(guarded("calls", jobs()), path) == 0
+    assert [entry["kind"] for entry in answers(path)] == ["facts", "trouble"]
+    assert answers(path)[1]["of"] == "1 calls" and "out of memory" in answers(path)[1]["message"]
 
 
 def test_what_a_machine_is():
@@ -133,17 +151,15 @@ def test_what_a_candidate_must_get_right():
     assert "not -inf or NaN" in trial.complaint({"log_probs": finite}, truth, mask)
 
 
-def test_a_candidate_that_ends_its_process_is_wrong_and_the_others_are_tried(tmp_path, monkeypatch):
+def test_every_candidate_is_tried_by_one_process(tmp_path, monkeypatch):
     tried = []
-    monkeypatch.setattr(trial, "tried", lambda candidate, problem, truth: tried.append(candidate.kernel))
+    monkeypatch.setattr(trial, "tried", lambda candidate, problem, truth: tried.append(candidate))
     monkeypatch.setattr(trial, "exact", lambda problem: {})
-    path = tmp_path / "lines"
-    lines.append(path, kind="trying", number=0)
-    assert trial.main("cpu", path, 0, 2) == 0
-    found = {entry["number"]: entry for entry in lines.read(path) if entry["kind"] == "built"}
+    for share in range(2):
+        assert ask(trial.trials("cpu", share, 2), tmp_path / f"trial-{share}") == 0
     every = candidates.candidates(CPU, trial.VOCAB["cpu"])
-    assert list(found) == [0, *range(2, len(every), 2)] and len(tried) == len(found) - 1
-    assert found[0]["error"] == trial.DIED and not found[0]["right"] and found[2]["right"]
+    assert set(tried) == set(every) and len(tried) == len(every) == len({(one.kernel, one.title) for one in every})
+    assert all(entry["right"] and entry["kind"] == "built" for entry in answers(tmp_path / "trial-1"))
 
 
 @pytest.mark.parametrize(
@@ -153,36 +169,52 @@ def test_a_candidate_that_ends_its_process_is_wrong_and_the_others_are_tried(tmp
 def test_what_cannot_be_launched_is_not_wrong_but_what_loses_the_context_is(message, lost, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "tried", lambda candidate, problem, truth: raising(message)())
     monkeypatch.setattr(trial, "exact", lambda problem: {})
-    assert trial.main("cpu", tmp_path / "lines", 0, 1) == int(lost)
-    built = [entry for entry in lines.read(tmp_path / "lines") if entry["kind"] == "built"]
-    assert len(built) == (1 if lost else len(candidates.candidates(CPU, trial.VOCAB["cpu"])))
-    assert all(entry["right"] is not lost and message in entry["error"] for entry in built)
+    path = tmp_path / "lines"
+    assert ask(trial.trials("cpu", 0, 1), path) == int(lost)
+    assert len(answers(path)) == (1 if lost else len(candidates.candidates(CPU, trial.VOCAB["cpu"])))
+    assert all(entry["right"] is not lost for entry in answers(path))
+    assert all(message in entry["message" if lost else "error"] for entry in answers(path))
 
 
-def test_a_process_that_makes_no_headway_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep.sys, "executable", "/bin/false")
-    assert sweep.try_all("cpu", tmp_path / "sweep.jsonl", float("inf")) == []
+ENDS = """
+import sys
+from pathlib import Path
+from benchmarks.gpu.ask import ask
+
+def end(): raise SystemExit(3)
+sys.exit(ask(iter([("a", lambda: {}), ("b", end), ("c", lambda: {}), ("d", end)]), Path(sys.argv[1])))
+"""
+
+
+def test_a_process_goes_on_behind_what_ends_it_and_is_given_up_without_headway(tmp_path):
+    plan = Plan(tmp_path, True)
+    record = plan.run_on("ends", [sys.executable, "-c", ENDS, str(plan.log("ends.jsonl"))], 60.0)
+    assert (record["status"], record["restarts"]) == ("passed", 2)
+    found = {entry["of"]: entry.get("message", "") for entry in answers(plan.log("ends.jsonl"))}
+    assert found == {"0 a": "", "1 b": lines.DIED, "2 c": "", "3 d": lines.DIED}
+    record = plan.run_on("false", ["/bin/false"], 60.0)
+    assert (record["status"], record["restarts"]) == ("failed", 0)
 
 
 def test_those_that_are_right_are_timed_and_ranked(tmp_path, monkeypatch):
     own = launch.constants_for(VALUES, trial.VOCAB["cpu"], 2, CPU)
     every = [Candidate(VALUES, own._replace(strips=strips)) for strips in (2, 4, 8)]
     monkeypatch.setattr(sweep, "candidates", lambda device, vocab: every)
-    entries = [
-        {"kind": "built", "number": 0, "kernel": VALUES, "constants": every[0].title, "right": True, "registers": 99},
-        {"kind": "built", "number": 1, "kernel": VALUES, "constants": every[1].title, "right": True},
-        {"kind": "built", "number": 2, "kernel": VALUES, "constants": every[2].title, "right": False, "error": "far"},
-    ]
-    monkeypatch.setattr(sweep, "try_all", lambda *arguments: entries)
+    found = [{"right": True, "registers": 99}, {"right": True}, {"right": False, "error": "far"}]
+    for number, (one, more) in enumerate(zip(every, found, strict=True)):
+        given = {"kind": "built", "kernel": VALUES, "constants": one.title, **more}
+        lines.append(tmp_path / f"trial-{number % 2}", started=one.title)
+        lines.append(tmp_path / f"trial-{number % 2}", of=f"{number} {one.title}", **given)
     taken = iter(range(9, 0, -1))
     monkeypatch.setattr(sweep, "milliseconds", lambda run, device: float(next(taken)))
-    sweep.main("cpu", tmp_path / "lines", 60.0)
+    sweep.main("cpu", tmp_path / "lines", [tmp_path / "trial-0", tmp_path / "trial-1"])
     said = lines.read(tmp_path / "lines")
-    assert [entry["kind"] for entry in said] == ["built"] * 3 + ["swept"] + ["ranked"] * 2 + ["best"] * 2
+    assert said[0]["tried"] == said[0]["candidates"] == 3
+    assert [entry["kind"] for entry in said] == ["swept"] + ["ranked"] * 2 + ["best"] * 2
     ranked = [entry for entry in said if entry["kind"] == "ranked"]
     assert ranked[0]["ms"] < ranked[1]["ms"] and {one["strips"] for one in ranked} == {2, 4}
     assert {one["registers"] for one in ranked} == {99, ""}
     assert all(entry["GB/s, 4 rows"] > 0 and "GB/s, in place" not in entry for entry in said if entry["kind"] == "best")
     record = {"machine": {"device": "x", "commit": "c", "date": "d"}, "status": "failed", "seconds": 1.0, "limit": 9}
-    text = tables.markdown({"first": {**record, "said": said}})
+    text = tables.markdown({"first": {**record, "said": [*answers(tmp_path / "trial-0"), *said]}})
     assert f"| {every[2].title} | False |" in text and "Of each kernel the fastest first" in text

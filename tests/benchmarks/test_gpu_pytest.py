@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from benchmarks.gpu import lines, tables, tests
-from benchmarks.gpu.lost import context_is_lost
+from benchmarks.gpu.ask import context_is_lost
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.process import run
 from benchmarks.gpu.summary import summary
@@ -132,9 +132,9 @@ def test_a_report_of_tests(tmp_path, monkeypatch, plugins):
 
 
 def test_a_report_that_was_cut_off(tmp_path):
-    entry = {"test": "a.py::b", "outcome": "passed", "seconds": 0.5, "message": ""}
+    entry = {"of": "a.py::b", "outcome": "passed", "seconds": 0.5, "message": ""}
     entries = [{"selected": 9}, entry, {**entry, "outcome": "failed", "message": "in teardown"}, {"started": "a.py::c"}]
-    (tmp_path / "lines").write_text("\n".join(map(json.dumps, entries)) + '\n{"test": "a.py::c", "outc')
+    (tmp_path / "lines").write_text("\n".join(map(json.dumps, entries)) + '\n{"of": "a.py::c", "outc')
     found = summary([tmp_path / "lines", tmp_path / "none"])
     assert (found["selected"], found["passed"], found["failed"]) == (9, 0, 1)
     assert found["unfinished"] == ["a.py::c"]
@@ -153,7 +153,7 @@ def test_only_the_test_that_loses_the_context_fails(tmp_path, monkeypatch, plugi
     assert said["test_loses"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
     assert ("crashed while running" if "xdist" in plugins else "the process ended") in said["test_dies"]
     # Workers are replaced; a process without them is started again behind each of the two.
-    assert found["runs"]["sample"]["restarts"] == (0 if "xdist" in plugins else 2)
+    assert found["runs"]["sample"].get("restarts") == (None if "xdist" in plugins else 2)
 
 
 def test_a_test_that_ends_the_last_process_leaves_nothing_to_run(tmp_path, monkeypatch):
