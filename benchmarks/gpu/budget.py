@@ -3,12 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-LEASE = 900
-"""The quarter of an hour, start of the machine included."""
-START = 120
-"""Until the machine is there."""
-COMMAND = 600
-"""What one command on such a machine may take."""
 LONGEST = 240
 """What one stage may take, also with what others left over."""
 
@@ -28,9 +22,6 @@ BUDGET = {
     "sanitizer": Budget(50, 5),
 }
 """The stages in their order: what decides most comes first."""
-
-CALLS = (("first",), ("tests",), ("bench", "dram", "sanitizer"))
-"""Which stages to ask for in one command where a machine is lent, so that each answer is looked at before the next."""
 
 
 def limit_of(name: str, chosen: Sequence[str], spent: float, dry: bool) -> float:

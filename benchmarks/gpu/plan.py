@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu import lines
-from benchmarks.gpu.process import Finished, run
+from benchmarks.gpu.process import Record, run
 
-Record = dict[str, Any]
 # Where CUDA and Nsight Compute put their tools when they do not put them on the path.
 TOOL_FOLDERS = ("/usr/local/cuda*/bin", "/usr/local/cuda*/compute-sanitizer", "/opt/nvidia/nsight-compute/*")
 
@@ -32,7 +31,7 @@ class Plan(NamedTuple):
         """For every command: kernels interpreted in a dry run, else compiled; no compilers that outlive their stage."""
         return {"TRITON_INTERPRET": "1" if self.dry else "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
-    def run(self, name: str, command: list[str], limit: float, **environment: str) -> Finished:
+    def run(self, name: str, command: list[str], limit: float, **environment: str) -> Record:
         """Run a command, its output kept as ``logs/name.txt``."""
         return run(command, limit, self.log(f"{name}.txt"), {**self.environment, **environment})
 
@@ -45,8 +44,8 @@ class Plan(NamedTuple):
             done = self.run(f"{name}-{number}" if number else name, command, limit - (time.monotonic() - start))
             found = lines.read(self.log(f"{name}.jsonl"))
             # What made no headway will not the next time.
-            if done.code in (None, 0) or any("finished" in entry for entry in found) or len(found) == known:
-                return done.record() | {"seconds": round(time.monotonic() - start, 1), "restarts": number}
+            if done["status"] != "failed" or any("finished" in entry for entry in found) or len(found) == known:
+                return done | {"seconds": round(time.monotonic() - start, 1), "restarts": number}
             known, number = len(found), number + 1
 
     def log(self, name: str) -> Path:
@@ -78,6 +77,15 @@ def absent(reason: str) -> Record:
 def no_tool(tool: str, dry: bool) -> Record:
     """As `absent`, of a tool that is not there, or would have no GPU to look at."""
     return absent(f"{tool} needs a GPU" if dry else f"{tool} is not installed here")
+
+
+def combined(runs: dict[str, Record], start: float, wrong: str = "", **more: Any) -> Record:
+    """The record of a stage of several parts: their worst status, or failed where something is ``wrong``, and why."""
+    reasons = [f"{name}: {run['reason']}" for name, run in runs.items() if "reason" in run]
+    reasons += [wrong] if wrong else []
+    status = "failed" if wrong else worst([run["status"] for run in runs.values()])
+    record = {"status": status, "seconds": round(time.monotonic() - start, 1), "runs": runs, **more}
+    return {**record, "reason": "; ".join(reasons)} if reasons else record
 
 
 def worst(statuses: Sequence[str]) -> str:

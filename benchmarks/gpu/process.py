@@ -1,43 +1,25 @@
 """A command under a time limit: what it printed is kept, and nothing of it lives on."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from benchmarks.machine import ROOT
 
+Record = dict[str, Any]
 SITE = ROOT / ".site"
 """Packages that `wheels` installed for these commands."""
 
 
-class Finished(NamedTuple):
-    """How a command ended: ``code`` is None where it was killed for taking longer than ``limit`` seconds."""
+def run(command: list[str], limit: float, log: Path, environment: dict[str, str]) -> Record:
+    """Run ``command`` at the repository's root; kill it and all its children after ``limit`` seconds.
 
-    code: int | None
-    seconds: float
-    limit: float
-    log: Path
-
-    @property
-    def status(self) -> str:
-        """``passed``, ``failed`` or ``killed``."""
-        return "killed" if self.code is None else "failed" if self.code else "passed"
-
-    def record(self) -> dict[str, object]:
-        """What every step's record starts with."""
-        found: dict[str, object] = {"status": self.status, "seconds": round(self.seconds, 1)}
-        if self.code is None:
-            found["reason"] = f"killed after its {self.limit:.0f} s"
-        elif self.code:
-            found["reason"] = f"exit status {self.code}: {last_line(self.log)}"
-        return found
-
-
-def run(command: list[str], limit: float, log: Path, environment: dict[str, str]) -> Finished:
-    """Run ``command`` at the repository's root; kill it and all its children after ``limit`` seconds."""
+    Returns its ``status``, "passed", "failed" or "killed", ``seconds``, and unless it passed the ``reason``.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]), *([str(SITE)] if SITE.is_dir() else [])]
     start = time.monotonic()
@@ -57,17 +39,15 @@ def run(command: list[str], limit: float, log: Path, environment: dict[str, str]
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            kill_group(child.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-    return Finished(code, time.monotonic() - start, limit, log)
-
-
-def kill_group(group: int) -> None:
-    """Kill what is left of a process group, if anything is."""
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    seconds = round(time.monotonic() - start, 1)
+    if code is None:
+        return {"status": "killed", "seconds": seconds, "reason": f"killed after its {limit:.0f} s"}
+    if code:
+        return {"status": "failed", "seconds": seconds, "reason": f"exit status {code}: {last_line(log)}"}
+    return {"status": "passed", "seconds": seconds}
 
 
 def last_line(log: Path) -> str:

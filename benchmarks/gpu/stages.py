@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.gpu import dram as counters
 from benchmarks.gpu import lines
-from benchmarks.gpu.plan import Plan, Record, absent, find_tool, installed, no_tool, worst
+from benchmarks.gpu.plan import Plan, absent, combined, find_tool, installed, no_tool
+from benchmarks.gpu.process import Record
 from benchmarks.gpu.tests import tests
 
 SHARE = {"first": 0.5, "trial": 0.7, "sweep": 1.0}
@@ -35,7 +36,7 @@ def first(plan: Plan, limit: float) -> Record:
         more = {"first": [], "trial": [share, str(shares)], "sweep": [str(logs[trial]) for trial in trials]}[module]
         script = [sys.executable, "-m", f"benchmarks.gpu.{module}", plan.device, str(logs[name]), *more]
         left = SHARE[module] * (limit - (time.monotonic() - start))
-        return plan.run(name, script, left).record() if module == "sweep" else plan.run_on(name, script, left)
+        return plan.run(name, script, left) if module == "sweep" else plan.run_on(name, script, left)
 
     trials = names[1:-1]
     runs = {"first": run("first")}
@@ -45,12 +46,9 @@ def first(plan: Plan, limit: float) -> Record:
     said = [entry for log in logs.values() for entry in lines.read(log) if "kind" in entry]
     wrong = [entry for entry in said if not entry.get("right", True)]
     # Candidates that are not checked in time are given up.
-    ended = {name: run for name, run in runs.items() if name not in trials or run["status"] != "killed"}
-    status = "failed" if wrong else worst([run["status"] for run in ended.values()])
-    reasons = [f"{name}: {run['reason']}" for name, run in ended.items() if "reason" in run]
-    reasons += [f"{len(wrong)} results are wrong"] if wrong else []
-    record = {"status": status, "seconds": round(time.monotonic() - start, 1), "runs": runs}
-    return {**record, "said": said, **({"reason": "; ".join(reasons)} if reasons else {})}
+    for name in trials:
+        runs[name]["status"] = runs[name]["status"].replace("killed", "passed")
+    return combined(runs, start, f"{len(wrong)} results are wrong" if wrong else "", said=said)
 
 
 def trial_processes(device: str) -> int:
@@ -77,7 +75,7 @@ def bench(plan: Plan, limit: float) -> Record:
     dry = {"EGPO_KERNELS_BACKEND": "triton", "TORCH_COMPILE_DISABLE": "1"} if plan.dry else {}
     done = plan.run("bench", command, limit, **dry)
     written = sorted(path.name for path in plan.out.iterdir() if path.suffix == ".png" or "benchmarks" in path.name)
-    return {**done.record(), "written": written}
+    return {**done, "written": written}
 
 
 def dram(plan: Plan, limit: float) -> Record:
@@ -87,11 +85,11 @@ def dram(plan: Plan, limit: float) -> Record:
         return no_tool("ncu", plan.dry)
     log = plan.log("ncu.csv")
     done = plan.run("ncu", counters.command(tool, sys.executable, str(log)), limit)
-    text = log.read_text(errors="replace") if log.is_file() else done.log.read_text(errors="replace")
+    text = log.read_text(errors="replace") if log.is_file() else plan.log("ncu.txt").read_text(errors="replace")
     launches = counters.parse(text)
     if not launches:
-        return {**done.record(), "status": "absent", "reason": f"ncu counts nothing here: {counters.complaint(text)}"}
-    return {**done.record(), "pass_bytes": counters.PASS_BYTES, "kernels": counters.table(launches)}
+        return {**done, "status": "absent", "reason": f"ncu counts nothing here: {counters.complaint(text)}"}
+    return {**done, "pass_bytes": counters.PASS_BYTES, "kernels": counters.table(launches)}
 
 
 def sanitizer(plan: Plan, limit: float) -> Record:
@@ -102,7 +100,7 @@ def sanitizer(plan: Plan, limit: float) -> Record:
         return no_tool("compute-sanitizer", plan.dry)
     script = [sys.executable, "-m", "benchmarks.gpu.every_kernel", plan.device]
     # First alone, so that the kernels are compiled and it is known that they run.
-    runs = {"alone": plan.run("every_kernel", script, limit).record()}
+    runs = {"alone": plan.run("every_kernel", script, limit)}
     for name in ("memcheck", "racecheck", "synccheck"):
         left = deadline - time.monotonic()
         # The others take at least as long as the first.
@@ -112,9 +110,8 @@ def sanitizer(plan: Plan, limit: float) -> Record:
         command = [tool, "--tool", name, "--error-exitcode", "86", *script]
         # Memory that torch's allocator keeps would not be out of bounds.
         done = plan.run(name, command, left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        runs[name] = {**done.record(), "said": _verdict(done.log)}
-    status = worst([run["status"] for run in runs.values()])
-    return {"status": status, "seconds": round(limit - (deadline - time.monotonic()), 1), "runs": runs}
+        runs[name] = {**done, "said": _verdict(plan.log(f"{name}.txt"))}
+    return combined(runs, deadline - limit)
 
 
 def _verdict(log: Path) -> list[str]:

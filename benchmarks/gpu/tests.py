@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.gpu.plan import Plan, Record, absent, installed, worst
+from benchmarks.gpu.plan import Plan, absent, combined, installed
+from benchmarks.gpu.process import Record
 from benchmarks.gpu.summary import summary
 from benchmarks.machine import ROOT
 
@@ -53,16 +54,13 @@ def tests(plan: Plan, limit: float) -> Record:
         left = part.until * limit - (time.monotonic() - start)
         runs[part.name] = run_part(plan, part, left) if left > 1 else absent("no time was left for it")
     found = summary(_results(plan, part) for part in PARTS)
-    status = "failed" if found["failed"] else worst([run["status"] for run in runs.values()])
-    reasons = [f"{name}: {run['reason']}" for name, run in runs.items() if "reason" in run]
-    record = {"status": status, "seconds": round(time.monotonic() - start, 1), "runs": runs, **found}
-    return {**record, "reason": "; ".join(reasons)} if reasons else record
+    return combined(runs, start, f"{found['failed']} tests failed" if found["failed"] else "", **found)
 
 
 def run_part(plan: Plan, part: Part, limit: float) -> Record:
     """Run a part; workers are replaced one by one, a process without them goes on behind the test that ended it."""
     name, arguments = f"tests-{part.name}", command(plan, part)
-    return plan.run(name, arguments, limit).record() if _spread(part) else plan.run_on(name, arguments, limit)
+    return plan.run(name, arguments, limit) if _spread(part) else plan.run_on(name, arguments, limit)
 
 
 def command(plan: Plan, part: Part) -> list[str]:

@@ -46,7 +46,7 @@ def install(log: Path) -> str | None:
         sys.path.append(str(SITE))
     importlib.invalidate_caches()
     names = ", ".join(Path(wheel).name.partition("-")[0] for wheel in wheels)
-    return f"{names}: {done.status} {done.record().get('reason', '')}".rstrip()
+    return f"{names}: {done['status']} {done.get('reason', '')}".rstrip()
 
 
 if __name__ == "__main__":

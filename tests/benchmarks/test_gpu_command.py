@@ -14,7 +14,7 @@ from benchmarks.counts.traffic import count_traffic
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import budget, dram, every_kernel, logits_kernels, plan, stages, tables
 from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.process import Finished, run
+from benchmarks.gpu.process import run
 from benchmarks.machine import ROOT, UNKNOWN, answer, describe
 
 MACHINE = {"machine": {"device": "x", "commit": "c", "date": "d"}, "limit": 9}
@@ -45,24 +45,21 @@ def shell_script(path, body):
 
 
 def test_all_stages_fit_a_lease_start_included():
-    assert budget.START + sum(one.seconds for one in budget.BUDGET.values()) <= budget.LEASE == 15 * 60
+    starts, quarter_of_an_hour = 120, 15 * 60
+    assert starts + sum(one.seconds for one in budget.BUDGET.values()) <= quarter_of_an_hour
     assert all(one.seconds <= budget.LONGEST == 240 for one in budget.BUDGET.values())
     assert list(budget.BUDGET) == list(stages.STAGES) == ["first", "tests", "bench", "dram", "sanitizer"]
     assert sum(one.dry_seconds for one in budget.BUDGET.values()) < 300
-
-
-def test_calls_ask_for_every_stage_once_in_order_and_each_fits_a_command():
-    assert [name for call in budget.CALLS for name in call] == list(budget.BUDGET)
-    assert all(sum(budget.BUDGET[name].seconds for name in call) <= budget.COMMAND for call in budget.CALLS)
 
 
 def test_the_page_says_what_the_budget_says():
     page = (ROOT / "CONTRIBUTING.md").read_text()
     rows = {name: seconds for name, seconds in re.findall(r"^\| `(\w+)` \|.*\| (\d+) s \|$", page, re.MULTILINE)}
     assert rows == {name: str(one.seconds) for name, one in budget.BUDGET.items()}
-    assert re.findall(r"^PYTHON_BIN=python3 make gpu ARGS=\"--only ([\w,]+)\"", page, re.MULTILINE) == [
-        ",".join(call) for call in budget.CALLS
-    ]
+    # Its calls ask for every stage once, in order, each within what a command may take.
+    calls = [call.split(",") for call in re.findall(r'^PYTHON_BIN=python3 make gpu ARGS="--only ([\w,]+)"', page, re.M)]
+    assert [name for call in calls for name in call] == list(budget.BUDGET) and len(calls) == 3
+    assert all(sum(budget.BUDGET[name].seconds for name in call) <= 600 for call in calls)
 
 
 def test_time_left_over_passes_to_later_stages():
@@ -84,8 +81,8 @@ def test_a_command_that_takes_too_long_is_killed_with_its_children(tmp_path):
     # Until the child is there; with a limit that starting two interpreters meets on a busy machine.
     done = run([sys.executable, "-c", code], 5.0, tmp_path / "log.txt", {})
     assert time.monotonic() - started < 30
-    assert done.code is None and done.record()["status"] == "killed"
-    assert done.record()["reason"] == "killed after its 5 s" and (tmp_path / "log.txt").read_text() == "begun\n"
+    assert done["status"] == "killed"
+    assert done["reason"] == "killed after its 5 s" and (tmp_path / "log.txt").read_text() == "begun\n"
     pid = int((tmp_path / "pid").read_text())
     for _ in range(50):
         gone = not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
@@ -97,7 +94,7 @@ def test_a_command_that_takes_too_long_is_killed_with_its_children(tmp_path):
 
 def test_a_command_that_fails_says_so_by_its_last_line(tmp_path):
     done = run([sys.executable, "-c", "raise SystemExit('no memory')"], 30, tmp_path / "log.txt", {"A": "1"})
-    assert done.record()["status"] == "failed" and done.record()["reason"] == "exit status 1: no memory"
+    assert done["status"] == "failed" and done["reason"] == "exit status 1: no memory"
 
 
 def test_results_are_written_after_every_stage_whatever_happens(tmp_path, monkeypatch):
@@ -158,7 +155,7 @@ class Told(Plan):
         log.write_text("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n")
         with (self.out / "commands.txt").open("a") as told:
             told.write(" ".join([name, *command[1:]]) + "\n")
-        return Finished(0, 1.0, limit, log)
+        return {"status": "passed", "seconds": 1.0}
 
 
 @pytest.mark.parametrize("dry", [False, True])

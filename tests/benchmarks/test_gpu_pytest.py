@@ -188,4 +188,4 @@ def test_the_plugin_is_silent_without_a_file(tmp_path):
     (tmp_path / "test_sample.py").write_text("def test_passes(): pass\n")
     options = ["-p", "benchmarks.gpu.report", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path)]
     done = run([sys.executable, "-m", "pytest", *options, str(tmp_path)], 60, tmp_path / "log", {})
-    assert done.code == 0 and lines.read(tmp_path / "lines") == []
+    assert done["status"] == "passed" and lines.read(tmp_path / "lines") == []

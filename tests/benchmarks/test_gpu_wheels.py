@@ -36,7 +36,7 @@ def test_only_wheels_of_what_is_not_installed_are_installed(tmp_path, monkeypatc
     assert plan.installed("taken_along") and wheels.install(tmp_path / "log.txt") is None
     # What the stages run finds it too.
     done = run([sys.executable, "-c", "import taken_along; print(taken_along.VALUE)"], 60, tmp_path / "log.txt", {})
-    assert done.code == 0 and (tmp_path / "log.txt").read_text() == "7\n"
+    assert done["status"] == "passed" and (tmp_path / "log.txt").read_text() == "7\n"
     # A wheel that cannot be installed is said, and everything else goes on.
     (tmp_path / "spoilt-1.0-py3-none-any.whl").write_text("no archive")
     assert wheels.install(tmp_path / "log.txt").startswith("spoilt: failed exit status 1")
