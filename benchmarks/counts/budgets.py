@@ -5,7 +5,6 @@ figure fails too.
 The figures are those of the pinned triton (pyproject.toml): another version's compiler may land elsewhere.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 SLACK = 1.15
@@ -78,27 +77,18 @@ KERNELS = {
 }
 
 
-class Figure(NamedTuple):
-    """A counted figure and its limit."""
-
-    owner: str
-    name: str
-    value: float
-    limit: float
-
-    @property
-    def problem(self) -> str | None:
-        """What is wrong with it, if anything."""
-        here = f"{self.owner}: {self.name} {self.value:g}, budget {self.limit:g}"
-        if self.value > self.limit:
-            return f"{here}: worse than its budget"
-        if self.value * SLACK < self.limit:
-            return f"{here}: better than its budget by more than {SLACK - 1:.0%}; write the new figure down"
-        return None
+def problem(owner: str, name: str, value: float, limit: float) -> str | None:
+    """What is wrong with a counted figure, if anything."""
+    here = f"{owner}: {name} {value:g}, budget {limit:g}"
+    if value > limit:
+        return f"{here}: worse than its budget"
+    if value * SLACK < limit:
+        return f"{here}: better than its budget by more than {SLACK - 1:.0%}; write the new figure down"
+    return None
 
 
-def case_figures(case: dict[str, Any]) -> Iterator[Figure]:
-    """Every budgeted figure of a case of `collect.collect`."""
+def case_problems(case: dict[str, Any]) -> list[str]:
+    """What is wrong with a case of `collect.collect`."""
     sweeps = case.get("sweeps", [])
     found = CaseBudget(
         launches=len(case["launches"]),
@@ -107,14 +97,15 @@ def case_figures(case: dict[str, Any]) -> Iterator[Figure]:
         instructions=sum(sweep["instructions"] for sweep in sweeps),
         special=sum(sweep["special"] for sweep in sweeps),
     )
-    for name, value, limit in zip(CaseBudget._fields, found, CASES[case["name"]], strict=True):
-        yield Figure(case["name"], name, value, limit)
+    figures = zip(CaseBudget._fields, found, CASES[case["name"]], strict=True)
+    return list(filter(None, (problem(case["name"], *figure) for figure in figures)))
 
 
-def kernel_figures(cases: list[dict[str, Any]], kernel: str) -> Iterator[Figure]:
-    """Every budgeted figure of a kernel, the largest of all cases."""
-    budget = KERNELS[kernel]
+def kernel_problems(cases: list[dict[str, Any]], kernel: str) -> list[str]:
+    """What is wrong with a kernel's largest figures of all cases."""
+    found = []
     for place, target in enumerate(TARGETS):
         rows = [row for case in cases for row in case["targets"][target] if row["kernel"] == kernel]
-        for name, limits in budget._asdict().items():
-            yield Figure(f"{kernel} on {target}", name, max(row[name] for row in rows), limits[place])
+        for name, limits in KERNELS[kernel]._asdict().items():
+            found.append(problem(f"{kernel} on {target}", name, max(row[name] for row in rows), limits[place]))
+    return list(filter(None, found))

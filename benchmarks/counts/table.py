@@ -1,5 +1,6 @@
 """The counts as a Markdown table."""
 
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.counts.collect import MAIN_TARGET
@@ -54,18 +55,17 @@ def row(case: dict[str, Any]) -> str:
     """One case; dashes where it touches no logits."""
     name = f"{NAMES[case['library']]}: {case['name']}"
     if "missing" in case:
-        return f"| {name} | {case['missing']}" + f" | {NONE}" * (len(COLUMNS) - 2) + " |"
-    over = case["over_logits"]
-    launches = f"{len(over)} ({sum(over)})"
-    cells = [name, launches, *traffic_cells(case), *code_cells(case), *sweep_cells(case)]
-    return "| " + " | ".join(cells) + " |"
+        cells = [case["missing"]]
+    else:
+        over = case["over_logits"]
+        cells = [f"{len(over)} ({sum(over)})", *traffic_cells(case), *code_cells(case), *sweep_cells(case)]
+    return "| " + " | ".join([name, *cells, *[NONE] * (len(COLUMNS) - 1 - len(cells))]) + " |"
 
 
 def traffic_cells(case: dict[str, Any]) -> list[str]:
     """Passes over the logits."""
-    if not any(case["over_logits"]):
-        return [NONE] * 4
-    return [f"{case['passes'][name]:.2f}" for name in ("read", "read_as_issued", "written", "extra")]
+    names = ("read", "read_as_issued", "written", "extra")
+    return [f"{case['passes'][name]:.2f}" if any(case["over_logits"]) else NONE for name in names]
 
 
 def code_cells(case: dict[str, Any]) -> list[str]:
@@ -82,25 +82,19 @@ def code_cells(case: dict[str, Any]) -> list[str]:
 def sweep_cells(case: dict[str, Any]) -> list[str]:
     """Load width, instructions and special-function operations of the sweeps, and the ceilings."""
     if "sweeps" not in case:
-        return [NONE] * 8
+        return []
     sweeps, ceilings = case["sweeps"], case["ceilings"]
-    lowest = min(ceilings.values())
+
+    def each(text: Callable[[dict[str, Any]], str]) -> str:
+        return " + ".join(map(text, sweeps))
+
     return [
         str(min(sweep["load_width"] for sweep in sweeps)),
-        " + ".join(f"{sweep['instructions']:.1f}" for sweep in sweeps),
-        " + ".join(f"{iteration(sweep, 'barriers')}, {iteration(sweep, 'shuffles')}" for sweep in sweeps),
-        " + ".join(in_flight(sweep) for sweep in sweeps),
-        " + ".join(f"{sweep['special']:.1f}" for sweep in sweeps),
-        *(f"**{value:.1f}**" if value == lowest else f"{value:.1f}" for value in ceilings.values()),
+        each(lambda one: f"{one['instructions']:.1f}"),
+        # Of an iteration.
+        each(lambda one: ", ".join(f"{one[name] * one['elements']:.0f}" for name in ("barriers", "shuffles"))),
+        # KiB, in brackets where only between computing.
+        each(lambda one: f"{one['in_flight'] / 1024:.0f}" if one["ahead"] else f"({one['in_flight'] / 1024:.0f})"),
+        each(lambda one: f"{one['special']:.1f}"),
+        *(f"**{value:.1f}**" if value == min(ceilings.values()) else f"{value:.1f}" for value in ceilings.values()),
     ]
-
-
-def iteration(sweep: dict[str, Any], name: str) -> int:
-    """How many of a kind of instruction an iteration has."""
-    return round(sweep[name] * sweep["elements"])
-
-
-def in_flight(sweep: dict[str, Any]) -> str:
-    """KiB on their way, in brackets where only between computing."""
-    kib = f"{sweep['in_flight'] / 1024:.0f}"
-    return kib if sweep["ahead"] else f"({kib})"

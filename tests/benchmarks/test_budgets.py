@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import torch
 import triton
 
-from benchmarks.counts.budgets import CASES, KERNELS, TARGETS, WIDTH, case_figures, kernel_figures
+from benchmarks.counts.budgets import CASES, KERNELS, TARGETS, WIDTH, case_problems, kernel_problems, problem
 from benchmarks.counts.cases import PACKAGES, Case
 from benchmarks.counts.collect import collect, printed, together
 from benchmarks.counts.launches import VOCAB
@@ -48,20 +48,22 @@ def options(made):
     return made["options"]
 
 
-def assert_on_budget(figures):
-    problems = [figure.problem for figure in figures if figure.problem]
-    assert not problems, "\n".join(problems)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_costs_what_its_budget_says(counts, name):
-    case = next(case for case in counts["cases"] if case["name"] == name)
-    assert_on_budget(case_figures(case))
+    problems = case_problems(next(case for case in counts["cases"] if case["name"] == name))
+    assert not problems, "\n".join(problems)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_takes_what_its_budget_says(counts, kernel):
-    assert_on_budget(kernel_figures(counts["cases"], kernel))
+    problems = kernel_problems(counts["cases"], kernel)
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(("value", "said"), [(10.1, "worse than its budget"), (10, None), (8.7, None), (8.6, "better")])
+def test_a_figure_that_is_off_its_budget_either_way_is_a_problem(value, said):
+    found = problem("one pass", "read", value, 10)
+    assert (found is None) if said is None else found.startswith(f"one pass: read {value:g}, budget 10: {said}")
 
 
 def test_nothing_is_without_a_budget(counts):
