@@ -86,21 +86,15 @@ def triton_on_cpu() -> Iterator[None]:
         yield
 
 
-def missing(case: Case) -> str | None:
-    """Why a case cannot be counted: its package is not there."""
-    package = PACKAGES.get(case.library)
-    return "not installed" if package and version(package) is None else None
-
-
 def counted(case: Case, compiler: Compiler | None) -> dict[str, Any]:
     """The figures of a case, or why there are none; only other libraries may fail."""
-    reason = missing(case)
-    if reason:
-        return {"missing": reason}
+    package = PACKAGES.get(case.library)
+    if package and version(package) is None:
+        return {"missing": "not installed"}
     try:
         return traffic_of(case) if compiler is None else code_of(case, compiler)
     except Exception as error:
-        if case.library not in PACKAGES:
+        if package is None:
             raise
         return {"missing": f"{type(error).__name__}: {error}"}
 

@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -115,9 +114,6 @@ def launches(call: Call, batch: Batch, device: str) -> list[dict[str, Any]]:
         call.run(batch)
         if device == "cuda":
             torch.cuda.synchronize()
-    found: dict[str, list[float]] = defaultdict(list)
-    for event in seen.events():
-        if event.device_type == DeviceType.CUDA:
-            found[event.name].append(event.device_time)
-    rows = [{"kernel": name[:80], "launches": len(times), "us": sum(times)} for name, times in found.items()]
+    found = [one for one in seen.key_averages() if one.device_type == DeviceType.CUDA]
+    rows = [{"kernel": one.key[:80], "launches": one.count, "us": one.device_time_total} for one in found]
     return sorted(rows, key=lambda one: -one["us"])
