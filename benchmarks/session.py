@@ -44,9 +44,9 @@ class Bench:
     def call(self, provider: Provider, truth: Outputs | None = None) -> None:
         """Call it once: note its error where the ``truth`` is given, else its time, or why it refused."""
         facts = self.facts[self.case, provider.name]
-        make_ready(self.batch, self.case.device)
         gc.disable()
         try:
+            make_ready(self.batch, self.case.device)
             start = self.clock()
             found = self.runs[provider.name](self.batch)
             seconds = self.clock() - start
