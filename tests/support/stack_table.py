@@ -20,7 +20,7 @@ class Stack(NamedTuple):
 STACKS = (
     Stack(
         "TRL", "trl", "1.16.0",
-        "whole runs beside stock `GRPOTrainer`, step by step: every loss type, options, LoRA, two processes",
+        "whole runs, compared with stock `GRPOTrainer` step by step: every loss type, options, LoRA, two processes",
         ("trl.py", "trl_options.py"),
     ),
     Stack(
@@ -37,9 +37,9 @@ STACKS = (
     Stack("SkyRL", "skyrl", "0.3.0", "its registry, its losses and reductions, its trainer and batch"),
     Stack("AReaL", "areal", "1.0.4", "its actor, its losses, its packing (`make apart`)"),
     Stack("ms-swift", "ms_swift", "4.6.0", "methods of its `GRPOTrainer` (`make apart`)"),
-    Stack("slime", "slime", "source", "the adapter, on lists of slime's form; slime itself was not run", ("slime.py",)),
-    Stack("prime-rl", "prime_rl", "source", "the page's code, on stand-ins; prime-rl itself was not run"),
-    Stack("NeMo-RL", "nemo_rl", "source", "the page's code, on stand-ins; NeMo-RL itself was not run"),
+    Stack("slime", "slime", "source", "the adapter, on lists like slime's; slime itself was not run", ("slime.py",)),
+    Stack("prime-rl", "prime_rl", "source", "the page's code, on stand-ins for prime-rl; prime-rl itself was not run"),
+    Stack("NeMo-RL", "nemo_rl", "source", "the page's code, on stand-ins for NeMo-RL; NeMo-RL itself was not run"),
     Stack("PyTorch, accelerate", "pytorch", "2.13.0, 1.15.0", "the page's loops"),
 )  # fmt: skip
 
