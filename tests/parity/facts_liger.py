@@ -62,8 +62,8 @@ LIGER = Facts(
     differences={
         "liger_counts_empty_responses": Difference(
             "`grpo`, `sapo`, `dr_grpo`, `luspo` divide by all rows",
-            "divided by the responses that have a counted token",
-            "a response without one says nothing; `num_sequences=len(mask)` gives the same numbers",
+            "divided by the responses with a token in the mask",
+            "a response without one carries no information; `num_sequences=len(mask)` gives the same numbers",
         ),
         "liger_luspo_counts_padding": Difference(
             '`luspo` per token (`importance_sampling_level="token"`, KL, weights): the mean over all positions, '
@@ -77,14 +77,14 @@ LIGER = Facts(
             "as for TRL",
         ),
         "liger_clamps_no_log_ratio": Difference(
-            "log-ratios, and the distance to the reference, go to exp as they are",
+            "log-ratios, to the old policy and to the reference, are not clamped",
             "clamped to 20 nats, no gradient beyond",
-            "as for TRL: `max_log_ratio` up to 60",
+            "as for TRL: `max_log_ratio` may be up to 60",
         ),
         "liger_vespo": Difference(
             '`loss_type="vespo"`',
             "not offered",
-            "the gradient is that of `old_log_probs=None` with the gamma weights as `rollout_weights`",
+            "its gradient is that of `old_log_probs=None` with the gamma weights as `rollout_weights`",
         ),
     },
 )

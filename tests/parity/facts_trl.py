@@ -108,34 +108,34 @@ TRL = Facts(
     differences={
         "trl_counts_empty_responses": Difference(
             "`grpo`, `sapo`, `dr_grpo`, `luspo` divide by all rows",
-            "divided by the responses that have a counted token",
-            "a response without one says nothing; `num_sequences=len(mask)` gives TRL's numbers",
+            "divided by the responses with a token in the mask",
+            "a response without one carries no information; `num_sequences=len(mask)` gives TRL's numbers",
         ),
         "trl_averages_the_entropy_over_tokens": Difference(
             "`entropy_coef`: mean over tokens, whatever the loss type",
-            "the bonus goes through the loss's `reduction`",
-            "one denominator for one loss; the same numbers where that is the micro-batch's tokens (`bnpo`)",
+            "the loss's `reduction` averages the bonus too",
+            "one loss has one denominator; the numbers are equal where that is the micro-batch's tokens (`bnpo`)",
         ),
         "trl_gives_the_bonus_to_the_kept_tokens": Difference(
             "`top_entropy_quantile` with `entropy_coef`: the bonus is the mean over the kept tokens",
-            "the mask multiplies the surrogate, the bonus keeps every counted token",
-            "add the bonus outside (`entropy_coef=0`) for TRL's numbers",
+            "the mask multiplies the surrogate; the bonus is over all tokens in the mask",
+            "for TRL's numbers set `entropy_coef=0` and add the bonus to the loss yourself",
         ),
         "trl_bounds_above_one_plus_epsilon": Difference(
             "`delta` below `1 + epsilon_high`: no effect where A < 0, and a cap where A > 0",
             "`dual_clip` bounds the ratio where A < 0, and only there",
-            "dual clip as published (arXiv 1912.09729); the same numbers from `1 + epsilon_high` on",
+            "dual clip as published (arXiv 1912.09729); the numbers are equal from `1 + epsilon_high` on",
         ),
         "trl_does_not_clamp_log_ratios": Difference(
-            "log-ratios go to exp as they are",
+            "log-ratios are not clamped",
             "clamped to 20 nats, no gradient beyond",
-            "one token would make the batch inf; `max_log_ratio` goes up to 60 (40 with the KL times the ratio), the "
-            "same numbers as far as that",
+            "one token could make the batch's loss inf; `max_log_ratio` may be up to 60 (40 with the KL times the "
+            "ratio), and the numbers are equal up to it",
         ),
         "trl_clamps_nothing_in_the_kl": Difference(
-            "k3 is exp(x) - x - 1 for any x",
+            "k3, exp(x) - x - 1, does not clamp x",
             "x is clamped to 20 nats, no gradient beyond",
-            "as above, `max_log_ratio`",
+            "as above: `max_log_ratio`",
         ),
         "trl_takes_sequence_level_with_every_loss": Difference(
             '`cispo` and `sapo` with `importance_sampling_level="sequence"`',
@@ -145,28 +145,28 @@ TRL = Facts(
         "trl_vespo": Difference(
             '`loss_type="vespo"`',
             "not offered",
-            "the gradient is that of `old_log_probs=None` with the gamma weights as `rollout_weights`",
+            "its gradient is that of `old_log_probs=None` with the gamma weights as `rollout_weights`",
         ),
         "trl_divides_rounding_by_epsilon": Difference(
-            "equal rewards whose mean rounds: the rounding over 1e-4",
+            "equal rewards: the rounding error of their mean, divided by 1e-4",
             "exactly 0",
-            "a group that agrees says nothing",
+            "equal rewards carry no information",
         ),
         "trl_keeps_infinite_rewards": Difference(
-            "an infinite reward: its advantage is 0, those of its group are the smallest float",
-            "left out of its group's statistics, advantage 0, as NaN is",
-            "one bad reward would end the run",
+            "an infinite reward gets advantage 0, the rest of its group the smallest float",
+            "left out of its group's statistics, advantage 0, like NaN",
+            "one bad reward would ruin the run",
         ),
         "trl_normalizes_each_reward": Difference(
             '`multi_objective_aggregation="normalize_then_sum"`',
             "one reward per response",
-            "`group_advantages` of each reward, their weighted sum, and `group_advantages` of that with the batch as "
-            "one group give TRL's numbers",
+            "for TRL's numbers call `group_advantages` for each reward, take the weighted sum, and call it for that "
+            "with the batch as one group",
         ),
         "trl_multiplies_by_the_mask": Difference(
             "a NaN or infinity at a masked position makes the loss NaN",
             "exactly 0 loss and gradient there",
-            "masked positions are never looked at",
+            "masked positions are never read",
         ),
     },
 )
