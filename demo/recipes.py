@@ -86,18 +86,20 @@ def text(records: list[dict], answers: Rollouts, table: Table) -> str:
         "# The advantage every recipe gives to the same answers",
         "",
         f"{len(records)} answers to {len(set(answers.groups))} prompts, step {records[0]['step']} of a demo run; "
-        f"{correct} correct. Inside a group: correct answers first, the surest first.",
+        f"{correct} answers are correct.",
+        "In a group, correct answers come first; the order is by uncertainty H (in nats per token), lowest first.",
         "",
         "![Advantages of all recipes](recipes.png)",
         "",
         *_by_recipe(answers, table),
         "",
-        "Recipes on one line give the same advantages: they differ in their loss. *Settings* are those of the group "
-        "level that differ from GRPO's.",
+        "Recipes on one line give the same advantages; they differ in their loss only.",
+        "*Settings* are the settings of `AdvantageConfig` that differ from GRPO's.",
+        "The other columns describe the advantages of all these answers.",
         "",
         "## Every answer",
         "",
-        "*H*: uncertainty in nats per token.",
+        "*H* is the uncertainty of the answer, in nats per token; a column named by a recipe holds its advantages.",
         "",
         *_by_answer(records, answers, table),
     ]
@@ -105,7 +107,7 @@ def text(records: list[dict], answers: Rollouts, table: Table) -> str:
 
 
 def _by_recipe(answers: Rollouts, table: Table) -> list[str]:
-    header = ["recipes", "settings", "other than 0", "mean, correct", "mean, incorrect", "lowest", "highest", "sum"]
+    header = ["recipes", "settings", "share not 0", "mean of correct", "mean of incorrect", "lowest", "highest", "sum"]
     rows = [header, ["---", "---", *["---:"] * 6]]
     for names, values in table.items():
         means = [values[kind].mean().item() for kind in (answers.correct, ~answers.correct)]

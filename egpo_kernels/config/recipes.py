@@ -1,4 +1,4 @@
-"""Published methods as presets: data, every setting that differs from the row's parent visible."""
+"""Published methods as presets: each shows the settings that differ from the preset it is made from."""
 
 from reprlib import repr as shown
 
@@ -11,80 +11,84 @@ EGPO = Recipe(
     ),
     loss=PolicyLossConfig(clip_low=0.2, clip_high=0.2, reduction="token_mean"),
 )
-"""Metacognitive entropy calibration (arXiv 2602.22751, Eq. 2-13; token mean as in the authors' runs)."""
+"""Metacognitive entropy calibration: advantages weighted by certainty (arXiv 2602.22751, Eq. 2-13; ``token_mean`` as in
+the authors' runs).
+"""
 
 EGPO_C1 = EGPO.replace(name="EGPO_C1", clamp="symmetric")
-"""EGPO with both bounds for every answer (arXiv 2602.22751, ablation C1)."""
+"""EGPO with both weight bounds for every answer (arXiv 2602.22751, ablation C1)."""
 
 EGPO_C2 = EGPO.replace(name="EGPO_C2", clamp="negative_only")
-"""EGPO with only the incorrect side one-sided (arXiv 2602.22751, ablation C2)."""
+"""EGPO with both weight bounds for correct answers, at most 1 for incorrect ones (arXiv 2602.22751, ablation C2)."""
 
 EGPO_C3 = EGPO.replace(name="EGPO_C3", clamp="positive_only")
-"""EGPO with only the correct side one-sided (arXiv 2602.22751, ablation C3)."""
+"""EGPO with both weight bounds for incorrect answers, at least 1 for correct ones (arXiv 2602.22751, ablation C3)."""
 
 EGPO_C4 = EGPO.replace(name="EGPO_C4", lock_all_wrong=True)
-"""EGPO with weight 1 on groups that the all-wrong rule applies to (arXiv 2602.22751, ablation C4)."""
+"""EGPO with weight 1 in all-wrong groups (arXiv 2602.22751, ablation C4)."""
 
 EGPO_C5 = EGPO.replace(name="EGPO_C5", renorm="after")
-"""EGPO with weights renormalised after the clamp (arXiv 2602.22751, Eq. 9, ablation C5)."""
+"""EGPO with weights divided by their group's mean after the clamp (arXiv 2602.22751, Eq. 9, ablation C5)."""
 
 EGPO_C6 = EGPO.replace(name="EGPO_C6", renorm="before")
-"""EGPO with weights renormalised before the clamp (arXiv 2602.22751, Eq. 9, ablation C6)."""
+"""EGPO with weights divided by their group's mean before the clamp (arXiv 2602.22751, Eq. 9, ablation C6)."""
 
 GRPO = Recipe(
     name="GRPO",
     advantage=AdvantageConfig(baseline="mean", scale="group_std", weight="none", clamp="none", all_wrong="zero"),
     loss=PolicyLossConfig(clip_low=0.2, clip_high=0.2, reduction="seq_mean_token_mean"),
 )
-"""Group-normalised rewards, mean over each response (DeepSeekMath, arXiv 2402.03300, Eq. 3)."""
+"""Rewards normalised by their group; mean over each response (DeepSeekMath, arXiv 2402.03300, Eq. 3)."""
 
 DAPO = GRPO.replace(name="DAPO", clip_low=0.2, clip_high=0.28, reduction="token_mean")
-"""Clip-higher and token mean (arXiv 2503.14476, Eq. 8). Its dynamic sampling and overlong penalty are
-`egpo_kernels.informative_groups` and `egpo_kernels.soft_overlong_penalty`.
+"""A higher upper clip, and the mean over all tokens (arXiv 2503.14476, Eq. 8). Its dynamic sampling and length penalty
+are `egpo_kernels.informative_groups` and `egpo_kernels.soft_overlong_penalty`.
 """
 
 DR_GRPO = GRPO.replace(name="DR_GRPO", scale="none", reduction="seq_mean_token_sum_norm")
-"""No standard deviation, sums over one constant length (arXiv 2503.20783): give it by ``replace(norm_length=...)``."""
+"""No division by the standard deviation; token losses are summed and divided by a constant length (arXiv 2503.20783).
+Set that length: ``DR_GRPO.replace(norm_length=...)``.
+"""
 
 GSPO = GRPO.replace(name="GSPO", ratio="sequence", clip_low=3e-4, clip_high=4e-4)
-"""One ratio a sequence (arXiv 2507.18071, Eq. 5 and 7)."""
+"""One ratio for each sequence (arXiv 2507.18071, Eq. 5 and 7)."""
 
 EDGE_GRPO = GRPO.replace(
     name="EDGE_GRPO", weight="inverse_uncertainty", statistic="shannon", clamp="none", reduction="token_mean"
 )
-"""Advantages over a response's share of its group's mean Shannon entropy (arXiv 2507.21848)."""
+"""Advantages times the group's mean Shannon entropy, divided by the response's own (arXiv 2507.21848)."""
 
 NSR = GRPO.replace(
     name="NSR", baseline="correctness", positive_scale=0.0, negative_scale=1.0, scale="none", reduction="token_mean"
 )
-"""Negative sample reinforcement: only incorrect answers teach (arXiv 2506.01347)."""
+"""Negative sample reinforcement: only incorrect answers have a gradient (arXiv 2506.01347)."""
 
 PSR = NSR.replace(name="PSR", positive_scale=1.0, negative_scale=0.0)
-"""Positive sample reinforcement: only correct answers teach (arXiv 2506.01347)."""
+"""Positive sample reinforcement: only correct answers have a gradient (arXiv 2506.01347)."""
 
 W_REINFORCE = NSR.replace(name="W_REINFORCE", positive_scale=0.1, negative_scale=1.0)
-"""Weighted REINFORCE: correct answers count a tenth (arXiv 2506.01347)."""
+"""Weighted REINFORCE: advantage 0.1 for correct answers, -1 for incorrect ones (arXiv 2506.01347)."""
 
 RLOO = GRPO.replace(name="RLOO", baseline="leave_one_out", scale="none", reduction="seq_mean_token_sum")
-"""REINFORCE leave-one-out: the others of the group are the baseline (arXiv 2402.14740)."""
+"""REINFORCE leave-one-out: the baseline is the mean reward of the others in the group (arXiv 2402.14740)."""
 
 REINFORCE_PP_BASELINE = GRPO.replace(name="REINFORCE_PP_BASELINE", scale="batch_whiten", reduction="token_mean")
-"""REINFORCE++ with a baseline: less the group's mean, whitened over the batch's tokens (arXiv 2501.03262)."""
+"""REINFORCE++ with a baseline: reward minus group mean, whitened over the batch's tokens (arXiv 2501.03262)."""
 
 LITE_PPO = GRPO.replace(name="LITE_PPO", scale="batch_std", reduction="token_mean")
-"""Lite PPO: less the group's mean, over the batch's standard deviation (arXiv 2508.08221)."""
+"""Lite PPO: reward minus group mean, divided by the batch's standard deviation (arXiv 2508.08221)."""
 
 MAXRL = GRPO.replace(name="MAXRL", scale="group_mean", reduction="token_mean")
-"""Maximum likelihood RL: relative to the group's mean reward (arXiv 2602.02710)."""
+"""Maximum likelihood RL: reward minus group mean, divided by the group mean (arXiv 2602.02710)."""
 
 CISPO = GRPO.replace(name="CISPO", surrogate="cispo", clip_low=1.0, clip_high=4.0, reduction="token_mean")
-"""A capped, undifferentiated ratio weighs each log-prob (MiniMax-M1, arXiv 2506.13585); 1.0 is no lower bound."""
+"""Each log-prob times a capped ratio without gradient (MiniMax-M1, arXiv 2506.13585); ``clip_low=1.0`` is no bound."""
 
 SAPO = GRPO.replace(name="SAPO", surrogate="sapo", tau_positive=1.0, tau_negative=1.05)
-"""A soft gate in place of the clip (arXiv 2511.20347)."""
+"""A soft gate instead of the clip (arXiv 2511.20347)."""
 
 GMPO = GRPO.replace(name="GMPO", surrogate="gmpo", clip_low=0.4, clip_high=0.4)
-"""Geometric mean of a sequence's ratios, each clipped by 0.4 nats on one side (arXiv 2507.20673)."""
+"""Geometric mean of a sequence's ratios, each clipped on one side, by 0.4 nats (arXiv 2507.20673)."""
 
 RECIPES: dict[str, Recipe] = {
     recipe.name.lower(): recipe
@@ -94,7 +98,7 @@ RECIPES: dict[str, Recipe] = {
         *(REINFORCE_PP_BASELINE, LITE_PPO, MAXRL, CISPO, SAPO, GMPO),
     )
 }
-"""Every recipe by its name in lower case."""
+"""Every recipe; the key is its name in lower case."""
 
 
 def get(recipe: str | Recipe) -> Recipe:

@@ -11,7 +11,7 @@ from tests.support.page import draw, markdown
 
 HEADER = ["recipe", "source", "advantage", "weight", "all wrong", "loss", "reduction"]
 ABLATION = re.compile(r"EGPO_C\d")
-ABLATIONS = "EGPO with another clamp, all-wrong rule or normalisation: the paper's ablations"
+ABLATIONS = "EGPO with other weight bounds, all-wrong rule or renormalised weights: the paper's ablations"
 
 
 def sources() -> dict[str, tuple[str, str]]:
@@ -98,7 +98,7 @@ def short_table() -> str:
     ablations = [name for name in found if ABLATION.fullmatch(name)]
     first, last = (f"`{ablations[place]}`" for place in (0, -1))
     rows.insert(1, [f"{first} to {last}", ABLATIONS, rows[0][2]])
-    return markdown([["recipe", "what", "paper"], *rows])
+    return markdown([["recipe", "what it is", "paper"], *rows])
 
 
 if __name__ == "__main__":
