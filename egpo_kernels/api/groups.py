@@ -31,24 +31,25 @@ def group_advantages(
     Args:
         groups: Group of each sequence: integer tensor ``[S]`` (any ids, any order), list of names, numpy array, or an
             int G for G consecutive sequences.
-        rewards: ``[S]``; a non-finite one gives advantage 0 and stays out of its group's reward statistics.
-        old_log_probs: Log-probs of the sampled tokens in nats, ``[S, T]`` or packed ``[N]``; the uncertainty's source.
-        mask: Shaped like them, nonzero counts; None counts every position. ``scale="batch_whiten"`` needs it where
-            there are no log-probs: it whitens over counted tokens.
+        rewards: ``[S]``; a non-finite one gives advantage 0 and is left out of its group's reward statistics.
+        old_log_probs: Log-probs of the sampled tokens in nats, ``[S, T]`` or packed ``[N]``; their negative mean is the
+            uncertainty.
+        mask: Shaped like old_log_probs, nonzero where a token is in the mask; None: everywhere. Without log-probs,
+            ``scale="batch_whiten"`` needs it, since it whitens over the tokens in the mask.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
         entropy: Shannon entropy of each position in nats, for ``statistic="shannon"``.
-        entropy_mask: Which counted tokens the uncertainty averages over; None: all of them.
+        entropy_mask: Which tokens in the mask the uncertainty averages over, shaped like mask; None: all of them.
         correct: ``[S]`` bool; None: ``reward > config.correct_threshold``.
-        config: The settings.
-        group_size: Members every group must have. Where ids are on the host (list, numpy, int, CPU tensor) others
-            raise; where they are on a device their advantages are NaN and a metric counts them.
+        config: Settings of the advantages.
+        group_size: Members that every group must have. If ids are on the host (list, numpy, int, CPU tensor), another
+            number raises an error; if they are on a device, the group's advantages are NaN and a metric counts it.
         backend: ``auto``, ``triton``, ``portable`` or ``reference``.
 
     Returns:
         ``(advantages, weights, base, uncertainty, metrics)``, ``[S]`` each, float32 (float64), without gradient.
 
     Raises:
-        ValueError: A wrong shape, device, value or combination; a weight asked for without its source.
+        ValueError: A wrong shape, device, value or combination; a weight without log-probs or entropies.
         TypeError: A wrong type or dtype.
     """
     check_instance("config", config, AdvantageConfig)

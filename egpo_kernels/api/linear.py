@@ -45,39 +45,42 @@ def linear_egpo_loss(
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
 ) -> LossOutput:
-    """`egpo_loss` of ``hidden @ weight.T`` (EGPO, arXiv 2602.22751, Eq. 2-13); the logits are never whole.
+    """`egpo_loss` of ``hidden @ weight.T`` (EGPO, arXiv 2602.22751, Eq. 2-13); without whole logits.
 
-    Without ``old_log_probs`` the advantages need these log-probs first, so the gradient comes late: a head that trains
-    costs four products of the size of the logits, a frozen one two. See `linear_policy_loss` for cost and memory.
+    Without ``old_log_probs`` the advantages need the log-probs of these hidden states first, so the gradient is
+    computed later: a head that trains costs four matrix products of the logits' size, a frozen one two. See
+    `linear_policy_loss` for cost and memory.
 
     Args:
-        hidden: See `linear_policy_loss`, as for weight, bias, lora, logit_scale, logit_softcap, logits_dtype,
-            num_active and max_chunk_bytes.
+        hidden: ``[S, T, H]`` or ``[N, H]``. See `linear_policy_loss` for this, weight, bias, lora, logit_scale,
+            logit_softcap, logits_dtype, num_active and max_chunk_bytes.
         weight: ``[V, H]``.
-        tokens: See `egpo_loss`, as for everything that is not named here.
+        tokens: ``[S, T]`` or ``[N]``, integer. See `egpo_loss` for this and the other arguments.
         groups: Group of each sequence.
         rewards: ``[S]``.
         bias: ``[V]``.
         lora: ``(A, B, scale)``.
-        logit_scale: A factor of the logits.
-        logit_softcap: Their bound.
-        logits_dtype: Their dtype.
-        mask: Which tokens count.
-        old_log_probs: Log-probs at sampling time, in nats; None: on-policy.
-        ref_log_probs: Log-probs under the reference, in nats.
-        rollout_weights: Weights on the surrogate.
-        entropy_mask: Which counted tokens the uncertainty averages over.
+        logit_scale: Factor of the logits.
+        logit_softcap: Softcap of the logits, or None.
+        logits_dtype: Dtype of the logits.
+        mask: Shaped like tokens, nonzero where a token is in the mask; None: where ``tokens != -100``.
+        old_log_probs: Log-probs of the tokens at sampling time, in nats, shaped like tokens; None: on-policy, the ratio
+            is 1.
+        ref_log_probs: Log-probs under the reference, shaped like tokens; needed for ``kl_coef > 0``.
+        rollout_weights: Factors of the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1, and a metric counts
+            it.
+        entropy_mask: Shaped like tokens: which tokens in the mask the uncertainty averages over; None: all of them.
         correct: ``[S]`` bool.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
         temperature: A float, ``[S]`` or per token.
         recipe: A `Recipe` or its name.
-        num_tokens: Counted tokens of the whole (global) batch.
-        num_sequences: Sequences of the whole batch.
+        num_tokens: Tokens in the mask over the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
+        num_sequences: Sequences with a token in the mask over the whole batch, for the ``seq_mean`` reductions.
         group_size: Members every group must have.
         grad_scale: The upstream gradient to expect.
         metrics: ``all``, ``active`` or ``none``.
-        num_active: Rows that count, or more.
-        max_chunk_bytes: Memory of a chunk.
+        num_active: Number of tokens in the mask, or an upper bound.
+        max_chunk_bytes: Largest memory of a chunk.
         backend: ``auto``, ``triton``, ``portable`` or ``reference``.
 
     Returns:
@@ -122,58 +125,59 @@ def linear_policy_loss(
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
 ) -> LossOutput:
-    """`logits_policy_loss` of ``hidden @ weight.T`` (EGPO, arXiv 2602.22751, Eq. 12); the logits are never whole.
+    """`logits_policy_loss` of ``hidden @ weight.T`` (EGPO, arXiv 2602.22751, Eq. 12); without whole logits.
 
     The logits are ``z = c tanh(x / c)`` with ``x = logit_scale (h (W + scale B A)^T + bias)``, undivided by the
-    temperature. They are made a chunk of rows at a time, and the gradients while the chunk is there:
+    temperature. They are computed a chunk of rows at a time, and their gradients while the chunk is in memory:
 
-    | products of the size of the logits     | head trains | head is frozen                |
+    | matrix products of the logits' size    | head trains | head is frozen                |
     |----------------------------------------|-------------|-------------------------------|
     | coefficient known with the row         | 3           | 2                             |
     | known later (see `logits_policy_loss`) | 4           | 2, or 3 with ``entropy_coef`` |
 
-    A frozen head's 16-bit gradient is rounded once more where it is scaled later.
+    If the coefficient is known later, the 16-bit gradient of a frozen head's hidden states is rounded once more.
 
-    Adapters on a frozen weight count as a frozen head, plus products with r in place of H; where the coefficient is
-    known later, 3. Only rows that count are multiplied, where the host knows their number.
+    Adapters on a frozen weight cost as much as a frozen head, plus products with r in place of H; 3 if the coefficient
+    is known later. Masked rows are not multiplied if the host knows how many rows are in the mask.
 
-    At the peak there live, beside the inputs: the gradients; one chunk; and, where there are several chunks and the
-    head trains in 16 bits, its gradients in float32.
+    At the peak, memory holds the inputs, the gradients, one chunk, and, if a 16-bit head trains in several chunks, its
+    gradients in float32.
 
     Args:
         hidden: Last hidden states, ``[S, T, H]``, or ``[N, H]`` packed; fp16, bf16, fp32 or fp64; ``hidden[..., t, :]``
             scores ``tokens[..., t]``; any strides.
-        weight: The output layer's, ``[V, H]``, in the dtype of hidden (or float32, with ``logits_dtype``). Under
-            autocast both are converted.
+        weight: Weight of the output layer, ``[V, H]``, in the dtype of hidden (or float32, with ``logits_dtype``).
+            Under autocast both are converted.
         tokens: ``[S, T]`` or ``[N]``, integer.
         advantages: ``[S]`` or shaped like tokens; treated as constants.
-        mask: Shaped like tokens, nonzero counts; None counts ``tokens != -100``. On a CPU while hidden is on a device,
-            it tells the host which rows to multiply.
+        mask: Shaped like tokens, nonzero where a token is in the mask; None: where ``tokens != -100``. If it is on the
+            CPU and hidden on a device, the host knows which rows to multiply.
         bias: ``[V]``, or None.
         lora: ``(A, B, scale)`` with ``A [r, H]`` and ``B [V, r]``, both differentiable: the weight is W + scale B A,
             which is never formed.
         logit_scale: A factor of the logits, above 0 (Granite: ``1 / logits_scaling``).
-        logit_softcap: The bound c of the logits (Gemma 2: ``final_logit_softcapping``), or None.
-        logits_dtype: ``torch.float32``: logits of 16-bit hidden states and weight are float32, summed up so by the
-            product, without a float32 copy of the weight; their gradient is rounded to 16 bits before it is multiplied.
-            A float32 weight is multiplied in float32, autocast or not. None: the dtype of hidden.
+        logit_softcap: Softcap c of the logits (Gemma 2: ``final_logit_softcapping``), or None.
+        logits_dtype: ``torch.float32``: the product of 16-bit hidden states and weight is summed and kept in float32,
+            without a float32 copy of the weight; the gradient of the logits is rounded to 16 bits before it is
+            multiplied. A float32 weight is multiplied in float32, also under autocast. None: the dtype of hidden.
         old_log_probs: Log-probs of the tokens at sampling time, in nats, shaped like tokens; None: on-policy, the
             ratio is 1.
         ref_log_probs: Log-probs under the reference, shaped like tokens; needed for ``kl_coef > 0``.
-        rollout_weights: Weights on the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1 and is counted.
+        rollout_weights: Factors of the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1, and a metric counts
+            it.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
         temperature: Sampling temperature, a float, ``[S]`` or per token.
-        config: The settings.
-        num_tokens: Counted tokens of the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
-        num_sequences: Sequences of the whole batch, for the ``seq_mean`` reductions.
+        config: Settings of the loss.
+        num_tokens: Tokens in the mask over the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
+        num_sequences: Sequences with a token in the mask over the whole batch, for the ``seq_mean`` reductions.
         grad_scale: The upstream gradient to expect; see `logits_policy_loss`.
         metrics: ``all``, ``active`` or ``none``; see `logits_policy_loss`.
-        num_active: Rows that count, or more, for a mask on a device, where counting them would wait for it. Too few
-            raise on a CPU; on a device they make the loss NaN, and raise under ``EGPO_KERNELS_DEBUG=1``.
-        max_chunk_bytes: Memory of a chunk, a backend's scratch included, which is never exceeded but by a single row.
-            None: 256 MiB on a CPU; on a GPU a 32nd of its memory (all of it: what is free changes from call to call,
-            and with the chunks the bits would), at least 2048 rows; at least 4096 rows where weight trains, whose
-            float32 gradient is read and written once a chunk.
+        num_active: Number of tokens in the mask, or an upper bound, for a mask on a device: counting there would wait
+            for it. Too small a number raises an error on a CPU; on a device it makes the loss NaN, or raises with
+            ``EGPO_KERNELS_DEBUG=1``.
+        max_chunk_bytes: Largest memory of a chunk, a backend's scratch memory included; only a single row may exceed
+            it. None: 256 MiB on a CPU, 1/32 of its total memory on a GPU; but at least 2048 rows on a GPU, and at least
+            4096 rows anywhere if weight trains (its float32 gradient is read and written once for each chunk).
         backend: ``auto``, ``triton``, ``portable`` or ``reference`` (which makes the logits whole).
 
     Returns:
@@ -208,10 +212,10 @@ def linear_token_log_probs(
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
 ) -> TokenLogProbs:
-    """`token_log_probs` of ``hidden @ weight.T``; the logits are never whole, forward or backward.
+    """`token_log_probs` of ``hidden @ weight.T``; without whole logits, forward or backward.
 
-    One product of the size of the logits forward. With a head that trains three more in backward; with a frozen one
-    one more in all, and two on top of it where a gradient comes through the entropy.
+    Forward takes one matrix product of the logits' size. Backward takes three more if the head trains. With a frozen
+    head it takes one more in all, and two on top of that if a gradient comes through the entropy.
 
     Args:
         hidden: ``[S, T, H]`` or ``[N, H]``; see `linear_policy_loss`.
@@ -219,14 +223,14 @@ def linear_token_log_probs(
         tokens: ``[S, T]`` or ``[N]``, integer.
         bias: ``[V]``, or None.
         lora: ``(A, B, scale)``; see `linear_policy_loss`.
-        logit_scale: A factor of the logits.
-        logit_softcap: The bound of the logits, or None.
-        logits_dtype: The dtype of the logits; see `linear_policy_loss`.
-        mask: Shaped like tokens, nonzero counts; None counts ``tokens != -100``.
+        logit_scale: Factor of the logits.
+        logit_softcap: Softcap of the logits, or None.
+        logits_dtype: Dtype of the logits; see `linear_policy_loss`.
+        mask: Shaped like tokens, nonzero where a token is in the mask; None: where ``tokens != -100``.
         temperature: A float, ``[S]`` (padded) or per token.
         return_entropy: Also return the entropy.
-        num_active: Rows that count, or more; see `linear_policy_loss`.
-        max_chunk_bytes: Memory of a chunk; see `linear_policy_loss`.
+        num_active: Number of tokens in the mask, or an upper bound; see `linear_policy_loss`.
+        max_chunk_bytes: Largest memory of a chunk; see `linear_policy_loss`.
         backend: ``auto``, ``triton``, ``portable`` or ``reference`` (which makes the logits whole).
 
     Returns:

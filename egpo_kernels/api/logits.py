@@ -37,9 +37,9 @@ def egpo_loss(
 ) -> LossOutput:
     """EGPO loss of whole groups, from logits and rewards (arXiv 2602.22751, Eq. 2-13).
 
-    `group_advantages` followed by `logits_policy_loss`. For loops that hold whole groups; trainers that micro-batch
-    call the two separately. Without ``old_log_probs`` the update is on-policy: the ratio is 1, and the uncertainty of
-    each sequence comes from these logits.
+    It is `group_advantages` followed by `logits_policy_loss`, for a batch of whole groups. With micro-batches call the
+    two separately. Without ``old_log_probs`` the update is on-policy: the ratio is 1, and the uncertainty of each
+    sequence comes from these logits.
 
     Args:
         logits: ``[S, T, V]``, or ``[N, V]`` packed; fp16, bf16, fp32 or fp64; undivided by the temperature;
@@ -48,18 +48,19 @@ def egpo_loss(
         groups: Group of each sequence: integer tensor ``[S]`` (any ids, any order), list of names, numpy array, or an
             int G for G consecutive sequences.
         rewards: ``[S]``.
-        mask: Shaped like tokens, nonzero counts; None counts ``tokens != -100``.
+        mask: Shaped like tokens, nonzero where a token is in the mask; None: where ``tokens != -100``.
         old_log_probs: Log-probs of the tokens at sampling time, in nats, shaped like tokens; None: on-policy, the
             ratio is 1.
         ref_log_probs: Log-probs under the reference, shaped like tokens; needed for ``kl_coef > 0``.
-        rollout_weights: Weights on the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1 and is counted.
-        entropy_mask: Shaped like tokens: which counted tokens the uncertainty averages over; None: all of them.
+        rollout_weights: Factors of the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1, and a metric counts
+            it.
+        entropy_mask: Shaped like tokens: which tokens in the mask the uncertainty averages over; None: all of them.
         correct: ``[S]`` bool; None: ``reward > correct_threshold``.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
         temperature: Sampling temperature, a float, ``[S]`` or per token.
         recipe: A `Recipe` or its name.
-        num_tokens: Counted tokens of the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
-        num_sequences: Sequences of the whole batch, for the ``seq_mean`` reductions.
+        num_tokens: Tokens in the mask over the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
+        num_sequences: Sequences with a token in the mask over the whole batch, for the ``seq_mean`` reductions.
         group_size: Members every group must have; see `group_advantages`.
         grad_scale: The upstream gradient to expect; see `logits_policy_loss`.
         inplace_grad: Write the gradient over the logits; see `logits_policy_loss`.
@@ -98,20 +99,21 @@ def policy_loss(
 ) -> LossOutput:
     """Policy loss from log-probabilities (EGPO, arXiv 2602.22751, Eq. 12), differentiable in them and in ``entropy``.
 
-    An entropy without ``entropy_coef`` is only reported: no gradient goes there, not even one of zeros.
+    An entropy without ``entropy_coef`` is only reported as a metric and gets no gradient, not even zeros.
 
     Args:
         log_probs: Log-probs of the tokens in nats, ``[S, T]`` or packed ``[N]``, floating.
-        old_log_probs: The same at sampling time; None: on-policy, the ratio is 1.
+        old_log_probs: Those at sampling time, shaped like log_probs; None: on-policy, the ratio is 1.
         advantages: ``[S]`` or shaped like log_probs; treated as constants.
-        mask: Shaped like log_probs, nonzero counts; None counts every position.
+        mask: Shaped like log_probs, nonzero where a token is in the mask; None: everywhere.
         ref_log_probs: Log-probs under the reference, shaped like log_probs; needed for ``kl_coef > 0``.
         entropy: Entropy of each position in nats; needed for ``entropy_coef != 0``.
-        rollout_weights: Weights on the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1 and is counted.
+        rollout_weights: Factors of the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1, and a metric counts
+            it.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
-        config: The settings.
-        num_tokens: Counted tokens of the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
-        num_sequences: Sequences of the whole batch, for the ``seq_mean`` reductions.
+        config: Settings of the loss.
+        num_tokens: Tokens in the mask over the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
+        num_sequences: Sequences with a token in the mask over the whole batch, for the ``seq_mean`` reductions.
         backend: ``auto``, ``triton``, ``portable`` or ``reference``.
 
     Returns:
@@ -149,30 +151,34 @@ def logits_policy_loss(
 ) -> LossOutput:
     """Policy loss from logits (EGPO, arXiv 2602.22751, Eq. 12): loss and gradient in one pass over the vocabulary.
 
-    The gradient is made together with the loss: one read and one write of the logits. It is made in backward instead
-    (two reads and one write) where its coefficient is known only later: a ratio shared by a sequence (``sequence``,
-    ``sequence_token``, the surrogate gmpo), ``reduction="none"``, or fp16 logits without ``grad_scale``.
+    The gradient is computed together with the loss: one read and one write of the logits' size. It is computed in
+    backward (two reads and one write) where it depends on what is known only later: with a ratio per sequence
+    (``sequence``, ``sequence_token``, the surrogate gmpo), with ``reduction="none"``, and with fp16 logits without
+    ``grad_scale``.
 
     Args:
         logits: ``[S, T, V]``, or ``[N, V]`` packed; fp16, bf16, fp32 or fp64; undivided by the temperature;
             ``logits[..., t, :]`` scores ``tokens[..., t]``; any strides with the vocabulary contiguous.
         tokens: ``[S, T]`` or ``[N]``, integer.
         advantages: ``[S]`` or shaped like tokens; treated as constants.
-        mask: Shaped like tokens, nonzero counts; None counts ``tokens != -100``.
+        mask: Shaped like tokens, nonzero where a token is in the mask; None: where ``tokens != -100``.
         old_log_probs: Log-probs of the tokens at sampling time, in nats, shaped like tokens; None: on-policy, the
             ratio is 1.
         ref_log_probs: Log-probs under the reference, shaped like tokens; needed for ``kl_coef > 0``.
-        rollout_weights: Weights on the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1 and is counted.
+        rollout_weights: Factors of the surrogate, ``[S]``, ``[S, 1]`` or per token; NaN means 1, and a metric counts
+            it.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
         temperature: Sampling temperature, a float, ``[S]`` or per token.
-        config: The settings.
-        num_tokens: Counted tokens of the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
-        num_sequences: Sequences of the whole batch, for the ``seq_mean`` reductions.
-        grad_scale: The upstream gradient to expect (a GradScaler's scale, 1 / accumulation steps). It multiplies the
-            gradient before it is rounded; an upstream equal to it costs nothing, another one a pass over the gradient.
-        inplace_grad: Write the gradient over the logits: no extra memory, but the logits are gone.
-        metrics: ``all`` looks at every counted row, ``active`` only at rows whose gradient is not known to be zero (the
-            others are not read), ``none`` at those too and reports nothing.
+        config: Settings of the loss.
+        num_tokens: Tokens in the mask over the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
+        num_sequences: Sequences with a token in the mask over the whole batch, for the ``seq_mean`` reductions.
+        grad_scale: The upstream gradient to expect (a GradScaler's scale, 1 / accumulation steps). The gradient is
+            multiplied by it before it is rounded. An upstream gradient equal to it costs nothing; another one costs a
+            pass over the gradient.
+        inplace_grad: Write the gradient over the logits: no extra memory, but the logits are lost.
+        metrics: ``all``: over all tokens in the mask. ``active``: without tokens whose gradient is known to be 0
+            (advantage 0, no KL, no entropy bonus); their logits are not read. ``none``: as ``active``, and no metrics
+            are returned.
         backend: ``auto``, ``triton``, ``portable`` or ``reference``.
 
     Returns:
@@ -199,15 +205,15 @@ def token_log_probs(
     inplace_grad: bool = False,
     backend: str = "auto",
 ) -> TokenLogProbs:
-    """Log-probability of each token, and entropy of each position, under logits; both differentiable.
+    """Log-prob of each token and, if asked for, entropy of each position, from logits; both differentiable.
 
-    One read of the logits forward, one read and one write backward.
+    Forward reads the logits once; backward reads them once and writes the gradient once.
 
     Args:
         logits: ``[S, T, V]`` or ``[N, V]``; fp16, bf16, fp32 or fp64; undivided by the temperature; any strides with
             the vocabulary contiguous.
         tokens: ``[S, T]`` or ``[N]``, integer.
-        mask: Shaped like tokens, nonzero counts; None counts ``tokens != -100``.
+        mask: Shaped like tokens, nonzero where a token is in the mask; None: where ``tokens != -100``.
         temperature: A float, ``[S]`` (padded) or per token.
         return_entropy: Also return the entropy.
         inplace_grad: Write the gradient over the logits in backward.

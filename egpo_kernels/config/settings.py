@@ -28,29 +28,29 @@ class AdvantageConfig(Checked):
     """How rewards and uncertainties of whole groups become advantages (EGPO, arXiv 2602.22751, Eq. 2, 5-13).
 
     Attributes:
-        baseline: What is subtracted from a reward: the ``mean`` of its group, or that of the others in it
-            (``leave_one_out``, arXiv 2402.14740). Without any group rule: ``none`` takes the reward itself,
-            ``correctness`` gives ``positive_scale`` or ``-negative_scale`` (arXiv 2506.01347).
-        positive_scale: What a correct answer gets under baseline ``correctness``.
-        negative_scale: What an incorrect one loses there.
+        baseline: What is subtracted from a reward: the ``mean`` of its group, or of the others in it
+            (``leave_one_out``, arXiv 2402.14740). The other two ignore groups: ``none`` subtracts nothing,
+            ``correctness`` replaces the reward by ``positive_scale`` or ``-negative_scale`` (arXiv 2506.01347).
+        positive_scale: Advantage of a correct answer with baseline ``correctness``.
+        negative_scale: Minus the advantage of an incorrect answer with baseline ``correctness``.
         scale: What the difference is divided by. ``group_std``: sample standard deviation (ddof 1) of the group plus
-            ``std_eps``; ``batch_std``: that of all rewards; ``batch_whiten``: less its mean over the counted tokens of
-            the batch and over their standard deviation (arXiv 2501.03262); ``group_mean``: mean reward plus
-            ``std_eps``, and 0 where the mean is not positive; ``none``. Baselines without a group know only the batch.
+            ``std_eps``; ``batch_std``: that of all rewards; ``batch_whiten``: whitened over the batch's tokens in the
+            mask (arXiv 2501.03262); ``group_mean``: group mean plus ``std_eps``, advantage 0 if the mean is not
+            positive; ``none``. With baseline ``correctness`` or ``none`` only the batch's scales have an effect.
         std_eps: Added to the standard deviation or the mean.
         weight: ``inverse_uncertainty`` (Eq. 7) or ``none`` (weight 1).
         statistic: The uncertainty H of a sequence: ``nll`` of its sampled tokens (Eq. 5/6) or mean ``shannon`` entropy.
         uncertainty_eps: Added to H in the weight's denominator.
-        clamp: ``asymmetric`` (Eq. 8), ``symmetric`` (both sides use both bounds), ``negative_only`` / ``positive_only``
-            (only the incorrect / correct side is one-sided, the other symmetric), ``none``.
+        clamp: ``asymmetric`` (Eq. 8: correct at least 1, incorrect at most 1), ``symmetric`` (both bounds for all),
+            ``negative_only`` / ``positive_only`` (Eq. 8 for incorrect / correct answers only), ``none``.
         weight_bounds: ``(lambda_min, lambda_max)`` with ``0 <= lambda_min <= 1 <= lambda_max``.
         renorm: Divide weights by their group's mean: ``none``, ``after`` or ``before`` the clamp (Eq. 9).
-        all_wrong: What collapsed groups without a correct answer get: ``negative`` (-nsr_scale each),
-            ``negative_no_correct`` (also where rewards differ but nobody is correct), ``zero``.
-        nsr_scale: Size of that penalty.
-        lock_all_wrong: Weight 1 on groups the all-wrong rule applies to.
+        all_wrong: Advantage in groups with equal rewards and no correct answer: ``negative`` (-nsr_scale), ``zero``, or
+            ``negative_no_correct`` (-nsr_scale, also if rewards differ but no answer is correct).
+        nsr_scale: Size of the negative advantage of ``all_wrong``.
+        lock_all_wrong: Weight 1 in the groups that ``all_wrong`` applies to.
         singleton: Advantage of a group of one: ``zero`` or its ``raw`` reward.
-        correct_threshold: A response is correct when its reward is above this, unless ``correct`` is given.
+        correct_threshold: A response is correct if its reward is above this, unless ``correct`` is passed.
 
     Raises:
         ValueError: A setting outside its choices or range.
@@ -106,23 +106,23 @@ class PolicyLossConfig(Checked):
             (arXiv 2511.20347), ``gmpo`` (arXiv 2507.20673), whose ratio is the token's by definition.
         ratio: ``token``; ``sequence``: exp of the mean log-ratio, shared by a sequence's tokens (GSPO, arXiv
             2507.18071); ``sequence_token``: the same value, each token with its own gradient (GSPO-token).
-        clip_low: The ratio is clipped below at ``1 - clip_low`` (1.0: nowhere, as in cispo's paper); gmpo clips
-            log-ratios, at ``-clip_low`` nats.
-        clip_high: The ratio is clipped above at ``1 + clip_high``; gmpo clips log-ratios, at ``clip_high`` nats.
-        ratio_cap: The cap of cispo's ratio itself, in place of ``1 + clip_high``.
-        dual_clip: With c given and a negative advantage the loss is at most ``-c A`` (arXiv 1912.09729).
+        clip_low: Lower bound of the ratio, ``1 - clip_low`` (1.0: no bound, as in cispo's paper); for gmpo the lower
+            bound of the log-ratio, ``-clip_low`` nats.
+        clip_high: Upper bound of the ratio, ``1 + clip_high``; for gmpo that of the log-ratio, ``clip_high`` nats.
+        ratio_cap: Upper bound of cispo's ratio itself, instead of ``1 + clip_high``.
+        dual_clip: A number c: with a negative advantage the loss is at most ``-c A`` (arXiv 1912.09729).
         tau_positive: Temperature of sapo's gate where the advantage is positive.
-        tau_negative: The same where it is not.
+        tau_negative: Temperature of sapo's gate where it is not.
         max_log_ratio: Log-ratios are clamped to +- this, in nats; no gradient flows where they are clamped.
         kl: Estimator of the KL to the reference: ``k1``, ``k2``, ``k3``.
-        kl_coef: Factor of the KL term; above 0 it needs ``ref_log_probs``.
+        kl_coef: Factor of the KL term; above 0 the losses need ``ref_log_probs``.
         kl_max: The estimate is clamped to +- this, in nats; no gradient flows where it is clamped.
         kl_times_ratio: Multiply the estimate by the ratio, gradient included: unbiased for samples of the old policy
-            (DeepSeek-V3.2, arXiv 2512.02556). ``"on_policy"``: by ``exp(l - sg(l))``, which is 1 (NeMo-RL).
+            (DeepSeek-V3.2, arXiv 2512.02556). ``"on_policy"``: by ``exp(l - sg(l))``, 1 with a gradient (NeMo-RL).
         entropy_coef: Factor of the entropy bonus.
-        reduction: ``token_mean``, ``seq_mean_token_mean``, ``seq_mean_token_sum``, ``seq_mean_token_sum_norm``, ``sum``
-            or ``none`` (per token).
-        norm_length: The constant C of ``seq_mean_token_sum_norm``, in tokens; the losses refuse that without it.
+        reduction: Loss aggregation: ``token_mean``, ``seq_mean_token_mean``, ``seq_mean_token_sum``,
+            ``seq_mean_token_sum_norm``, ``sum`` or ``none`` (per token).
+        norm_length: The constant C of ``seq_mean_token_sum_norm``, in tokens; that reduction needs it.
 
     Raises:
         ValueError: A setting outside its choices or range.
@@ -196,8 +196,8 @@ class Recipe:
 
     Attributes:
         name: The method's name.
-        advantage: Group-level settings.
-        loss: Token-level settings.
+        advantage: Settings of the advantages.
+        loss: Settings of the loss.
     """
 
     name: str = "EGPO"
@@ -211,7 +211,7 @@ class Recipe:
                 raise TypeError(f"Recipe.{name} is {type(value).__name__}; it must be {kind.__name__}")
 
     def replace(self, **settings: Any) -> "Recipe":
-        """Return a copy with settings of either half changed by name: ``EGPO.replace(clip_high=0.28)``.
+        """Return a copy with some settings changed, of advantages or loss: ``EGPO.replace(clip_high=0.28)``.
 
         Raises:
             ValueError: A name that is no setting, or a value out of range.
@@ -249,7 +249,7 @@ Metrics = dict[str, Tensor]
 
 
 class LossOutput(NamedTuple):
-    """A loss and what was seen on the way: ``loss`` 0-d (or per token), ``metrics`` detached 0-d tensors."""
+    """``loss``, 0-d (or per token), and ``metrics``, a dict of detached 0-d tensors."""
 
     loss: Tensor
     metrics: Metrics
@@ -258,7 +258,7 @@ class LossOutput(NamedTuple):
 class GroupAdvantages(NamedTuple):
     """Per-sequence results of `group_advantages`, each ``[S]`` and without gradient.
 
-    ``advantages = weights * base``; ``uncertainty`` is H in nats per token, NaN for a sequence that has none.
+    ``advantages = weights * base``; ``uncertainty`` is H in nats per token, NaN where it is not known.
     """
 
     advantages: Tensor
@@ -269,14 +269,14 @@ class GroupAdvantages(NamedTuple):
 
 
 class TokenLogProbs(NamedTuple):
-    """Log-probabilities of the tokens and, when asked for, the entropy of each position, both in nats."""
+    """Log-probs of the tokens and, if asked for, the entropy of each position, both in nats."""
 
     log_probs: Tensor
     entropy: Tensor | None
 
 
 class ResponseSpans(NamedTuple):
-    """Thinking and answer of each response, bool per token, and how many responses had no tag to split at."""
+    """``thinking`` and ``answer``: bool per token; ``untagged``: the number of responses without a closing tag."""
 
     thinking: Tensor
     answer: Tensor

@@ -12,17 +12,17 @@ from egpo_kernels.inputs.validation import check_dense, check_rewards
 
 
 def informative_groups(groups: Any, rewards: Tensor) -> Tensor:
-    """Sequences whose group has rewards that differ: dynamic sampling keeps those (DAPO, arXiv 2503.14476, Eq. 11).
+    """Sequences in groups whose rewards differ: dynamic sampling keeps those (DAPO, arXiv 2503.14476, Eq. 11).
 
-    Where rewards collapse the advantage relative to the group is 0. Recipes with ``all_wrong="negative"`` learn from
-    groups without a correct answer all the same: do not drop those there.
+    If all rewards of a group are equal, GRPO's advantages are 0. Recipes with ``all_wrong="negative"`` learn from
+    all-wrong groups all the same: do not drop those groups there.
 
     Args:
         groups: Group of each sequence, as `group_advantages` takes them.
         rewards: ``[S]``; non-finite ones are left out.
 
     Returns:
-        Bool ``[S]``: index by it, or sample until enough are left.
+        Bool ``[S]``: select sequences with it, or sample more until enough are left.
 
     Raises:
         ValueError: A wrong shape, device or value.
@@ -35,14 +35,14 @@ def informative_groups(groups: Any, rewards: Tensor) -> Tensor:
 
 
 def soft_overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
-    """Penalty on long responses, to be added to their rewards (DAPO, arXiv 2503.14476, Eq. 13).
+    """Length penalty, to be added to the rewards (DAPO, arXiv 2503.14476, Eq. 13).
 
-    0 up to ``max_length - buffer`` tokens, falling evenly to -1 at ``max_length``, -1 beyond.
+    It is 0 up to ``max_length - buffer`` tokens, falls linearly to -1 at ``max_length``, and is -1 beyond.
 
     Args:
         lengths: Tokens of each response, ``[S]``, integer.
-        max_length: Longest response that is not punished in full, in tokens, at least 1.
-        buffer: Tokens before it over which the penalty grows, in (0, max_length].
+        max_length: Length from which the penalty is -1, in tokens, at least 1.
+        buffer: Number of tokens before it over which the penalty grows, in (0, max_length].
 
     Returns:
         Float32 ``[S]`` in [-1, 0].

@@ -28,23 +28,23 @@ def rollout_weights(
     outside: str = "clamp",
     bounds: tuple[float, float] = (0.0, 2.0),
 ) -> Tensor:
-    """Importance weights of a trainer's policy over the sampler that drew the tokens, as the losses take them.
+    """Importance weights, trainer's policy over sampler, to pass to the losses as ``rollout_weights``.
 
-    Truncated importance sampling (``clamp``) or masked (``mask``), for inference engines whose log-probs differ from
+    Truncated (``clamp``) or masked (``mask``) importance sampling, for inference engines whose log-probs differ from
     the trainer's (Yao et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025).
 
     Args:
-        log_probs: Log-probs in nats under the trainer's policy at sampling time, ``[S, T]`` or packed ``[N]``.
-        sampler_log_probs: The sampler's own, shaped like them; NaN where it scored nothing.
-        mask: Shaped like them, nonzero counts; None counts every position.
+        log_probs: The trainer's log-probs of the tokens at sampling time, in nats, ``[S, T]`` or packed ``[N]``.
+        sampler_log_probs: The sampler's log-probs, shaped like log_probs; NaN where it gave none.
+        mask: Shaped like log_probs, nonzero where a token is in the mask; None: everywhere.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
-        level: ``token``, or ``sequence``: the product of a sequence's ratios.
-        outside: What becomes of ratios outside ``bounds``: ``clamp`` to the nearer one, or ``mask``, which is weight 0.
+        level: ``token``: one ratio for each token; ``sequence``: the product of a sequence's ratios.
+        outside: What happens to ratios outside ``bounds``: ``clamp`` sets them to the nearer bound, ``mask`` to 0.
         bounds: ``(low, high)`` with ``0 <= low <= high``; high may be inf.
 
     Returns:
-        Float32 (float64) weights without gradient: shaped like log_probs, or ``[S]`` for ``sequence``. NaN where
-        nothing was scored, which the losses take as 1 and count; 1 where nothing counts.
+        Float32 (float64) weights without gradient: shaped like log_probs, or ``[S]`` for ``sequence``. NaN where the
+        sampler gave no log-prob: the losses take it as 1, and a metric counts it. 1 at masked positions.
 
     Raises:
         ValueError: A wrong shape, device or value.
@@ -78,15 +78,15 @@ def off_policy_mask(
 ) -> Tensor:
     """Which sequences to keep: those with an advantage of at least 0, and those the policy has not drifted away from.
 
-    The off-policy sequence mask of DeepSeek-V3.2 (arXiv 2512.02556): an incorrect answer teaches nothing once the mean
-    of ``sampler_log_probs - log_probs`` over its counted tokens is above the threshold. Multiply it into
-    ``rollout_weights``, whose NaN must become 1 first: NaN times 0 would be 1 again.
+    The off-policy sequence mask of DeepSeek-V3.2 (arXiv 2512.02556): False for a sequence with a negative advantage
+    whose mean of ``sampler_log_probs - log_probs``, over its tokens in the mask, is above the threshold. Multiply it
+    into ``rollout_weights`` after ``nan_to_num(1)``: NaN times 0 is NaN, which the losses take as 1.
 
     Args:
-        log_probs: Log-probs in nats under the policy that learns, ``[S, T]`` or packed ``[N]``.
-        sampler_log_probs: Those at sampling time, shaped like them. A NaN in either is no evidence: no drift.
+        log_probs: Log-probs of the tokens under the current policy, in nats, ``[S, T]`` or packed ``[N]``.
+        sampler_log_probs: Those at sampling time, shaped like log_probs. A NaN in either counts as no drift.
         advantages: ``[S]`` or shaped like log_probs.
-        mask: Shaped like log_probs, nonzero counts; None counts every position.
+        mask: Shaped like log_probs, nonzero where a token is in the mask; None: everywhere.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
         threshold: Largest mean drift to keep, in nats per token, at least 0.
 

@@ -21,19 +21,21 @@ def response_spans(
     *,
     cu_seqlens: Tensor | None = None,
 ) -> ResponseSpans:
-    """Split responses at their closing think tag: an ``entropy_mask``, or diagnostics (arXiv 2602.22751, Table 3).
+    """Split responses at their closing think tag, for ``entropy_mask`` or diagnostics (arXiv 2602.22751, Table 3).
 
-    The last tag counts. A response without one is not split: both spans are the whole of it, and it is counted.
+    The split is after the last tag. A response without a tag is not split: both spans are the whole response, and
+    ``untagged`` counts it.
 
     Args:
         tokens: ``[S, T]`` or packed ``[N]``, integer.
-        close_tag: Token id of the closing tag, or its ids in order, where the tokenizer makes several of it.
-        mask: Shaped like tokens, nonzero counts; None counts ``tokens != -100``. Only counted tokens make a tag.
+        close_tag: Token id of the closing tag, or its ids in order, if the tokenizer splits it into several.
+        mask: Shaped like tokens, nonzero where a token is in the mask; None: where ``tokens != -100``. The tag must be
+            in the mask.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
 
     Returns:
-        ``(thinking, answer, untagged)``: bool shaped like tokens, the tag itself in thinking; and how many responses
-        with counted tokens have no tag, a 0-d int64 tensor.
+        ``(thinking, answer, untagged)``: bool shaped like tokens, the tag itself in thinking; and a 0-d int64 tensor,
+        the number of responses with tokens in the mask but no tag.
 
     Raises:
         ValueError: A wrong shape, device or value.
@@ -65,17 +67,17 @@ def top_entropy_mask(
     cu_seqlens: Tensor | None = None,
     fraction: float = 0.2,
 ) -> Tensor:
-    """Which counted tokens of the batch have the highest entropy: a mask to multiply ``rollout_weights`` by.
+    """Which tokens in the mask have the highest entropy in the batch; to be multiplied into ``rollout_weights``.
 
-    Policy gradients from the forking tokens only ("Beyond the 80/20 rule", arXiv 2506.01939). As weights, and not as
-    the mask, they leave the other tokens in the reduction's denominator and in the KL, which is what TRL does. A NaN
-    among the weights must become 1 first: NaN times 0 would be 1 again.
+    Policy gradients from high-entropy tokens only ("Beyond the 80/20 rule", arXiv 2506.01939). Multiplied into
+    ``rollout_weights``, and not into the mask, it leaves the other tokens in the reduction's denominator and in the KL,
+    as in TRL. First replace NaN in the weights by 1: NaN times 0 is NaN, which the losses take as 1.
 
     Args:
         entropy: Shannon entropy of each position in nats, ``[S, T]`` or packed ``[N]``; a non-finite one is not chosen.
-        mask: Shaped like entropy, nonzero counts; None counts every position.
+        mask: Shaped like entropy, nonzero where a token is in the mask; None: everywhere.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
-        fraction: Share of the counted tokens to choose, in (0, 1]; ties with the last of them are chosen too.
+        fraction: Share of the tokens in the mask to choose, in (0, 1]; ties with the last one chosen are chosen too.
 
     Returns:
         Bool, shaped like entropy.

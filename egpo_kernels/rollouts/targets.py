@@ -16,21 +16,21 @@ def next_token_targets(
     cu_seqlens: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Align token ids with the logits of a causal model, so that whole logits are passed and nothing is sliced.
+    """Align token ids with the logits of a causal model, so that logits need not be sliced.
 
-    Slicing ``logits[:, :-1]`` works as well, but its backward makes a full-size copy of the gradient.
+    Slicing ``logits[:, :-1]`` works too, but the slice's backward makes a full-size copy of the gradient.
 
     Args:
-        input_ids: ``[S, T]`` (or ``[T]``), integer: what the model was given. Packed sequences, ``[N]`` or ``[1, N]``,
-            need one of the last two: no token is the target of the sequence before.
-        mask: Shaped like input_ids: nonzero where the token itself counts; None counts every token.
-        cu_seqlens: ``[S + 1]`` integer: where packed sequences begin and end; what lies past the last end is masked.
-        position_ids: Shaped like input_ids, integer: each token's place in its sequence. A token that is not one
-            further than the one before begins a sequence.
+        input_ids: The model's input ids, ``[S, T]`` (or ``[T]``), integer. For packed sequences, ``[N]`` or ``[1, N]``,
+            pass ``cu_seqlens`` or ``position_ids``, so that no token becomes the target of the sequence before.
+        mask: Shaped like input_ids, nonzero where the token itself is in the loss; None: every token.
+        cu_seqlens: ``[S + 1]`` integer: where packed sequences begin and end; positions past the last end are masked.
+        position_ids: Shaped like input_ids, integer: each token's position in its sequence. A token whose position is
+            not one more than that of the token before begins a sequence.
 
     Returns:
-        ``(tokens, mask)``: both rolled by -1 along the last dimension, the last position (of each sequence) masked
-        (bool). Where ``cu_seqlens`` on a device is malformed, tokens that no loss takes: -1.
+        ``(tokens, mask)``: both rolled by -1 along the last dimension; mask is bool and False at the last position (of
+        each sequence). If ``cu_seqlens`` on a device is malformed, tokens are -1, which the losses do not accept.
 
     Raises:
         ValueError: Shapes or devices that differ; a wrong value; both ``cu_seqlens`` and ``position_ids``.
