@@ -18,7 +18,7 @@ CONSTANT = 1e-11
 
 
 class Spread(NamedTuple):
-    """How the uncertainty of some sequences lies, in nats per token; NaN without any."""
+    """Number of sequences, and mean and quartiles of their uncertainty in nats per token; NaN without sequences."""
 
     sequences: int
     mean: float
@@ -28,8 +28,8 @@ class Spread(NamedTuple):
 
 
 class UncertaintyGap(NamedTuple):
-    """``gap`` = mean of incorrect minus mean of correct sequences, in nats per token; ``left_out`` sequences had no
-    finite uncertainty.
+    """``gap``: mean uncertainty of incorrect minus that of correct sequences, in nats per token; ``left_out``: the
+    number of sequences whose uncertainty is not finite.
     """
 
     gap: float
@@ -41,10 +41,10 @@ class UncertaintyGap(NamedTuple):
 class Roc(NamedTuple):
     """Uncertainty as a predictor of incorrectness.
 
-    ``auc`` is the probability that an incorrect sequence is more uncertain than a correct one, ties counting half.
-    Calling sequences at or above ``thresholds[k]`` (falling, the first is inf) incorrect is wrong about
-    ``false_positive_rate[k]`` of the correct ones and right about ``true_positive_rate[k]`` of the incorrect ones.
-    Without a sequence of each kind ``auc`` is NaN and the curve is empty.
+    ``auc`` is the probability that an incorrect sequence is more uncertain than a correct one; a tie counts half.
+    Sequences with an uncertainty of at least ``thresholds[k]`` are predicted to be incorrect: these are the share
+    ``false_positive_rate[k]`` of all correct sequences and ``true_positive_rate[k]`` of all incorrect ones. The
+    thresholds fall; the first is inf. Without a sequence of each kind ``auc`` is NaN and the curve is empty.
     """
 
     auc: float
@@ -57,9 +57,7 @@ class Roc(NamedTuple):
 
 
 class LengthCorrelation(NamedTuple):
-    """Correlation of uncertainty with length over ``sequences`` of them; NaN below two, or where either is
-    constant.
-    """
+    """Correlation of uncertainty with length; NaN for fewer than two ``sequences``, or if either is constant."""
 
     pearson: float
     spearman: float
@@ -72,7 +70,8 @@ def span_uncertainty(log_probs: Tensor, span: Tensor | None = None, *, cu_seqlen
 
     Args:
         log_probs: Log-probs of the sampled tokens in nats, ``[S, T]`` or packed ``[N]``.
-        span: Shaped like them, nonzero counts: a mask, or one of `response_spans`. None counts every position.
+        span: Shaped like log_probs, nonzero for tokens of the span: a mask, or a span of `response_spans`. None: every
+            position.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
 
     Returns:
@@ -96,12 +95,13 @@ def uncertainty_gap(uncertainty: Tensor, correct: Tensor) -> UncertaintyGap:
     """How much more uncertain incorrect sequences are than correct ones (EGPO, arXiv 2602.22751, Fig. 3).
 
     Args:
-        uncertainty: ``[S]`` nats per token, of `group_advantages` or `span_uncertainty`; sequences where it is not
-            finite are left out and counted.
+        uncertainty: ``[S]`` nats per token, from `group_advantages` or `span_uncertainty`. Sequences where it is not
+            finite are left out; ``left_out`` is their number.
         correct: ``[S]`` bool.
 
     Returns:
-        The gap with count, mean and quartiles of each kind; NaN for what a kind without sequences does not have.
+        The gap, and for correct and for incorrect sequences their number, mean and quartiles. Without sequences of a
+        kind its numbers and the gap are NaN.
 
     Raises:
         ValueError: A wrong shape.
@@ -116,7 +116,8 @@ def roc(uncertainty: Tensor, correct: Tensor) -> Roc:
     """How well uncertainty tells incorrect sequences from correct ones (EGPO, arXiv 2602.22751, Table 3).
 
     Args:
-        uncertainty: ``[S]`` nats per token; sequences where it is not finite are left out and counted.
+        uncertainty: ``[S]`` nats per token. Sequences where it is not finite are left out; ``left_out`` is their
+            number.
         correct: ``[S]`` bool.
 
     Returns:
@@ -145,7 +146,7 @@ def roc_of_spans(
 
     Args:
         log_probs: Log-probs of the sampled tokens in nats, ``[S, T]`` or packed ``[N]``.
-        spans: Name -> mask shaped like them: ``{"thinking": found.thinking, "answer": found.answer}`` with
+        spans: Name -> mask shaped like log_probs: ``{"thinking": found.thinking, "answer": found.answer}`` with
             ``found = response_spans(...)``. A sequence without a token in a span is left out of that span's curve.
         correct: ``[S]`` bool.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
@@ -173,7 +174,8 @@ def length_correlation(uncertainty: Tensor, lengths: Tensor) -> LengthCorrelatio
 
     Args:
         uncertainty: ``[S]`` nats per token.
-        lengths: ``[S]`` tokens, integer or floating. Sequences where either is not finite are left out and counted.
+        lengths: ``[S]`` tokens, integer or floating. Sequences where either is not finite are left out; ``left_out`` is
+            their number.
 
     Returns:
         Both correlations, in [-1, 1], with the number of sequences. No p-value: answers to one prompt are not

@@ -100,7 +100,7 @@ def plot_roc(curves: Mapping[str, Roc], ax: Any = None) -> Any:
 def plot_length(uncertainty: Tensor, lengths: Tensor, correct: Tensor | None = None, ax: Any = None) -> Any:
     """Draw uncertainty against length, one dot a sequence, with both correlations.
 
-    Correct and incorrect sequences of one length stand a little to the left and right of it.
+    Dots of correct sequences are drawn a little to the left of their length, those of incorrect ones to the right.
 
     Args:
         uncertainty: ``[S]`` nats per token.

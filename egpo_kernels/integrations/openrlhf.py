@@ -29,22 +29,22 @@ def actor_policy_loss(
     """`policy_loss` with the arguments and results of ``openrlhf.models.PolicyLoss.forward`` (OpenRLHF 0.11.2).
 
     Args:
-        log_probs: ``[B, A]``, floating; old_log_probs and advantages too.
-        old_log_probs: The actor's before the step.
-        advantages: Treated as constants.
-        action_mask: ``[B, A]``, nonzero counts; None counts every position.
-        rollout_log_probs: Not looked at: there is no correction for the sampler here.
-        dp_size: Ranks over which gradients are averaged.
-        batch_num_tokens: Counted tokens of the step over all ranks, for ``token_mean``.
+        log_probs: Log-probs of the actions, ``[B, A]``, floating.
+        old_log_probs: Those of the actor before the step, ``[B, A]``, floating.
+        advantages: ``[B, A]``, floating; treated as constants.
+        action_mask: ``[B, A]``, nonzero where a token is in the mask; None: everywhere.
+        rollout_log_probs: Ignored: importance weights for the sampler are not supported.
+        dp_size: Number of ranks over which gradients are averaged.
+        batch_num_tokens: Tokens in the mask of the step over all ranks, for ``token_mean``.
         global_batch_size: Sequences of the step over all ranks, for the ``seq_mean`` reductions.
-        config: The settings.
+        config: Settings of the loss.
 
     Returns:
-        ``(loss, share of clipped tokens, KL to the old policy, None, None)``, 0-d each; dual clip counts as clipped,
-        and the KL is k3, where OpenRLHF has k1.
+        ``(loss, share of clipped tokens, KL to the old policy, None, None)``, 0-d each. A dual-clipped token is
+        clipped. The KL is estimated by k3, in OpenRLHF by k1.
 
     Raises:
-        ValueError: A wrong shape, device or value; a KL or an entropy bonus, which OpenRLHF adds itself.
+        ValueError: A wrong shape, device or value; a KL or an entropy bonus, since OpenRLHF adds them.
         TypeError: A wrong type or dtype.
     """
     check_instance("config", config, PolicyLossConfig)
@@ -64,13 +64,13 @@ def rollout_advantages(
     """Advantages of a rollout that OpenRLHF has cut into ``Experience`` objects, in any order.
 
     Args:
-        experiences: All of a rollout, with ``index`` (places in the rollout, ``group_size`` consecutive ones a prompt),
-            ``rewards [B]``, ``action_log_probs [B, A]`` and ``action_mask [B, A]``; A may differ.
-        group_size: ``n_samples_per_prompt``.
-        config: The settings.
+        experiences: All of a rollout, with ``index`` (places in the rollout, ``group_size`` consecutive ones for each
+            prompt), ``rewards [B]``, ``action_log_probs [B, A]`` and ``action_mask [B, A]``; A may differ.
+        group_size: OpenRLHF's ``n_samples_per_prompt``.
+        config: Settings of the advantages.
 
     Returns:
-        Advantages ``[B, A]`` of each, 0 where the mask is.
+        Advantages ``[B, A]`` of each experience, 0 at masked positions.
 
     Raises:
         ValueError: A prompt without all its samples, an experience without log-probs, or a wrong shape.

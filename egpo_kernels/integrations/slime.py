@@ -22,20 +22,22 @@ def samples_policy_loss(
     sum_of_sample_mean: Callable[[Tensor], Tensor],
     config: PolicyLossConfig = recipes.EGPO.loss,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`policy_loss` of a slime micro-batch; returns what ``--custom-loss-function-path`` has to.
+    """`policy_loss` of a slime micro-batch, for a function named by ``--custom-loss-function-path``.
 
     Args:
-        log_probs: One ``[response_length]`` for each sample, floating.
-        old_log_probs: The same at sampling time; None or empty: on-policy.
-        batch: Slime's, with ``advantages``, ``loss_masks`` and, for a KL, ``ref_log_probs``: lists like log_probs.
-        sum_of_sample_mean: Slime's reducer of a per-token vector; it stands in for ``config.reduction``.
-        config: The settings, without an entropy bonus.
+        log_probs: Log-probs, a tensor ``[response_length]`` for each sample, floating.
+        old_log_probs: Those at sampling time, a list like log_probs; None or empty: on-policy.
+        batch: Slime's micro-batch, with ``advantages``, ``loss_masks`` and, for a KL, ``ref_log_probs``: lists like
+            log_probs.
+        sum_of_sample_mean: Slime's function that reduces a per-token vector; it replaces ``config.reduction``.
+        config: Settings of the loss, without an entropy bonus.
 
     Returns:
         ``(loss, {"loss": loss})``, 0-d, the second detached.
 
     Raises:
-        ValueError: A wrong length, device or value (context parallelism cuts log-probs, not masks); a lacking source.
+        ValueError: A wrong length, device or value (context parallelism splits log-probs but not masks); a missing
+            input.
         TypeError: A wrong type or dtype.
     """
     check_instance("config", config, PolicyLossConfig)
@@ -70,13 +72,14 @@ def samples_advantages(
     """Advantages ``[S]`` of all samples of a rollout, float32 on the CPU.
 
     Args:
-        samples: Slime's ``Sample`` objects with ``group_index``, ``response_length``, ``loss_mask`` (None counts every
-            token) and ``rollout_log_probs``.
+        samples: Slime's ``Sample`` objects with ``group_index``, ``response_length``, ``loss_mask`` (None: every token)
+            and ``rollout_log_probs``.
         rewards: One for each sample.
-        config: The settings.
+        config: Settings of the advantages.
 
     Raises:
-        ValueError: Samples without ``group_index``, or ``rollout_log_probs`` that the settings need; a wrong length.
+        ValueError: Samples without ``group_index``, or without ``rollout_log_probs`` if the settings need them; a wrong
+            length.
         TypeError: A wrong type.
     """
     groups = [sample.group_index for sample in samples]

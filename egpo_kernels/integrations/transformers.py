@@ -31,8 +31,8 @@ POLICY_KEYS = {
 def fuse_policy_loss(model: Model, *, logits_dtype: torch.dtype | None = None) -> Model:
     """Let ``model(input_ids, ..., policy={...})`` return losses or log-probs; the logits are never whole.
 
-    ``policy`` holds a function's arguments by name, but for those that the model knows (hidden, weight, bias, lora,
-    logit_scale, logit_softcap):
+    The keys of ``policy`` are arguments of one of these functions, without those that the model knows (hidden, weight,
+    bias, lora, logit_scale, logit_softcap). They choose the function:
 
     | keys of ``policy``      | function                 | returned        |
     |-------------------------|--------------------------|-----------------|
@@ -40,15 +40,15 @@ def fuse_policy_loss(model: Model, *, logits_dtype: torch.dtype | None = None) -
     | tokens, advantages      | `linear_policy_loss`     | `LossOutput`    |
     | tokens                  | `linear_token_log_probs` | `TokenLogProbs` |
 
-    The hidden state at position t scores ``tokens[:, t]`` and nothing is shifted: `next_token_targets` makes such
-    tokens. ``logits_to_keep`` chooses positions as it does for logits; tokens ``[N]`` go with input_ids ``[1, N]``. All
-    but input_ids is passed by name. Without ``policy`` the model is what it was.
+    The hidden state at position t scores ``tokens[:, t]``; nothing is shifted. `next_token_targets` makes such tokens.
+    ``logits_to_keep`` chooses positions as it does for logits; tokens ``[N]`` go with input_ids ``[1, N]``. Pass all
+    but input_ids by keyword. Without ``policy`` the model works as before.
 
-    The call goes through the model's own forward and whatever is around it (autocast, accelerate's hooks), and the
-    head is read inside its own, where FSDP2 and ZeRO-3 have gathered it. Fuse last, after peft and ``fully_shard``, and
-    again where its config changes. What the model makes of its head's output (Granite's scale, Gemma's softcap, a
-    function put in place of the head's forward) is found by trying it on a few numbers, again when something new
-    stands around the head. A hook on the head sees one or two numbers a position in place of logits.
+    The call runs the model's own forward and its wrappers (autocast, accelerate's hooks). The weight of the head is
+    read inside the head's own forward, where FSDP2 and ZeRO-3 have gathered it. Fuse after peft and ``fully_shard``,
+    and again if the model's config changes. What the model does to its head's output (Granite's scale, Gemma's softcap,
+    a function in place of the head's forward) is measured with a few numbers, and again when a wrapper or hook was
+    added. A hook on the head sees a small tensor in place of logits.
 
     Args:
         model: A ``PreTrainedModel`` with a linear output layer, or a ``PeftModel`` of one; changed in place.
@@ -58,9 +58,10 @@ def fuse_policy_loss(model: Model, *, logits_dtype: torch.dtype | None = None) -
         The model.
 
     Raises:
-        TypeError: Another kind of model, or of output layer.
-        ValueError: No output layer, or a forward, a patch or a hook that makes of its output what cannot be fused.
-        RuntimeError: ``nn.DataParallel`` replicates the model: use one process a device.
+        TypeError: Another type of model or output layer.
+        ValueError: No output layer, or a forward, a patch or a hook that does more to its output than scale and softcap
+            it.
+        RuntimeError: ``nn.DataParallel`` replicates the model: use one process per device.
     """
     from transformers import PreTrainedModel
 

@@ -28,20 +28,20 @@ FORWARD = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).para
 class EGPOTrainer(GRPOTrainer):
     """``GRPOTrainer`` with the advantages and the loss of EGPO (arXiv 2602.22751), or of another recipe.
 
-    Takes what `trl.GRPOTrainer` takes. Rewards of all processes are compared within whole groups, once a generation
-    batch, by log-probs that are the batch's own, else the sampler's, else those of one more forward. A micro-batch's
-    loss is divided as TRL divides it, and TRL's own code reports its metrics; ours stand beside them, under ``egpo/``.
-    The model's own forward gives the log-probs (`fuse_policy_loss`), so that logits never exist; with images or an
-    auxiliary loss, TRL's head does.
+    It takes the arguments of `trl.GRPOTrainer`. Once per generation batch it computes advantages from the rewards of
+    all processes, within whole groups. The uncertainty comes from the batch's old log-probs, else the sampler's, else
+    one more forward. Losses of micro-batches are divided as in TRL. TRL's own code reports TRL's metrics; this
+    library's are added under ``egpo/``. Log-probs come from the model's own forward (`fuse_policy_loss`) without whole
+    logits; with images or an auxiliary loss, TRL computes them.
 
     Args:
         *inputs: See `trl.GRPOTrainer`.
-        recipe: The method, or its name. Options of ``args`` that are not at their default change it (``epsilon``,
-            ``beta``, ``loss_type``, ``scale_rewards``, ...); the attribute ``recipe`` is the outcome.
+        recipe: A `Recipe` or its name. Options of ``args`` that are not at their default change it (``epsilon``,
+            ``beta``, ``loss_type``, ``scale_rewards``, ...); the attribute ``recipe`` is the result.
         **named: See `trl.GRPOTrainer`.
 
     Raises:
-        ValueError: An option that does not go with the recipe, or a model that cannot be fused.
+        ValueError: An option that contradicts the recipe, or a model that cannot be fused.
     """
 
     _tag_names = ("trl", "egpo_kernels")

@@ -22,9 +22,9 @@ from egpo_kernels.integrations.verl_losses import engine_loss as engine_loss
 
 
 def egpo_advantages(data: Any, config: Any = None) -> Any:
-    """Advantages of a whole rollout batch, each response's times its mask, by the settings of ``config.egpo``.
+    """Advantages of a whole rollout batch, times the response mask, with the settings of ``config.egpo``.
 
-    Whether a response is correct is asked of ``token_level_scores``, which hold no KL.
+    ``token_level_scores``, which include no KL, decide whether a response is correct.
 
     Args:
         data: verl's ``DataProto``: ``token_level_rewards``, ``response_mask`` and ``old_log_probs`` (or else
@@ -36,7 +36,7 @@ def egpo_advantages(data: Any, config: Any = None) -> Any:
         ``data`` with ``advantages`` and ``returns``, ``[B, R]`` float32.
 
     Raises:
-        ValueError: A setting that cannot be; a weight asked for in a batch without log-probs.
+        ValueError: A wrong setting; a batch without log-probs if the settings need them.
     """
     from omegaconf import OmegaConf
 

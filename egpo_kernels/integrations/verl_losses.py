@@ -54,19 +54,19 @@ def registered_loss(
 
     Args:
         loss_mode: A key of `LOSSES`.
-        old_log_prob: ``[B, R]`` floating, as all tensors here but the mask.
+        old_log_prob: ``[B, R]`` floating, like all tensors here but the mask.
         log_prob: The same under the policy; the loss is differentiable in it.
         advantages: Per token.
-        response_mask: Nonzero counts.
+        response_mask: Nonzero where a token is in the mask.
         loss_agg_mode: A key of `MODES`.
         config: verl's ``ActorConfig`` or a ``DictConfig`` with its keys.
-        rollout_is_weights: On the surrogate.
+        rollout_is_weights: Factors of the surrogate.
 
     Returns:
         The 0-d loss and verl's metrics, with ours under ``egpo/``.
 
     Raises:
-        ValueError: A setting that cannot be, by verl's name; a count that is missing.
+        ValueError: A wrong setting, with verl's name for it; a missing count.
     """
     batch = {"old_log_probs": old_log_prob, "advantages": advantages, "rollout_is_weights": rollout_is_weights}
     settings = _settings(loss_mode, loss_agg_mode, config, config.global_batch_info, log_prob.shape[-1])
@@ -76,11 +76,12 @@ def registered_loss(
 
 
 def engine_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None) -> tuple[Tensor, dict[str, Any]]:
-    """In place of verl's ``ppo_loss``, by ``set_loss_fn``: surrogate, entropy bonus and KL in one call.
+    """Replaces verl's ``ppo_loss`` (pass it to ``set_loss_fn``): surrogate, entropy bonus and KL in one call.
 
     Args:
         config: verl's ``ActorConfig``; ``policy_loss.loss_mode`` is a key of `LOSSES`.
-        model_output: ``log_probs`` and, if there is one, ``entropy``: nested ``[B, j]`` or flat, as engines give them.
+        model_output: ``log_probs`` and, if computed, ``entropy``: nested tensors ``[B, j]`` or flat, as verl's engines
+            return them.
         data: The micro-batch, a ``TensorDict``, nested or padded.
         dp_group: Unused, as in verl.
 
@@ -88,7 +89,7 @@ def engine_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None)
         The 0-d loss and the metrics of ``ppo_loss``, with ours under ``egpo/``.
 
     Raises:
-        ValueError: A setting that cannot be, by verl's name; a count or an entropy that is missing.
+        ValueError: A wrong setting, with verl's name for it; a missing count or entropy.
     """
     from verl.trainer.ppo.core_algos import agg_loss, kl_penalty
     from verl.utils.metric import Metric

@@ -44,7 +44,8 @@ def rollout_weights(
 
     Returns:
         Float32 (float64) weights without gradient: shaped like log_probs, or ``[S]`` for ``sequence``. NaN where the
-        sampler gave no log-prob: the losses take it as 1, and a metric counts it. 1 at masked positions.
+        sampler gave no log-prob: the losses take it as 1, and a metric counts it. 1 at masked positions, and for
+        sequences without a token in the mask.
 
     Raises:
         ValueError: A wrong shape, device or value.
