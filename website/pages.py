@@ -21,7 +21,8 @@ CODE = re.compile(
 )
 PICTURE = re.compile(r'<img [^>]*\bsrc="([^"]+)"[^>]*>')
 FOREIGN = re.compile(
-    r"<(?:script|img|iframe|link\b(?![^>]*\brel=.?(?:canonical|next|prev)))\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>"
+    r"<(?:script|img|source|iframe|link\b(?![^>]*\brel=.?(?:canonical|next|prev)))\b"
+    r"[^>]*\b(?:src|srcset|href)=[\"']?(?:https?:)?//[^>]*>"
 )
 
 

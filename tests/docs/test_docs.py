@@ -24,7 +24,8 @@ def test_every_page_with_code_is_run_by_a_test():
 
 def links(page):
     """What a page links to, relative to the repository."""
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[page]):
+    written = re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[page])
+    for link in written + re.findall(r"""\b(?:src|srcset|href)="(?!https?:)([^"#]+)""", PAGES[page]):
         target = (ROOT / page).parent.joinpath(link).resolve()
         assert target.exists(), f"{page}: {link}"
         # The documentation is built from docs alone.
