@@ -1,6 +1,7 @@
 """The console script: `egpo-kernels info` and `egpo-kernels check`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -9,6 +10,8 @@ from egpo_kernels.command import check, info
 from egpo_kernels.command.screen import Screen
 
 CHECKED = ("auto", "triton", "portable")
+NOBODY_READS = 141
+"""Status where the pipe was closed, as a shell says of a program that SIGPIPE ended."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,8 +28,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; 0, or 1 where a check failed, or 2 where what was asked for cannot run here."""
-    given, screen = parser().parse_args(arguments), Screen()
+    """Run a subcommand; its status, or `NOBODY_READS`."""
+    given = parser().parse_args(arguments)
+    try:
+        status = run(given, Screen())
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered would raise again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
+    return status
+
+
+def run(given: argparse.Namespace, screen: Screen) -> int:
+    """0, or 1 where a check failed, or 2 where what was asked for cannot run here."""
     if given.command == "info":
         return info.show(screen, given.json)
     try:
