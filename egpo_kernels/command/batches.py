@@ -1,20 +1,43 @@
-"""The batches that kernels are checked on, and the sizes of terms that the accuracy rule asks for.
+"""Batches over logits and hidden states that kernels are checked on, and the sizes of terms that the accuracy rule asks
+for. Those of log-probs and of groups: `egpo_kernels.command.scores`.
 
 Numbers are drawn on the CPU and moved, so that a seed means the same on every device. Log-ratios keep away from the
 bounds of every clip, where the gradient jumps and rounding may fall on either side.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 SEQUENCES = 8
-HIDDEN = 24
-"""Width of hidden states."""
-LOG_RATIOS = (-0.35, -0.1, 0.05, 0.3)
+ADVANTAGES = (-1.5, -1.0, -0.5, 0.0, 0.75, 1.0, 1.25, 2.0)
+LOG_RATIOS = (0.6, -0.5, 0.02, 0.02, -0.5, -0.5, 0.02, 0.6)
+"""Of the sequences: for either sign of the advantage below, between and above a clip by 0.2."""
+AROUND = (-0.06, 0.06, 0.0)
+"""What is added to the log-ratio of one token after the other."""
+KL_STEPS = (-0.15, -1.0, 0.1, 0.4, 0.8)
+"""Of log-probs to those of the reference, one token after the other; `egpo_kernels.command.variants` clamps some."""
 REWARDS = (1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
 """Of a group that differs and one that is all wrong."""
+CORRECT = (False, True, False, True, False, False, False, False)
+"""What a caller may say of them."""
+TEMPERATURES = (0.6, 1.0, 1.7)
+ROLLOUT_WEIGHTS = (0.5, 1.5, torch.nan, 0.0, 2.0)
+EMPTY, DEAD, LAST_MASKED = 5, 2, (2, 3, 6)
+"""Sequences: without a token in the mask; whose first token is impossible; whose last position is not in the mask."""
+HIDDEN = 24
+"""Width of hidden states."""
+
+
+class Case(NamedTuple):
+    """What a batch is like. A packed one is given all that a caller may leave out, and a temperature for each token."""
+
+    dtype: torch.dtype
+    vocab: int
+    length: int
+    packed: bool = False
+    temperature: float = 1.0
 
 
 class Batch(NamedTuple):
@@ -37,19 +60,28 @@ class Batch(NamedTuple):
     groups: Tensor
     rewards: Tensor
     cu_seqlens: Tensor | None
+    temperature: Tensor | float = 1.0
+    rollout_weights: Tensor | None = None
+    entropy_mask: Tensor | None = None
+    correct: Tensor | None = None
+    num_tokens: float | None = None
+    num_sequences: float | None = None
 
     def double(self) -> "Batch":
         """The same numbers in float64."""
-        given = {name: it for name, it in self._asdict().items() if it is not None and it.is_floating_point()}
-        return self._replace(**{name: it.double() for name, it in given.items()})
+        given: dict[str, Any] = {
+            name: it.double() if isinstance(it, Tensor) and it.is_floating_point() else it
+            for name, it in self._asdict().items()
+        }
+        return Batch(**given)
 
 
 class Problem(NamedTuple):
     """A batch, the same in float64, and sizes of terms.
 
-    ``spread [N, V]``: those of each element of a row's gradient whose coefficient is 1, ``onehot + p (2 + |log p|)``.
-    ``entropy``: those of the entropies, like tokens. ``doubt``: the largest of a log-ratio, ``1 + |l| + |l_old|``, and
-    of logits that are sums of products.
+    ``spread [N, V]``: those of each element of a row's gradient whose coefficient is 1, ``(onehot + p (2 + |log p|))
+    / temperature``. ``entropy``: those of the entropies, like tokens. ``doubt``: the largest of a log-ratio, ``1 + |l|
+    + |l_old|``, and of logits that are sums of products.
     """
 
     title: str
@@ -59,36 +91,64 @@ class Problem(NamedTuple):
     entropy: Tensor
     doubt: float
 
-    def of_log_probs(self) -> "Problem":
-        """The same, named as what it is to functions that are given log-probs."""
-        return self._replace(title=f"{list(self.given.tokens.shape)} {_name(self.given.log_probs.dtype)}")
+
+def title_of(shape: list[int], dtype: torch.dtype) -> str:
+    """A batch's name."""
+    return f"{shape} {str(dtype).removeprefix('torch.')}"
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def cycled(values: tuple[float, ...], count: int, every: int = 1) -> Tensor:
+    """``values`` over and over, each for ``every`` positions, ``[count]``."""
+    return torch.tensor(values)[torch.arange(count) // every % len(values)]
 
 
-def make_problem(
-    device: torch.device, dtype: torch.dtype, vocab: int, length: int, packed: bool, linear: bool = False
-) -> Problem:
-    """Sequences of up to ``length`` tokens, each with its last position masked, over logits or hidden states."""
-    generator = torch.Generator().manual_seed(vocab + length)
-    lengths = length - torch.arange(SEQUENCES) % 3 if packed else torch.full((SEQUENCES,), length)
+class Places(NamedTuple):
+    """Where sequences lie: shape of what is per token, ends of sequences ``[S]``, and the sequence of each row."""
+
+    shape: tuple[int, ...]
+    ends: Tensor
+    sequence: Tensor
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.sequence.shape[0]
+
+    def cu_seqlens(self) -> Tensor:
+        """Where packed sequences begin and end."""
+        return torch.cat([self.ends.new_zeros(1), self.ends])
+
+
+def places_of(lengths: Tensor, packed: bool) -> Places:
+    """Sequences of ``lengths [S]`` behind each other; padded ones are all as long."""
     ends = lengths.cumsum(0)
-    shape = (int(ends[-1]),) if packed else (SEQUENCES, length)
-    mask = torch.ones(int(ends[-1]), dtype=torch.bool)
-    mask[ends - 1] = False
-    mask = mask.view(shape).to(device)
-    tokens = torch.randint(vocab, shape, generator=generator).to(device)
+    shape = (int(ends[-1]),) if packed else (lengths.shape[0], int(lengths[0]))
+    return Places(shape, ends, torch.repeat_interleave(torch.arange(lengths.shape[0]), lengths))
+
+
+def make_problem(device: torch.device, case: Case, linear: bool = False) -> Problem:
+    """Sequences of up to ``case.length`` tokens, over logits or hidden states."""
+    generator = torch.Generator().manual_seed(case.vocab + case.length)
+    lengths = torch.full((SEQUENCES,), case.length)
+    if case.packed:
+        lengths = lengths - (torch.arange(SEQUENCES) + 1) % 3
+        lengths[EMPTY] = 0
+    places = places_of(lengths, case.packed)
+    mask = places.sequence != EMPTY
+    mask[places.ends[list(LAST_MASKED)] - 1] = False
+    tokens = torch.randint(case.vocab, (places.rows,), generator=generator)
     logits = hidden = weight = None
     if linear:
-        hidden = torch.randn(*shape, HIDDEN, generator=generator).to(device, dtype)
-        weight = (0.6 * torch.randn(vocab, HIDDEN, generator=generator)).to(device, dtype)
+        hidden = torch.randn(*places.shape, HIDDEN, generator=generator).to(device, case.dtype)
+        weight = (0.6 * torch.randn(case.vocab, HIDDEN, generator=generator)).to(device, case.dtype)
         exact = hidden.double() @ weight.double().t()
     else:
-        logits = (3 * torch.randn(*shape, vocab, generator=generator)).to(device, dtype)
+        drawn = 3 * torch.randn(places.rows, case.vocab, generator=generator)
+        drawn[impossible(tokens, places, case.vocab)] = -torch.inf
+        logits = drawn.view(*places.shape, case.vocab).to(device, case.dtype)
         exact = logits.double()
-        logits[~mask] = torch.nan
+        logits[~mask.view(places.shape).to(device)] = torch.nan
+    mask, tokens = mask.view(places.shape).to(device), tokens.view(places.shape).to(device)
     given = Batch(
         logits=logits,
         hidden=hidden,
@@ -99,21 +159,56 @@ def make_problem(
         entropy=torch.empty(0),
         old_log_probs=torch.empty(0),
         ref_log_probs=torch.empty(0),
-        advantages=torch.linspace(-1.5, 2.0, SEQUENCES, device=device),
+        advantages=torch.tensor(ADVANTAGES, device=device),
         groups=torch.arange(SEQUENCES, device=device) // (SEQUENCES // 2),
         rewards=torch.tensor(REWARDS, device=device),
-        cu_seqlens=torch.cat([ends.new_zeros(1), ends]).to(device) if packed else None,
+        cu_seqlens=places.cu_seqlens().to(device) if case.packed else None,
+        temperature=case.temperature,
     )
-    size = [*shape, HIDDEN, vocab] if linear else [*shape, vocab]
-    return _scored(f"{size} {_name(dtype)}", given, exact.log_softmax(-1), tokens[..., None], generator)
+    if case.packed:
+        given = with_options(given, places)
+    size = [*places.shape, HIDDEN, case.vocab] if linear else [*places.shape, case.vocab]
+    return _scored(title_of(size, case.dtype), given, exact, tokens[..., None], places)
 
 
-def _scored(title: str, given: Batch, log_softmax: Tensor, tokens: Tensor, generator: torch.Generator) -> Problem:
-    """With log-probs of ``tokens [..., 1]``, what is near them, and sizes of terms."""
-    surprisal, chances = -log_softmax, log_softmax.exp()
-    own, shape = log_softmax.gather(-1, tokens)[..., 0], tokens.shape[:-1]
-    steps = torch.tensor(LOG_RATIOS)[torch.randint(len(LOG_RATIOS), shape, generator=generator)]
-    old, ref = own - steps.to(own), own + 0.3 * torch.randn(shape, generator=generator).to(own)
+def impossible(tokens: Tensor, places: Places, vocab: int) -> Tensor:
+    """Which logits ``[N, V]`` are -inf: of every other row some, scattered or a leading block; one token's own."""
+    column, row = torch.arange(vocab)[None], torch.arange(places.rows)[:, None]
+    found = ((row % 4 == 1) & (column % 7 == 3)) | ((row % 4 == 3) & (column <= vocab // 2))
+    found &= column != tokens[:, None]
+    dead = int((places.sequence == DEAD).nonzero()[0])
+    found[dead, tokens[dead]] = True
+    return found
+
+
+def with_options(given: Batch, places: Places) -> Batch:
+    """With everything that a caller may leave out; the counts are those of a larger batch."""
+    rows = torch.arange(places.rows, device=given.mask.device)
+
+    def per_token(values: tuple[float, ...]) -> Tensor:
+        return cycled(values, places.rows).view(places.shape).to(given.mask.device)
+
+    return given._replace(
+        temperature=per_token(TEMPERATURES),
+        rollout_weights=per_token(ROLLOUT_WEIGHTS),
+        entropy_mask=(rows % 3 != 1).view(places.shape),
+        correct=torch.tensor(CORRECT, device=given.mask.device),
+        num_tokens=float(2 * given.mask.sum() + 1),
+        num_sequences=float(2 * SEQUENCES + 1),
+    )
+
+
+def _scored(title: str, given: Batch, exact: Tensor, tokens: Tensor, places: Places) -> Problem:
+    """With log-probs of ``tokens [..., 1]`` under the ``exact`` logits, what is near them, and sizes of terms."""
+    heat = given.temperature[..., None].double() if isinstance(given.temperature, Tensor) else given.temperature
+    log_softmax = (exact / heat).log_softmax(-1)
+    own, chances = log_softmax.gather(-1, tokens)[..., 0], log_softmax.exp()
+    # Where a probability is 0 its term is 0.
+    surprisal = torch.where(chances > 0, -log_softmax, 0.0)
+    steps = torch.tensor(LOG_RATIOS)[places.sequence] + cycled(AROUND, places.rows)
+    near = torch.where(own.isfinite(), own, -3.0)
+    old = near - steps.view(places.shape).to(own)
+    ref = near + cycled(KL_STEPS, places.rows).view(places.shape).to(own)
     given = given._replace(
         log_probs=own.float(),
         entropy=(chances * surprisal).sum(-1).float(),
@@ -122,8 +217,9 @@ def _scored(title: str, given: Batch, log_softmax: Tensor, tokens: Tensor, gener
     )
     products = 0.0
     if given.hidden is not None and given.weight is not None:
-        products = float((given.hidden.double().abs() @ given.weight.double().abs().t()).max())
-    doubt = 1 + float((own.abs() + old.abs()).max()) + products
-    spread = (chances * (2 + surprisal)).scatter_add(-1, tokens, torch.ones_like(own)[..., None])
+        sums = given.hidden.double().abs() @ given.weight.double().abs().t()
+        products = float((sums / heat).max())
+    doubt = 1 + float((near.abs() + old.abs()).max()) + products
+    spread = (chances * (2 + surprisal)).scatter_add(-1, tokens, torch.ones_like(own)[..., None]) / heat
     entropy = 1 + (chances * surprisal * (1 + surprisal + products)).sum(-1)
     return Problem(title, given, given.double(), spread.flatten(0, -2), entropy, doubt)

@@ -23,16 +23,20 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
 
 
 def upstream(batch: Batch) -> Tensor:
-    """What comes back to each log-prob."""
-    return torch.linspace(-1.0, 2.0, batch.tokens.numel(), device=batch.tokens.device).view_as(batch.tokens)
+    """What comes back to each log-prob: to every fourth nothing, so that its entropy alone is differentiated."""
+    numbers = torch.linspace(-1.0, 2.0, batch.tokens.numel(), device=batch.tokens.device)
+    numbers[::4] = 0.0
+    return numbers.view_as(batch.tokens)
 
 
 def token_log_probs(batch: Batch, backend: str, entropy: bool) -> Outputs:
     """Values, and the gradient of logits or of hidden states and weight."""
     kind, leaves, options = _source(batch, True, False)
-    call = FUNCTIONS[kind][0]
-    found = call(*leaves.values(), batch.tokens, mask=batch.mask, return_entropy=entropy, backend=backend, **options)
-    total = (upstream(batch).to(found.log_probs) * found.log_probs).sum()
+    options |= {"mask": batch.mask, "return_entropy": entropy, "backend": backend}
+    found = FUNCTIONS[kind][0](*leaves.values(), batch.tokens, **options)
+    weights = upstream(batch).to(found.log_probs)
+    # Not 0 times -inf.
+    total = torch.where(weights != 0, weights * found.log_probs, 0.0 * weights).sum()
     values = {"log_probs": found.log_probs.detach()}
     if found.entropy is not None:
         total = total + ENTROPY_UPSTREAM * found.entropy.sum()
@@ -50,23 +54,31 @@ def loss(
     inplace: bool = False,
     times: float = 1.0,
     grad_scale: float = 1.0,
+    metrics: str = "all",
 ) -> Outputs:
     """A loss of logits or hidden states: of groups by a recipe, of the batch's own advantages by a config."""
     kind, leaves, options = _source(batch, trains, inplace and backend != REFERENCE)
     shared: dict[str, Any] = {
         "mask": batch.mask,
         "old_log_probs": batch.old_log_probs if old else None,
-        "ref_log_probs": batch.ref_log_probs,
-        "cu_seqlens": batch.cu_seqlens,
         "grad_scale": grad_scale,
+        "metrics": metrics,
         "backend": backend,
+        **of_losses(batch),
         **options,
     }
     if isinstance(recipe, Recipe):
-        found = FUNCTIONS[kind][2](*leaves.values(), batch.tokens, batch.groups, batch.rewards, recipe=recipe, **shared)
+        shared |= {"entropy_mask": batch.entropy_mask, "correct": batch.correct, "recipe": recipe}
+        found = FUNCTIONS[kind][2](*leaves.values(), batch.tokens, batch.groups, batch.rewards, **shared)
     else:
         found = FUNCTIONS[kind][1](*leaves.values(), batch.tokens, batch.advantages, config=recipe, **shared)
     return _values(found) | _gradients(found.loss * times, leaves)
+
+
+def of_losses(batch: Batch) -> dict[str, Any]:
+    """What every loss is given by these names."""
+    names = ("ref_log_probs", "rollout_weights", "cu_seqlens", "num_tokens", "num_sequences")
+    return {name: getattr(batch, name) for name in names}
 
 
 def policy_loss(batch: Batch, backend: str, config: PolicyLossConfig) -> Outputs:
@@ -79,13 +91,12 @@ def policy_loss(batch: Batch, backend: str, config: PolicyLossConfig) -> Outputs
         batch.old_log_probs,
         batch.advantages,
         batch.mask,
-        ref_log_probs=batch.ref_log_probs,
         entropy=leaves.get("entropy"),
-        cu_seqlens=batch.cu_seqlens,
         config=config,
         backend=backend,
+        **of_losses(batch),
     )
-    return _values(found) | _gradients(found.loss, leaves)
+    return _values(found) | _gradients(found.loss.sum(), leaves)
 
 
 def group_advantages(batch: Batch, backend: str, config: AdvantageConfig) -> Outputs:
@@ -97,6 +108,8 @@ def group_advantages(batch: Batch, backend: str, config: AdvantageConfig) -> Out
         batch.mask,
         cu_seqlens=batch.cu_seqlens,
         entropy=batch.entropy,
+        entropy_mask=batch.entropy_mask,
+        correct=batch.correct,
         config=config,
         backend=backend,
     )
@@ -108,14 +121,15 @@ def group_advantages(batch: Batch, backend: str, config: AdvantageConfig) -> Out
 
 
 def _source(batch: Batch, trains: bool, inplace: bool) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """Which functions it is for, their first arguments, fresh, and an option that belongs to them."""
+    """Which functions it is for, their first arguments, fresh, and options of theirs."""
     if batch.hidden is None or batch.weight is None:
         assert batch.logits is not None
-        return "logits", {"logits": batch.logits.clone().requires_grad_()}, {"inplace_grad": inplace}
+        options = {"temperature": batch.temperature, "inplace_grad": inplace}
+        return "logits", {"logits": batch.logits.clone().requires_grad_()}, options
     rows = batch.weight.shape[0] * batch.weight.element_size() * batch.tokens.numel()
     leaves = {"hidden": batch.hidden.clone().requires_grad_(), "weight": batch.weight.clone().requires_grad_(trains)}
     # A third of the rows at a time.
-    return "linear", leaves, {"max_chunk_bytes": rows // 3}
+    return "linear", leaves, {"temperature": batch.temperature, "max_chunk_bytes": rows // 3}
 
 
 def _gradients(total: Tensor, leaves: dict[str, Tensor]) -> Outputs:
@@ -125,7 +139,8 @@ def _gradients(total: Tensor, leaves: dict[str, Tensor]) -> Outputs:
 
 
 def _values(found: LossOutput) -> Outputs:
-    return {"loss": found.loss.detach(), "metrics": _stacked(found.metrics)}
+    """Loss and metrics, which may have been left out."""
+    return {"loss": found.loss.detach()} | ({"metrics": _stacked(found.metrics)} if found.metrics else {})
 
 
 def _stacked(metrics: dict[str, Tensor]) -> Tensor:

@@ -6,18 +6,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from egpo_kernels.command import calls, terms
+from egpo_kernels.command import calls, terms, variants
 from egpo_kernels.command.accuracy import Judgement, judge, unfit
-from egpo_kernels.command.batches import Batch, Problem, make_problem
+from egpo_kernels.command.batches import Batch, Case, Problem, make_problem
+from egpo_kernels.command.scores import make_groups, make_scores
 from egpo_kernels.config.recipes import RECIPES
 from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Recipe
 
 PLAIN = PolicyLossConfig()
-BOTH_TERMS = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.01)
+# Where the ratio is clipped and the KL clamped, the gradient comes through the entropy alone.
+BOTH_TERMS = PolicyLossConfig(kl_coef=0.1, kl_max=variants.KL_MAX, entropy_coef=0.01)
 SCALE = 1024.0
 """Of a loss in float16, whose gradient would be too small for it; a power of two rounds nothing."""
-ODD, LARGE = 1031, 151936
-"""Vocabularies: one that no block divides, and one that no cache holds many rows of."""
+ODD, LARGE = {"cpu": 1031, "gpu": 32003}, 151936
+"""Vocabularies: one that no block divides, of several blocks, and one that no cache holds many rows of."""
+TEMPERATURE = 0.7
 
 PER_POSITION = ("log_probs", "entropy", "gradient of logits", "gradient of hidden", "gradient of log_probs")
 """Outputs that are exactly 0 where a position does not count."""
@@ -44,30 +47,28 @@ class Verdict(NamedTuple):
 
 def checks(device: torch.device, interpreted: bool) -> list[Check]:
     """All of them; interpreted on small batches."""
-    given = _given(device, interpreted)
+    cases = _cases(device, interpreted)
     problems = problems_of_logits(device, interpreted)
     # In bfloat16 too, which the interpreter does not round to as devices do.
-    layers = [make_problem(device, *given[number], linear=True) for number in ((0, 1) if interpreted else (0, 2))]
-    scores = [problem.of_log_probs() for problem in problems[:2]]
-    return [*of_logits(problems), *_of_hidden(layers), *_of_log_probs(scores), *_of_groups(scores)]
+    layers = [make_problem(device, cases[number], linear=True) for number in ((0, 1) if interpreted else (0, 2))]
+    return [*of_logits(problems), *_of_hidden(layers), *_of_log_probs(device), *_of_groups(device)]
 
 
 def problems_of_logits(device: torch.device, interpreted: bool) -> list[Problem]:
     """What the kernels over logits are checked on."""
-    return [make_problem(device, *one) for one in _given(device, interpreted)]
+    return [make_problem(device, case) for case in _cases(device, interpreted)]
 
 
-def _given(device: torch.device, interpreted: bool) -> list[tuple[torch.dtype, int, int, bool]]:
-    """Dtype, vocabulary, length of sequences, whether they are packed."""
-    if interpreted:
-        return [(torch.float32, ODD, 3, False), (torch.float16, ODD, 3, True)]
-    short = 2 if device.type == "cpu" else 16
-    return [
-        (torch.float32, ODD, 8, False),
-        (torch.float16, ODD, 8, True),
-        (torch.bfloat16, ODD, 8, True),
-        (torch.bfloat16, LARGE, short, False),
+def _cases(device: torch.device, interpreted: bool) -> list[Case]:
+    odd = ODD["cpu" if device.type == "cpu" else "gpu"]
+    length, short = 3 if interpreted else 8, 2 if device.type == "cpu" else 16
+    cases = [
+        Case(torch.float32, odd, length, temperature=TEMPERATURE),
+        Case(torch.float16, odd, length, packed=True),
+        Case(torch.bfloat16, odd, length, packed=True),
+        Case(torch.bfloat16, LARGE, short),
     ]
+    return cases[:2] if interpreted else cases
 
 
 def _loss(what: str, problems: list[Problem], recipe: Recipe | PolicyLossConfig, **options: Any) -> Check:
@@ -83,8 +84,8 @@ def of_logits(problems: list[Problem]) -> Iterator[Check]:
     loss = partial(_loss, problems=problems)
     scaled: dict[str, Any] = {"times": SCALE, "grad_scale": SCALE}
     yield loss("logits_policy_loss, one pass", recipe=PLAIN, **scaled)
-    yield loss("logits_policy_loss, in place", recipe=PLAIN, inplace=True, **scaled)
-    yield loss("logits_policy_loss, another upstream", recipe=PLAIN, times=-3 * SCALE, grad_scale=SCALE)
+    yield loss("logits_policy_loss, in place, active rows", recipe=PLAIN, inplace=True, metrics="active", **scaled)
+    yield loss("logits_policy_loss, another upstream", recipe=PLAIN, times=-2 * SCALE, grad_scale=SCALE)
     yield loss("logits_policy_loss, KL and entropy bonus", recipe=BOTH_TERMS, **scaled)
     yield loss("logits_policy_loss, sequence ratio", recipe=PolicyLossConfig(ratio="sequence"), times=SCALE)
     yield loss("egpo_loss", recipe=RECIPES["egpo"], **scaled)
@@ -101,27 +102,27 @@ def _of_hidden(problems: list[Problem]) -> Iterator[Check]:
     yield loss("linear_egpo_loss", recipe=RECIPES["egpo"])
 
 
-def _of_log_probs(problems: list[Problem]) -> Iterator[Check]:
-    seen: dict[PolicyLossConfig, str] = {}
-    for name, recipe in RECIPES.items():
-        config = recipe.loss
-        if config.reduction == "seq_mean_token_sum_norm":
-            config = recipe.replace(norm_length=8).loss
-        seen.setdefault(config, name)
-    everything = PolicyLossConfig(dual_clip=3.0, kl="k2", kl_coef=0.1, kl_times_ratio=True, entropy_coef=0.01)
-    seen[everything] = "dual clip, KL, entropy bonus"
-    for config, name in seen.items():
-        run = partial(calls.policy_loss, config=config)
-        yield Check(f"policy_loss, {name}", run, partial(terms.of_loss, recipe=config), problems)
+def _of_log_probs(device: torch.device) -> Iterator[Check]:
+    def check(name: str, config: PolicyLossConfig, on: list[Problem]) -> Check:
+        run, size = partial(calls.policy_loss, config=config), partial(terms.of_loss, recipe=config)
+        return Check(f"policy_loss, {name}", run, size, on)
+
+    scores = [make_scores(device, packed) for packed in (False, True)]
+    for name, config in variants.losses().items():
+        yield check(name, config, scores)
+    yield check("rollout weights", PLAIN, [make_scores(device, False, weighted=True)])
 
 
-def _of_groups(problems: list[Problem]) -> Iterator[Check]:
-    seen: dict[AdvantageConfig, str] = {}
-    for name, recipe in RECIPES.items():
-        seen.setdefault(recipe.advantage, name)
-    for config, name in seen.items():
-        run = partial(calls.group_advantages, config=config)
-        yield Check(f"group_advantages, {name}", run, terms.of_log_probs, problems)
+def _of_groups(device: torch.device) -> Iterator[Check]:
+    def check(name: str, config: AdvantageConfig, on: list[Problem]) -> Check:
+        return Check(
+            f"group_advantages, {name}", partial(calls.group_advantages, config=config), terms.of_log_probs, on
+        )
+
+    batches = [make_groups(device, packed) for packed in (False, True)]
+    for name, config in variants.advantages().items():
+        yield check(name, config, batches)
+    yield check("correct given", RECIPES["egpo"].advantage, [make_groups(device, False, judged=True)])
 
 
 def verdict(check: Check, backend: str) -> Verdict:
