@@ -85,7 +85,9 @@ def of_logits(problems: list[Problem]) -> Iterator[Check]:
     scaled: dict[str, Any] = {"times": SCALE, "grad_scale": SCALE}
     yield loss("logits_policy_loss, one pass", recipe=PLAIN, **scaled)
     yield loss("logits_policy_loss, in place, active rows", recipe=PLAIN, inplace=True, metrics="active", **scaled)
-    yield loss("logits_policy_loss, another upstream", recipe=PLAIN, times=-2 * SCALE, grad_scale=SCALE)
+    yield loss(
+        "logits_policy_loss, on-policy, other upstream", recipe=PLAIN, old=False, times=-2 * SCALE, grad_scale=SCALE
+    )
     yield loss("logits_policy_loss, KL and entropy bonus", recipe=BOTH_TERMS, **scaled)
     yield loss("logits_policy_loss, sequence ratio", recipe=PolicyLossConfig(ratio="sequence"), times=SCALE)
     yield loss("egpo_loss", recipe=RECIPES["egpo"], **scaled)

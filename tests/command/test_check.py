@@ -133,7 +133,7 @@ FAULTS = [
     ("logits_loss_gradient", times(0.99), "logits_policy_loss, one pass", "loss"),
     ("logits_loss_gradient", unwritten, "logits_policy_loss, in place, active rows", "gradient of logits"),
     ("logits_loss_gradient", raising, "egpo_loss", "RuntimeError: an illegal instruction"),
-    ("rescale_", nothing, "logits_policy_loss, another upstream", "gradient of logits"),
+    ("rescale_", nothing, "logits_policy_loss, on-policy, other upstream", "gradient of logits"),
     ("policy_loss", times(1.01), "policy_loss, egpo", "loss"),
     ("policy_loss_gradient", times(0.99), "policy_loss, cispo", "gradient of log_probs"),
     ("policy_loss_gradient", only(1, 0.0), "policy_loss, entropy bonus, KL", "gradient of entropy"),
