@@ -13,7 +13,7 @@ from egpo_kernels.command.screen import Screen
 from egpo_kernels.engine.dispatch import choose_backend
 
 WRONG = 1
-ROW = "{:<44}  {:<24}  {:<21}  {:>7}  {:>7}  {}"
+ROW = "{:<48}  {:<24}  {:<21}  {:>7}  {:>7}  {}"
 HEAD = ROW.format("kernel", "worst on", "in", "error", "allowed", "")
 
 
@@ -115,5 +115,5 @@ def _bandwidth(screen: Screen, device: torch.device, backend: str) -> None:
         return
     for rate in found:
         screen.line(
-            f"{rate.what:<44}  {rate.on:<24}  {rate.bytes_per_second / 1e9:8.1f} GB/s {rate.of_copy:>8.0%} of the copy"
+            f"{rate.what:<48}  {rate.on:<24}  {rate.bytes_per_second / 1e9:8.1f} GB/s {rate.of_copy:>8.0%} of the copy"
         )

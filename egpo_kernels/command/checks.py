@@ -89,7 +89,8 @@ def of_logits(problems: list[Problem]) -> Iterator[Check]:
         "logits_policy_loss, on-policy, other upstream", recipe=PLAIN, old=False, times=-2 * SCALE, grad_scale=SCALE
     )
     yield loss("logits_policy_loss, KL and entropy bonus", recipe=BOTH_TERMS, **scaled)
-    yield loss("logits_policy_loss, sequence ratio", recipe=PolicyLossConfig(ratio="sequence"), times=SCALE)
+    pooled = PolicyLossConfig(ratio="sequence")
+    yield loss("logits_policy_loss, sequence ratio, no metrics", recipe=pooled, times=SCALE, metrics="none")
     yield loss("egpo_loss", recipe=RECIPES["egpo"], **scaled)
     yield loss("egpo_loss, on-policy", recipe=RECIPES["egpo"], old=False, **scaled)
 

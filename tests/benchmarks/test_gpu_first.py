@@ -72,7 +72,7 @@ def test_what_a_machine_is():
 
 def test_values_are_right_and_wrong_ones_are_seen(monkeypatch):
     found = dict(values.values("cpu"))
-    assert {"token_log_probs", "logits_policy_loss, in place", "egpo_loss"} < set(found)
+    assert {"token_log_probs", "logits_policy_loss, in place, active rows", "egpo_loss"} < set(found)
     entry = found["token_log_probs"]()
     assert entry["right"] and float(entry["error"]) <= float(entry["allowed"]) and "wrong" not in entry
     original = backend.logits_gradient
