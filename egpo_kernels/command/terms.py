@@ -80,8 +80,13 @@ def of_outputs(problem: Problem, coefficients: Coefficients, exact: Outputs) -> 
         elif name == "gradient of logits":
             found[name] = (rows[:, None] * problem.spread).view(value.shape)
         elif name == "gradient of hidden":
-            assert batch.weight is not None
-            found[name] = (rows[:, None] * problem.spread @ batch.weight.abs()).view(value.shape)
+            assert batch.weight is not None and problem.given.hidden is not None
+            sizes = (rows[:, None] * problem.spread @ batch.weight.abs()).view(value.shape)
+            if "gradient of weight" not in exact:
+                # Where a frozen head's coefficient comes late, rows are rounded before they are scaled, and after.
+                rounding = torch.finfo(problem.given.hidden.dtype).eps / 2
+                sizes += value.abs() * (rounding / (4 * torch.finfo(torch.float32).eps))
+            found[name] = sizes
         elif name == "gradient of weight":
             assert batch.hidden is not None
             found[name] = (rows[:, None] * problem.spread).t() @ batch.hidden.abs().flatten(0, -2)
