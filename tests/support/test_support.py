@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import triton.language as tl  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
 
+from benchmarks.counts import offline  # noqa: E402
 from benchmarks.counts.launches import VOCAB  # noqa: E402
 from benchmarks.counts.offline import Compiler  # noqa: E402
 from benchmarks.counts.traffic import NO_TRAFFIC, TensorTraffic, count_traffic  # noqa: E402
@@ -221,7 +223,11 @@ def compile_sum_rows(target, stride=VOCAB, vocab=VOCAB, with_ref=False):
 def check_widths():
     for target in ("sm_80", "sm_90", "sm_100"):
         # 2048 bf16 over 256 threads are 8 each, one 16-byte load: one in the loop, one in the tail.
-        wide = compile_sum_rows(target)
+        printed, dump = [], offline._dump
+        with mock.patch.object(offline, "_dump", lambda *given: printed.append(dump(*given)) or printed[-1]):  # noqa: B023
+            wide = compile_sum_rows(target)
+        # In the disassembler's own words, whatever reads them.
+        assert sum("LDG.E.128" in line for text in printed for line in text.splitlines()) == 2
         assert wide["load_widths"] == {16: 2}, (target, wide)
         assert wide["store_widths"] == {4: 1}
         assert (wide["spill_stores"], wide["spill_loads"], wide["stack"]) == (0, 0, 0)
