@@ -4,10 +4,11 @@ import datetime
 import platform
 import shutil
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from egpo_kernels.command.info import version
 
 ROOT = Path(__file__).resolve().parent.parent
 UNKNOWN = "unknown"
@@ -27,14 +28,6 @@ def describe(device: str) -> dict[str, str | int]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def version(package: str) -> str | None:
-    """The installed version of a distribution, None where there is none."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def headline(machine: dict[str, str | int]) -> str:

@@ -7,11 +7,12 @@ import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks.machine import headline, version
+from benchmarks.machine import headline
 from benchmarks.providers import GEMMS
 from benchmarks.rivals import PACKAGES
 from benchmarks.tables import table
 from benchmarks.workloads import DTYPES, HIDDEN, ROLLOUTS, SAMPLED, WORKLOADS, Case, size
+from egpo_kernels.command.info import version
 
 Report = dict[str, Any]
 COLUMNS = ["provider", "median (quartiles)", "eager / this", "bandwidth (of copy)", "peak memory", "error"]

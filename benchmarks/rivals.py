@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.machine import version
 from benchmarks.providers import Provider, Run, answer, clipped_loss
 from benchmarks.workloads import SEQUENCES, Batch, Outputs
+from egpo_kernels.command.info import version
 
 TRL, TRL_LOSS = "TRL", "TRL log-probs + torch loss"
 TRL_KERNEL = "TRL's kernel"

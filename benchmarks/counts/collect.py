@@ -12,7 +12,8 @@ from benchmarks.counts.cases import TOKENS
 from benchmarks.counts.h200 import BANDWIDTH, CLOCK, PROCESSORS, ceilings
 from benchmarks.counts.launches import VOCAB
 from benchmarks.counts.measure import ITEMSIZE, SMALL_PASS, SMALL_VOCAB
-from benchmarks.machine import ROOT, commit, version
+from benchmarks.machine import ROOT, commit
+from egpo_kernels.command.info import version
 
 LIBRARIES = ("egpo_kernels", "liger", "trl")
 MAIN_TARGET = "sm_90"

@@ -18,8 +18,8 @@ from benchmarks.counts.cases import OURS, PACKAGES, RIVALS, TOKENS, Case, make_b
 from benchmarks.counts.launches import VOCAB
 from benchmarks.counts.offline import Compiler
 from benchmarks.counts.traffic import Launch, count_traffic
-from benchmarks.machine import version
 from benchmarks.workloads import Batch
+from egpo_kernels.command.info import version
 from egpo_kernels.engine import dispatch, ops
 
 # More than one block of everybody's, and not a multiple of ours.

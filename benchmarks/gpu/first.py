@@ -13,8 +13,9 @@ from benchmarks.gpu.calls import ROWS, calls
 from benchmarks.gpu.lines import Entry
 from benchmarks.gpu.plan import find_tool
 from benchmarks.gpu.values import values
-from benchmarks.machine import answer, version
+from benchmarks.machine import answer
 from benchmarks.timing import copy_bandwidth
+from egpo_kernels.command.info import version
 
 PACKAGES = (
     "torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "rich", "matplotlib",

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.gpu.process import SITE, run
-from benchmarks.machine import ROOT, version
+from benchmarks.machine import ROOT
+from egpo_kernels.command.info import version
 
 WHEELS = ROOT / ".whl"
 # Rivals go without what they depend on, of which the machine's torch is the most; the rest with it.

@@ -42,12 +42,13 @@ def versions() -> Facts:
     """Of this package, of what it runs on, and of installed training stacks, none of which is imported."""
     found: Facts = {"egpo_kernels": ek.__version__, "python": platform.python_version(), "torch": torch.__version__}
     found |= {"CUDA of torch": torch.version.cuda, "HIP of torch": torch.version.hip}
-    found |= {name: _version(name) or "not installed" for name in NEEDED}
-    found |= {name: _version(name) for name in STACKS}
-    return {name: str(version) for name, version in found.items() if version is not None}
+    found |= {name: version(name) or "not installed" for name in NEEDED}
+    found |= {name: version(name) for name in STACKS}
+    return {name: str(known) for name, known in found.items() if known is not None}
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The installed version of a distribution, None where there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
