@@ -80,7 +80,7 @@ def test_the_start_page_makes_a_gradient():
 
 
 def test_names_in_prose_and_pictures_are_links():
-    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocs", reason="the docs extra is not installed (make docs installs it)")
     pages = importlib.import_module("website.pages")
     kept = "<h2><code>egpo_loss</code></h2><pre>x <code>egpo_loss</code></pre><code>mask</code>"
     argument = '<tr class="doc-section-item"><td><code>rollout_weights</code></td>'
@@ -95,7 +95,9 @@ def test_names_in_prose_and_pictures_are_links():
 
 @pytest.mark.parametrize("what", ['script src="https:', 'script async src="', 'link rel="stylesheet" href="https:'])
 def test_a_page_loads_nothing_from_elsewhere(what):
-    exceptions = pytest.importorskip("mkdocs.exceptions")
+    exceptions = pytest.importorskip(
+        "mkdocs.exceptions", reason="the docs extra is not installed (make docs installs it)"
+    )
     pages = importlib.import_module("website.pages")
     page = type("Page", (), {"file": type("File", (), {"src_uri": "index.md"})})
     own = '<a href="https://arxiv.org/abs/2602.22751">paper</a><script src="assets/x.js"></script>'
@@ -106,7 +108,7 @@ def test_a_page_loads_nothing_from_elsewhere(what):
 
 
 def test_settings_show_the_defaults_that_they_have():
-    griffe = pytest.importorskip("griffe")
+    griffe = pytest.importorskip("griffe", reason="the docs extra is not installed (make docs installs it)")
     settings = importlib.import_module("website.settings")
     package = griffe.load("egpo_kernels", search_paths=[ROOT], extensions=griffe.load_extensions(settings.Settings()))
     shown = {each.name: each.default for each in package["PolicyLossConfig"].parameters}
