@@ -7,9 +7,9 @@ from torch import Tensor
 from egpo_kernels.config import recipes
 from egpo_kernels.config.settings import AdvantageConfig, GroupAdvantages
 from egpo_kernels.engine.dispatch import choose_backend
-from egpo_kernels.engine.groups import advantages_of_groups
-from egpo_kernels.inputs.layout import counted, group_ids, make_layout
-from egpo_kernels.inputs.validation import check_instance, check_rewards, check_tensor
+from egpo_kernels.engine.groups import PerToken, advantages_of_groups
+from egpo_kernels.inputs.layout import make_layout
+from egpo_kernels.inputs.validation import check_choice, check_instance, check_rewards, check_tensor
 
 
 def group_advantages(
@@ -24,6 +24,7 @@ def group_advantages(
     correct: Tensor | None = None,
     config: AdvantageConfig = recipes.EGPO.advantage,
     group_size: int | None = None,
+    metrics: str = "all",
     backend: str = "auto",
 ) -> GroupAdvantages:
     """Advantages of whole groups (EGPO, arXiv 2602.22751, Eq. 2, 5-11, 13); call it before any micro-batching.
@@ -43,6 +44,7 @@ def group_advantages(
         config: Settings of the advantages.
         group_size: Members that every group must have. If ids are on the host (list, numpy, int, CPU tensor), another
             number raises an error; if they are on a device, the group's advantages are NaN and a metric counts it.
+        metrics: ``all`` or ``none``, which saves their computing.
         backend: ``auto``, ``triton``, ``portable`` or ``reference``.
 
     Returns:
@@ -55,31 +57,21 @@ def group_advantages(
     check_instance("config", config, AdvantageConfig)
     rewards = check_rewards(rewards)
     sequences, device = rewards.shape[0], rewards.device
-    layout = counts = None
-    per_token = {"old_log_probs": old_log_probs, "entropy": entropy, "mask": mask}
-    name = next((name for name, given in per_token.items() if given is not None), None)
+    layout = flat = None
+    shaping = {"old_log_probs": old_log_probs, "entropy": entropy, "mask": mask}
+    name = next((name for name, given in shaping.items() if given is not None), None)
     if name is not None:
-        shaped = check_tensor(name, per_token[name], "real" if name == "mask" else "floating", {}, device)
+        shaped = check_tensor(name, shaping[name], "real" if name == "mask" else "floating", {}, device)
         layout = make_layout(name, tuple(shaped.shape), cu_seqlens, device)
         if layout.num_sequences != sequences:
             raise ValueError(
                 f"rewards has {sequences} entries; {name} holds {layout.num_sequences} sequences; they must be as many"
             )
-        counts = counted(mask, None, layout)
+        flat = None if mask is None else layout.per_token("mask", mask, "real")
     for name, given in (("entropy_mask", entropy_mask), ("cu_seqlens", cu_seqlens)):
         if given is not None:
             check_instance(name, given, Tensor)
-    ids = group_ids(groups, sequences, device, group_size)
-    return advantages_of_groups(
-        ids,
-        rewards,
-        old_log_probs,
-        entropy,
-        counts,
-        entropy_mask,
-        correct,
-        layout,
-        config,
-        group_size,
-        choose_backend(backend, device),
-    )
+    reported = check_choice("metrics", metrics, ("all", "none")) == "all"
+    per_token = PerToken(old_log_probs, entropy, entropy_mask, flat)
+    backend = choose_backend(backend, device)
+    return advantages_of_groups(groups, rewards, per_token, correct, layout, config, group_size, reported, backend)

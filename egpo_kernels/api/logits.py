@@ -9,7 +9,7 @@ from egpo_kernels.config.fields import check_bool
 from egpo_kernels.config.settings import LossOutput, PolicyLossConfig, Recipe, TokenLogProbs
 from egpo_kernels.engine import losses
 from egpo_kernels.engine.logits import read_logits
-from egpo_kernels.inputs.validation import check_instance, check_logits
+from egpo_kernels.inputs.validation import check_choice, check_instance, check_logits
 
 
 def egpo_loss(
@@ -95,6 +95,7 @@ def policy_loss(
     config: PolicyLossConfig = recipes.EGPO.loss,
     num_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
+    metrics: str = "all",
     backend: str = "auto",
 ) -> LossOutput:
     """Policy loss from log-probabilities (EGPO, arXiv 2602.22751, Eq. 12), differentiable in them and in ``entropy``.
@@ -114,6 +115,7 @@ def policy_loss(
         config: Settings of the loss.
         num_tokens: Tokens in the mask over the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
         num_sequences: Sequences with a token in the mask over the whole batch, for the ``seq_mean`` reductions.
+        metrics: ``all`` or ``none``, which saves their computing.
         backend: ``auto``, ``triton``, ``portable`` or ``reference``.
 
     Returns:
@@ -125,7 +127,7 @@ def policy_loss(
     """
     check_instance("config", config, PolicyLossConfig)
     call, found = losses.read_log_probs(log_probs, entropy, mask, cu_seqlens, config, backend)
-    options = losses.Options(num_tokens, num_sequences)
+    options = losses.Options(num_tokens, num_sequences, metrics=check_choice("metrics", metrics, ("all", "none")))
     given = losses.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
     return losses.loss_from_log_probs(call, losses.loss_rows(call, given, config, options), config, options, found)
 

@@ -88,7 +88,7 @@ def span_uncertainty(log_probs: Tensor, span: Tensor | None = None, *, cu_seqlen
     if span is not None:
         inside = inside & (layout.per_token("span", span, "real") != 0)
     values = -log_probs.detach().reshape(-1).to(compute_dtype(log_probs.dtype))
-    return sequence_uncertainty(values, inside, layout.offsets, layout.num_sequences, values)[0] * layout.poison
+    return layout.poisoned(sequence_uncertainty(values, inside, layout.offsets, layout.num_sequences, values)[0])
 
 
 def uncertainty_gap(uncertainty: Tensor, correct: Tensor) -> UncertaintyGap:

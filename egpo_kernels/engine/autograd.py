@@ -5,10 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import Rows
-from egpo_kernels.formulas import metrics
+from egpo_kernels.engine import ops
 
-LOSS_SLOT = metrics.TOKEN.keys.index("policy/loss/sum")
 NO_DOUBLE = (
     "egpo_kernels differentiates once: a second derivative through its {} backend is not available; "
     "use backend='reference' for create_graph=True"
@@ -67,7 +65,7 @@ class TokenLogProbs(torch.autograd.Function):
         ctx: Any, logits: Tensor, temperature: float, want_entropy: bool, inplace: bool, backend: str, *rows: Any
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.engine.ops.row_statistics`."""
-        log_probs, entropy, maximum, sum_exp = torch.ops.egpo_kernels.row_statistics(
+        log_probs, entropy, maximum, sum_exp = ops.row_statistics(
             logits.detach(), list(rows), temperature, want_entropy, backend
         )
         ctx.save_for_backward(logits, maximum, sum_exp, entropy, *rows)
@@ -92,13 +90,11 @@ class TokenLogProbs(torch.autograd.Function):
         with torch.no_grad():
             statistics = [maximum, sum_exp, entropy]
             upstream = [grad_log_probs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous()]
+            gradient = logits.detach()
             if inplace:
-                gradient = logits.detach()
-                torch.ops.egpo_kernels.logits_gradient_(gradient, rows, statistics, upstream, temperature, backend)
+                ops.logits_gradient_(gradient, rows, statistics, upstream, temperature, backend)
             else:
-                gradient = torch.ops.egpo_kernels.logits_gradient(
-                    logits.detach(), rows, statistics, upstream, temperature, backend
-                )
+                gradient = ops.logits_gradient(gradient, rows, statistics, upstream, temperature, backend)
         return guarded(backend, gradient, logits, *given), *[None] * (4 + len(rows))
 
 
@@ -110,49 +106,52 @@ class PolicyLoss(torch.autograd.Function):
         ctx: Any,
         log_probs: Tensor,
         entropy: Tensor | None,
-        offsets: Tensor,
-        index: Tensor,
+        offsets: Tensor | None,
+        num_sequences: int,
         config: str,
-        per_token: bool,
         vocab: int,
+        per_token: bool,
+        reported: bool,
         backend: str,
         *rows: Any,
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.engine.ops.policy_loss`."""
-        losses, vector = torch.ops.egpo_kernels.policy_loss(
+        loss, vector = ops.policy_loss(
             log_probs.detach(),
             None if entropy is None else entropy.detach(),
             list(rows),
-            [offsets, index],
+            offsets,
+            num_sequences,
             config,
             vocab,
+            per_token,
+            reported,
             backend,
         )
-        ctx.save_for_backward(log_probs, entropy, offsets, index, *rows)
-        ctx.options = (config, backend)
+        ctx.save_for_backward(log_probs, entropy, offsets, *rows)
+        ctx.options = (num_sequences, config, backend)
         ctx.mark_non_differentiable(vector)
-        return losses if per_token else vector[LOSS_SLOT].clone(), vector
+        return loss, vector
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
         """Gradients with respect to log_probs and entropy."""
-        log_probs, entropy, offsets, index, *fields = ctx.saved_tensors
-        config, backend = ctx.options
-        rows = Rows(*fields)
-        assert rows.factor is not None
+        log_probs, entropy, offsets, *rows = ctx.saved_tensors
+        num_sequences, config, backend = ctx.options
         with torch.no_grad():
-            scaled = rows._replace(factor=rows.factor * upstream)
-            slope, bonus = torch.ops.egpo_kernels.policy_loss_gradient(
+            slope, bonus = ops.policy_loss_gradient(
                 log_probs.detach(),
-                None if entropy is None else entropy.detach(),
-                list(scaled),
-                [offsets, index],
+                rows,
+                offsets,
+                num_sequences,
                 config,
+                upstream.detach(),
+                ctx.needs_input_grad[1],
                 backend,
             )
         parents = (log_probs, entropy, upstream)
         grad_entropy = guarded(backend, bonus, *parents) if ctx.needs_input_grad[1] else None
-        return guarded(backend, slope, *parents), grad_entropy, *[None] * (6 + len(rows))
+        return guarded(backend, slope, *parents), grad_entropy, *[None] * (7 + len(rows))
 
 
 class LogitsPolicyLoss(torch.autograd.Function):
@@ -163,23 +162,22 @@ class LogitsPolicyLoss(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         origin: Tensor | None,
-        offsets: Tensor,
-        index: Tensor,
         config: str,
         temperature: float,
         grad_scale: float,
         want_entropy: bool,
         inplace: bool,
+        reported: bool,
         backend: str,
         *rows: Any,
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.engine.ops.logits_policy_loss`."""
         gradient = logits.detach()
-        arguments = (list(rows), [offsets, index], config, [temperature, grad_scale], want_entropy, backend)
+        arguments = (list(rows), config, [temperature, grad_scale], want_entropy, reported, backend)
         if inplace:
-            vector = torch.ops.egpo_kernels.logits_policy_loss_(gradient, *arguments)
+            loss, vector = ops.logits_policy_loss_(gradient, *arguments)
         else:
-            vector, gradient = torch.ops.egpo_kernels.logits_policy_loss(gradient, *arguments)
+            loss, vector, gradient = ops.logits_policy_loss(gradient, *arguments)
         ctx.options = (grad_scale, inplace, backend, len(rows))
         # An attribute can be given away in backward; a saved tensor cannot, and leaf logits would get a copy of it.
         if torch.compiler.is_compiling():
@@ -188,7 +186,7 @@ class LogitsPolicyLoss(torch.autograd.Function):
             ctx.save_for_backward(origin)
             ctx.gradients = [gradient]
         ctx.mark_non_differentiable(vector)
-        return vector[LOSS_SLOT].clone(), vector
+        return loss, vector
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
@@ -199,8 +197,8 @@ class LogitsPolicyLoss(torch.autograd.Function):
             gradient = (gradient * (upstream / grad_scale)).to(gradient.dtype)
         else:
             (gradient,), (origin,) = take_gradients(ctx, inplace), ctx.saved_tensors
-            torch.ops.egpo_kernels.rescale_(gradient, upstream.detach(), grad_scale, backend)
-        return guarded(backend, gradient, origin, upstream), *[None] * (9 + num_rows)
+            ops.rescale_(gradient, upstream.detach(), grad_scale, backend)
+        return guarded(backend, gradient, origin, upstream), *[None] * (8 + num_rows)
 
 
 def take_gradients(ctx: Any, inplace: bool = False) -> list[Tensor]:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from egpo_kernels import reference
 from egpo_kernels.config.fields import check_bool
-from egpo_kernels.config.settings import PolicyLossConfig, TokenLogProbs
+from egpo_kernels.config.settings import PolicyLossConfig, Rows, TokenLogProbs
 from egpo_kernels.engine import autograd, losses
 from egpo_kernels.inputs import layout as layouts
-from egpo_kernels.inputs.validation import check_logits, check_not_overlapping
+from egpo_kernels.inputs.validation import check_logits, check_not_overlapping, check_rows
 
 
 class Logits(NamedTuple):
@@ -34,32 +34,40 @@ class Logits(NamedTuple):
         """Whether they are differentiated."""
         return self.tensor.requires_grad
 
-    def log_probs(self, call: losses.Call, want_entropy: bool, entropy_gradient: bool = False) -> TokenLogProbs:
+    def log_probs(
+        self, call: losses.Call, rows: Rows, want_entropy: bool, entropy_gradient: bool = False
+    ) -> TokenLogProbs:
         """See `egpo_kernels.engine.losses.Source`; a gradient through the entropy costs nothing more here."""
         if call.backend == "reference":
-            log_probs, entropy = reference.token_log_probs(self.tensor, call.rows, call.temperature)
+            check_rows(rows, self.vocab)
+            log_probs, entropy = reference.token_log_probs(self.tensor, rows, call.temperature)
         else:
             log_probs, entropy = autograd.TokenLogProbs.apply(
-                self.tensor, call.temperature, want_entropy, self.inplace, call.backend, *call.rows
+                self.tensor, call.temperature, want_entropy, self.inplace, call.backend, *rows
             )
         return TokenLogProbs(log_probs, entropy if want_entropy else None)
 
     def loss(
-        self, call: losses.Call, config: PolicyLossConfig, scale: float, want_entropy: bool
+        self,
+        call: losses.Call,
+        rows: Rows,
+        config: PolicyLossConfig,
+        scale: float,
+        want_entropy: bool,
+        reported: bool,
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.engine.losses.Source`."""
         return autograd.LogitsPolicyLoss.apply(
             self.tensor,
             autograd.anchor(self.tensor),
-            call.layout.offsets,
-            call.layout.sequence,
             config.json,
             call.temperature,
             scale,
             want_entropy,
             self.inplace,
+            reported,
             call.backend,
-            *call.rows,
+            *rows,
         )
 
 

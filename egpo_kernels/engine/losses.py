@@ -7,22 +7,28 @@ from torch import Tensor
 
 from egpo_kernels import reference
 from egpo_kernels.config.fields import check_number
-from egpo_kernels.config.settings import LossOutput, PolicyLossConfig, Recipe, Rows, TokenLogProbs, compute_dtype
-from egpo_kernels.engine import autograd
+from egpo_kernels.config.settings import (
+    LossOutput,
+    Metrics,
+    PolicyLossConfig,
+    Recipe,
+    Rows,
+    TokenLogProbs,
+    compute_dtype,
+)
+from egpo_kernels.engine import autograd, rows
 from egpo_kernels.engine.dispatch import choose_backend
-from egpo_kernels.engine.groups import advantages_of_groups
+from egpo_kernels.engine.groups import PerToken, advantages_of_groups
+from egpo_kernels.engine.rows import Given
 from egpo_kernels.formulas import metrics
-from egpo_kernels.formulas.reduction import reduction_factor
+from egpo_kernels.formulas.rows import Counts
 from egpo_kernels.inputs import layout as layouts
-from egpo_kernels.inputs.layout import Layout, group_ids
-from egpo_kernels.inputs.segments import counts_per_sequence, per_row
+from egpo_kernels.inputs.layout import Layout
 from egpo_kernels.inputs.validation import (
     check_choice,
     check_count,
     check_dense,
-    check_temperatures,
     check_tensor,
-    check_tokens,
 )
 
 
@@ -41,18 +47,20 @@ class Source(Protocol):
     def requires_grad(self) -> bool:
         """Whether anything in it is differentiated."""
 
-    def log_probs(self, call: "Call", want_entropy: bool, entropy_gradient: bool) -> TokenLogProbs:
+    def log_probs(self, call: "Call", rows: Rows, want_entropy: bool, entropy_gradient: bool) -> TokenLogProbs:
         """Log-probs ``[N]`` and entropy of the counted rows; ``entropy_gradient``: it will be differentiated too."""
 
-    def loss(self, call: "Call", config: PolicyLossConfig, scale: float, want_entropy: bool) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, call: "Call", rows: Rows, config: PolicyLossConfig, scale: float, want_entropy: bool, reported: bool
+    ) -> tuple[Tensor, Tensor]:
         """Loss and metrics vector; the gradient is made on the way, expecting ``scale`` from upstream."""
 
 
 class Call(NamedTuple):
-    """Checked inputs: what is per token ``[N]``; ``source`` is None where log-probs were given."""
+    """Checked inputs, ``given`` what is per token or per sequence; ``source`` is None where log-probs were given."""
 
     source: Source | None
-    rows: Rows
+    given: Given
     layout: Layout
     temperature: float
     dtype: torch.dtype
@@ -62,6 +70,10 @@ class Call(NamedTuple):
     def vocab(self) -> int:
         """Vocabulary size, 0 where there are no logits."""
         return 0 if self.source is None else self.source.vocab
+
+    def rows(self) -> Rows:
+        """Rows for log-probs alone."""
+        return rows.make_rows(self.given, self.layout, self.dtype, self.backend)
 
 
 class Grouping(NamedTuple):
@@ -93,17 +105,12 @@ class Options(NamedTuple):
 
 
 def read_tokens(source: Source, layout: Layout, tokens: Any, mask: Any, temperature: Any, backend: str) -> Call:
-    """Check tokens, mask and temperature and flatten them; what the source holds was checked when it was made."""
-    ids = layout.per_token("tokens", tokens, "integer").long()
-    dtype = compute_dtype(source.dtype)
-    counts = layouts.counted(mask, ids, layout)
-    heat, heats = layouts.temperature_rows(temperature, layout, dtype, counts)
-    rows = Rows(counts, ids, heats)
-    backend = choose_backend(backend, ids.device)
-    if backend == "reference":
-        check_tokens(rows.tokens, rows.mask, source.vocab)
-        check_temperatures(rows.temperature, rows.mask)
-    return Call(source, rows, layout, heat, dtype, backend)
+    """Check tokens, mask and temperature; what the source holds was checked when it was made."""
+    flat = None if mask is None else layout.per_token("mask", mask, "real")
+    given = Given(rows.per_token(flat), rows.per_token(layout.per_token("tokens", tokens, "integer")))
+    heat, heats = layouts.temperature_field(temperature, layout, lambda: given.counted(layout))
+    backend = choose_backend(backend, layout.device)
+    return Call(source, given._replace(temperature=heats), layout, heat, compute_dtype(source.dtype), backend)
 
 
 def read_log_probs(
@@ -117,8 +124,8 @@ def read_log_probs(
     dtype = compute_dtype(log_probs.dtype)
     flat = layout.per_token("log_probs", log_probs, "floating").to(dtype)
     flat_entropy = None if entropy is None else layout.per_token("entropy", entropy, "floating").to(dtype)
-    rows = Rows(layouts.counted(mask, None, layout))
-    call = Call(None, rows, layout, 1.0, dtype, choose_backend(backend, log_probs.device))
+    given = Given(rows.per_token(None if mask is None else layout.per_token("mask", mask, "real")))
+    call = Call(None, given, layout, 1.0, dtype, choose_backend(backend, log_probs.device))
     return call, TokenLogProbs(flat, flat_entropy)
 
 
@@ -129,7 +136,7 @@ def wants_entropy(config: PolicyLossConfig, mode: str) -> bool:
 
 def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: Options) -> Rows:
     """Spread what the loss needs over rows ``[N]``, with the mask of the rows that are looked at."""
-    layout, dtype, mask = call.layout, call.dtype, call.rows.mask
+    layout, poison = call.layout, call.layout.poison
     if config.reduction == "seq_mean_token_sum_norm" and config.norm_length is None:
         raise ValueError(
             f"PolicyLossConfig.norm_length is None with reduction {config.reduction!r}; it must be given, a length in "
@@ -138,48 +145,32 @@ def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: O
     if config.kl_coef > 0 and given.ref_log_probs is None:
         raise ValueError(f"ref_log_probs is None with kl_coef = {config.kl_coef}; it must be given per token")
 
-    def per_token(name: str, value: Any) -> Tensor | None:
-        return None if value is None else layout.per_token(name, value, "floating").detach().to(dtype)
+    def counted() -> Tensor:
+        return call.given.counted(layout)
 
-    spread = {}
-    poison = layout.poison.to(dtype)
+    fields = {}
+    for name in ("old_log_probs", "ref_log_probs"):
+        value = getattr(given, name)
+        fields[name] = rows.per_token(None if value is None else layout.per_token(name, value, "floating"))
     for name in ("advantages", "rollout_weights"):
         value = getattr(given, name)
         if value is not None or name == "advantages":
-            values, sound = layout.per_token_or_sequence(name, value, "real", mask)
-            spread[name] = values.detach().to(dtype)
-            poison = poison if sound is None else poison * sound
-    num_tokens = check_count("num_tokens", options.num_tokens, mask)
-    num_sequences = check_count("num_sequences", options.num_sequences, mask)
-    factor = reduction_factor(mask, layout.offsets, layout.sequence, config, num_tokens, num_sequences, dtype)
-    rows = call.rows._replace(
-        factor=factor * poison,
-        old_log_probs=per_token("old_log_probs", given.old_log_probs),
-        ref_log_probs=per_token("ref_log_probs", given.ref_log_probs),
-        **spread,
+            fields[name], sound = layout.field(name, value, "real", counted)
+            if sound is not None:
+                poison = sound if poison is None else poison * sound
+    counts = Counts(
+        check_count("num_tokens", options.num_tokens, layout.device, counted),
+        check_count("num_sequences", options.num_sequences, layout.device, counted),
     )
-    mode = check_choice("metrics", options.metrics, ("all", "active", "none"))
-    return rows if mode == "all" else rows._replace(mask=_active(rows, layout, config))
-
-
-def _active(rows: Rows, layout: Layout, config: PolicyLossConfig) -> Tensor:
-    """Counted rows whose gradient is not known to be zero before they are read."""
-    assert rows.advantages is not None
-    if config.kl_coef != 0 or config.entropy_coef != 0:
-        return rows.mask
-    active = rows.mask & (rows.advantages != 0)
-    if rows.rollout_weights is not None:
-        active = active & (rows.rollout_weights != 0)
-    if config.pools:
-        # A shared ratio needs every token of the sequences that have an active one.
-        active = rows.mask & per_row(counts_per_sequence(active, layout.offsets) > 0, layout.sequence)
-    return active
+    active = check_choice("metrics", options.metrics, ("all", "active", "none")) != "all"
+    made = call.given._replace(**fields)
+    return rows.make_rows(made, layout, call.dtype, call.backend, config, counts, poison, active)
 
 
 def shaped_log_probs(call: Call, return_entropy: bool) -> TokenLogProbs:
     """Log-probs and entropy in the caller's shape."""
     assert call.source is not None
-    log_probs, entropy = call.source.log_probs(call, return_entropy, False)
+    log_probs, entropy = call.source.log_probs(call, call.rows(), return_entropy, False)
     shape = call.layout.shape
     return TokenLogProbs(log_probs.view(shape), None if entropy is None else entropy.view(shape))
 
@@ -187,31 +178,28 @@ def shaped_log_probs(call: Call, return_entropy: bool) -> TokenLogProbs:
 def loss_of_groups(call: Call, given: Constants, grouping: Grouping, recipe: Recipe, options: Options) -> LossOutput:
     """Advantages of whole groups, then the loss; both from the same log-probs where the advantages need them."""
     assert call.source is not None
-    layout, config, device = call.layout, recipe.advantage, call.layout.sequence.device
-    rewards = check_tensor("rewards", grouping.rewards, "real", {"[S]": (layout.num_sequences,)}, device)
+    layout, config = call.layout, recipe.advantage
+    rewards = check_tensor("rewards", grouping.rewards, "real", {"[S]": (layout.num_sequences,)}, layout.device)
     old, entropy, found = given.old_log_probs, None, None
     if config.weight != "none" and (old is None or config.statistic == "shannon"):
         want_entropy = config.statistic == "shannon" or wants_entropy(recipe.loss, options.metrics)
-        found = call.source.log_probs(call, want_entropy, recipe.loss.entropy_coef != 0)
+        found = call.source.log_probs(call, call.rows(), want_entropy, recipe.loss.entropy_coef != 0)
         old = found.log_probs.detach().view(layout.shape) if old is None else old
         entropy = None if found.entropy is None else found.entropy.detach().view(layout.shape)
-    ids = group_ids(grouping.groups, layout.num_sequences, device, grouping.group_size)
     grouped = advantages_of_groups(
-        ids,
+        grouping.groups,
         rewards,
-        old,
-        entropy,
-        call.rows.mask,
-        grouping.entropy_mask,
+        PerToken(old, entropy, grouping.entropy_mask, call.given.mask.values, call.given.tokens.values),
         grouping.correct,
         layout,
         config,
         grouping.group_size,
+        options.metrics != "none",
         call.backend,
     )
     given = given._replace(advantages=grouped.advantages[:, None])
     loss, seen = loss_of_tokens(call, given, recipe.loss, options, found)
-    return LossOutput(loss, {} if options.metrics == "none" else {**grouped.metrics, **seen})
+    return LossOutput(loss, metrics.merged(grouped.metrics, seen))
 
 
 def loss_of_tokens(
@@ -222,7 +210,7 @@ def loss_of_tokens(
     ``found`` are log-probs of the same source that were already needed for something else.
     """
     assert call.source is not None
-    rows = loss_rows(call, given, config, options)
+    made = loss_rows(call, given, config, options)
     scale = check_number("grad_scale", options.grad_scale, low=0.0, high=float("inf"), open_low=True)
     assert scale is not None
     differentiated = torch.is_grad_enabled() and call.source.requires_grad
@@ -232,44 +220,44 @@ def loss_of_tokens(
     entropy = wants_entropy(config, options.metrics)
     if found is not None or late or not differentiated:
         if found is None:
-            found = call.source.log_probs(call._replace(rows=rows), entropy, config.entropy_coef != 0)
-        return loss_from_log_probs(call, rows, config, options, found)
-    loss, vector = call.source.loss(call._replace(rows=rows), config, scale, entropy)
-    return LossOutput(loss, _named(vector, rows, config, options, entropy))
+            found = call.source.log_probs(call, made, entropy, config.entropy_coef != 0)
+        return loss_from_log_probs(call, made, config, options, found)
+    loss, vector = call.source.loss(call, made, config, scale, entropy, options.metrics != "none")
+    return LossOutput(loss, _named(vector, made, config, options, entropy))
 
 
 def loss_from_log_probs(
-    call: Call, rows: Rows, config: PolicyLossConfig, options: Options, found: TokenLogProbs
+    call: Call, made: Rows, config: PolicyLossConfig, options: Options, found: TokenLogProbs
 ) -> LossOutput:
     """Loss of log-probs ``[N]``, the middle step between statistics and gradient of the logits."""
-    layout, per_token = call.layout, config.reduction == "none"
+    layout, per_token, reported = call.layout, config.reduction == "none", options.metrics != "none"
     if found.entropy is not None and config.entropy_coef == 0:
         # A gradient of zeros would have the source differentiate an entropy that is only reported.
         found = found._replace(entropy=found.entropy.detach())
     if call.backend == "reference":
-        losses, vector = reference.policy_loss(*found, rows, layout.offsets, config, call.vocab)
-        loss = losses if per_token else metrics.total(losses)
+        loss, vector = reference.policy_loss(
+            *found, made, rows.segments_of(layout), config, call.vocab, per_token, reported
+        )
     else:
         loss, vector = autograd.PolicyLoss.apply(
             *found,
-            layout.offsets,
-            layout.sequence,
+            layout.known_offsets,
+            layout.num_sequences,
             config.json,
-            per_token,
             call.vocab,
+            per_token,
+            reported,
             call.backend,
-            *rows,
+            *made,
         )
     loss = loss.view(layout.shape) if per_token else loss
-    return LossOutput(loss, _named(vector, rows, config, options, found.entropy is not None))
+    return LossOutput(loss, _named(vector, made, config, options, found.entropy is not None))
 
 
-def _named(
-    vector: Tensor, rows: Rows, config: PolicyLossConfig, options: Options, has_entropy: bool
-) -> dict[str, Tensor]:
+def _named(vector: Tensor, made: Rows, config: PolicyLossConfig, options: Options, has_entropy: bool) -> Metrics:
     if options.metrics == "none":
         return {}
-    without = [] if rows.ref_log_probs is not None else ["policy/ref_kl", "policy/loss/kl"]
-    without += [] if has_entropy else ["policy/entropy"]
-    without += [] if config.entropy_coef != 0 else ["policy/loss/entropy"]
+    without: tuple[str, ...] = () if made.ref_log_probs is not None else ("policy/ref_kl", "policy/loss/kl")
+    without += () if has_entropy else ("policy/entropy",)
+    without += () if config.entropy_coef != 0 else ("policy/loss/entropy",)
     return metrics.named(vector, metrics.TOKEN, without)

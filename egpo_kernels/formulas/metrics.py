@@ -172,7 +172,7 @@ class Run(NamedTuple):
 
 
 @functools.cache
-def _runs(table: Table) -> tuple[Run, ...]:
+def runs_of(table: Table) -> tuple[Run, ...]:
     """Cut the metrics of ``table`` where their slots, or the slots of their counts, do not go on in equal steps.
 
     A vector is then made of slices alone: an index or a mask would have to lie on the device already, where another
@@ -212,7 +212,7 @@ def _slice(places: list[int]) -> slice:
 def finish(raw: Tensor, table: Table) -> Tensor:
     """Turn a raw vector into the reported one; a mean, minimum or maximum over nothing is NaN."""
     parts: list[Tensor] = []
-    for kind, slots, counts in _runs(table):
+    for kind, slots, counts in runs_of(table):
         if kind == "gap":
             minuend, subtrahend = (parts[part][place : place + 1] for part, place in (slots, counts))
             values = minuend - subtrahend
@@ -290,3 +290,7 @@ def _merge(key: str, parts: list[Metrics]) -> Tensor:
     sign = -1.0 if _KNOWN[key].kind == "min" else 1.0
     best = torch.where(counts > 0, sign * values, NOTHING).amax()
     return torch.where(counts.sum() > 0, sign * best, torch.nan)
+
+
+def merged(first: Metrics, second: Metrics) -> Metrics:
+    return {**first, **second}

@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig
-from egpo_kernels.inputs.segments import counts_per_sequence, per_row
+from egpo_kernels.inputs.segments import Segments
 
 
 def reduction_factor(
     mask: Tensor,
-    offsets: Tensor,
-    index: Tensor,
+    segments: Segments,
     config: PolicyLossConfig,
     num_tokens: Tensor | float | None,
     num_sequences: Tensor | float | None,
@@ -23,23 +22,20 @@ def reduction_factor(
     caller passes global ones; empty sequences do not count in S. Rows that do not count get 0; those that do, where a
     global count says that there are none, NaN.
     """
-    ones = torch.ones(mask.shape[0], dtype=dtype, device=mask.device)
     if config.reduction in ("sum", "none"):
-        return ones
-    counts = counts_per_sequence(mask, offsets)
+        return torch.ones(mask.shape[0], dtype=dtype, device=mask.device)
     if config.reduction == "token_mean":
-        denominator = _as_count(num_tokens, counts.sum(), ones) * ones
+        denominator = _as_count(mask.sum() if num_tokens is None else num_tokens, dtype, mask.device)
     else:
-        denominator = _as_count(num_sequences, (counts > 0).sum(), ones) * ones
+        counts = segments.counts(mask)
+        denominator = _as_count((counts > 0).sum() if num_sequences is None else num_sequences, dtype, mask.device)
         if config.reduction == "seq_mean_token_mean":
-            denominator = denominator * per_row(counts.to(dtype), index)
+            denominator = segments.spread(denominator * counts.to(dtype))
         elif config.norm_length is not None:
             denominator = denominator * config.norm_length
     sound = (denominator > 0) & denominator.isfinite()
     return torch.where(mask, torch.where(sound, 1 / denominator, torch.nan), 0.0)
 
 
-def _as_count(given: Tensor | float | None, counted: Tensor, like: Tensor) -> Tensor | float:
-    if given is None:
-        return counted.to(like.dtype)
-    return given.detach().to(like) if isinstance(given, Tensor) else float(given)
+def _as_count(count: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return count.to(dtype) if isinstance(count, Tensor) else torch.full((), count, dtype=dtype, device=device)

@@ -1,6 +1,8 @@
 """From what callers hold (padded or packed, per sequence or per token) to flat rows `[N]`."""
 
+import enum
 import uuid
+from collections.abc import Callable
 from reprlib import repr as shown
 from typing import Any, NamedTuple
 
@@ -9,54 +11,99 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.config.fields import check_number, entries, plain
-from egpo_kernels.inputs.segments import per_row, segment_index
+from egpo_kernels.inputs.segments import counted_rows, even_offsets, per_row, segment_index
 from egpo_kernels.inputs.validation import check_complete, check_dense, check_tensor, check_whole
 
-IGNORED = -100
-"""The token id that marks a position as not counted when no mask is given."""
+
+class Kind(enum.IntEnum):
+    """How many numbers a tensor holds: none, one for each token, for each sequence, or one for all."""
+
+    ABSENT = 0
+    PER_TOKEN = 1
+    PER_SEQUENCE = 2
+    FOR_ALL = 3
+
+
+class Field(NamedTuple):
+    """A checked tensor of a caller's, flat: ``[N]``, ``[S]`` or ``[1]`` by its kind."""
+
+    values: Tensor | None = None
+    kind: Kind = Kind.ABSENT
 
 
 class Layout(NamedTuple):
-    """How rows belong to sequences: sequence i owns rows ``offsets[i] : offsets[i + 1]``.
+    """How rows belong to sequences: as many to each where padded, else by ``known_offsets [S + 1]``.
 
-    ``shape`` is that of a per-token tensor (``(S, T)`` padded, ``(N,)`` packed); ``poison`` is a 0-d 1.0, or NaN when
-    ``cu_seqlens`` on a device was malformed; ``sequence [N]`` is each row's.
+    ``shape`` is that of a per-token tensor (``(S, T)`` padded, ``(N,)`` packed); ``poison`` is None, or a 0-d 1.0 that
+    is NaN where ``cu_seqlens`` on a device was malformed.
     """
 
     shape: tuple[int, ...]
     num_sequences: int
-    offsets: Tensor
-    poison: Tensor
-    sequence: Tensor
+    device: torch.device
+    known_offsets: Tensor | None = None
+    poison: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
         """Flattened positions N, padding included."""
-        return self.sequence.shape[0]
+        return self.shape[0] * (self.shape[1] if len(self.shape) == 2 else 1)
+
+    @property
+    def offsets(self) -> Tensor:
+        """``[S + 1]`` int64: sequence i owns rows ``offsets[i] : offsets[i + 1]``."""
+        if self.known_offsets is not None:
+            return self.known_offsets
+        return even_offsets(self.num_rows, self.num_sequences, self.device)
+
+    @property
+    def sequence(self) -> Tensor:
+        """The sequence of each row ``[N]``."""
+        if self.known_offsets is not None:
+            return segment_index(self.known_offsets, self.num_rows)
+        if len(self.shape) == 1:
+            return torch.zeros(self.shape, dtype=torch.long, device=self.device)
+        # Not repeat_interleave, whose trace holds for one product of the sizes on torch 2.11.
+        return torch.arange(self.num_sequences, device=self.device)[:, None].expand(self.shape).reshape(-1)
+
+    def poisoned(self, values: Tensor) -> Tensor:
+        """``values``, NaN where `poison` is."""
+        return values if self.poison is None else values * self.poison
+
+    def inside(self) -> Tensor:
+        """Rows ``[N]`` that are in a sequence."""
+        if self.known_offsets is None:
+            return torch.ones(self.num_rows, dtype=torch.bool, device=self.device)
+        return torch.arange(self.num_rows, device=self.device) < self.known_offsets[-1]
 
     def per_token(self, name: str, value: Any, kind: str) -> Tensor:
         """Check a per-token tensor and flatten it to ``[N]``."""
-        return check_tensor(name, value, kind, self._token_shapes(), self.sequence.device).reshape(-1)
+        return check_tensor(name, value, kind, self._token_shapes(), self.device).reshape(-1)
+
+    def field(self, name: str, value: Any, kind: str, counts: Callable[[], Tensor]) -> tuple[Field, Tensor | None]:
+        """Check a tensor given per sequence (where shapes agree) or per token.
+
+        Beside it a 0-d 1.0 where its shape can be read both ways, NaN where they differ in the rows of ``counts``
+        and a device may not be asked; else None.
+        """
+        shapes = {"[S]": (self.num_sequences,), "[S, 1]": (self.num_sequences, 1)}
+        value = check_tensor(name, value, kind, {**shapes, **self._token_shapes()}, self.device)
+        flat = value.reshape(-1)
+        if all(value.shape != shape for shape in shapes.values()):
+            return Field(flat, Kind.PER_TOKEN), None
+        if value.shape != self.shape or len(self.shape) == 2:
+            return Field(flat, Kind.PER_SEQUENCE), None
+        rows = per_row(flat, self.sequence)
+        sound = torch.ops.egpo_kernels.read_either_way(rows.detach(), flat.detach(), counts(), name)
+        return Field(rows, Kind.PER_TOKEN), sound
 
     def per_token_or_sequence(
         self, name: str, value: Any, kind: str, counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Check a tensor given per sequence (where shapes agree) or per token, and return it per row ``[N]``.
-
-        Beside it a 0-d 1.0 where its shape can be read both ways, NaN where they differ (in rows that ``counts``, if
-        given) and a device may not be asked; else None.
-        """
-        shapes = {"[S]": (self.num_sequences,), "[S, 1]": (self.num_sequences, 1)}
-        value = check_tensor(name, value, kind, {**shapes, **self._token_shapes()}, self.sequence.device)
-        flat = value.reshape(-1)
-        if all(value.shape != shape for shape in shapes.values()):
-            return flat, None
-        rows = per_row(flat, self.sequence)
-        if value.shape != self.shape or len(self.shape) == 2:
-            return rows, None
-        if counts is None:
-            counts = torch.arange(self.num_rows, device=flat.device) < self.offsets[-1]
-        return rows, torch.ops.egpo_kernels.read_either_way(rows.detach(), flat.detach(), counts, name)
+        """As `field`, spread over rows ``[N]``; without ``counts`` every row in a sequence does."""
+        (values, found), sound = self.field(name, value, kind, lambda: self.inside() if counts is None else counts)
+        assert values is not None
+        return per_row(values, self.sequence) if found == Kind.PER_SEQUENCE else values, sound
 
     def _token_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"[S, T]" if len(self.shape) == 2 else "[N]": self.shape}
@@ -69,11 +116,7 @@ def make_layout(name: str, shape: tuple[int, ...], cu_seqlens: Any, device: torc
             raise ValueError(
                 f"{name} has shape {list(shape)}; it must be [S, T], or packed [N] with cu_seqlens [S + 1]"
             )
-        sequences, length = shape
-        offsets = torch.arange(sequences + 1, device=device) * length
-        # Not repeat_interleave, whose trace holds for one product of the sizes on torch 2.11.
-        index = torch.arange(sequences, device=device)[:, None].expand(shape).reshape(-1)
-        return Layout(shape, sequences, offsets, torch.ones((), dtype=torch.float32, device=device), index)
+        return Layout(shape, shape[0], device)
     if len(shape) != 1:
         raise ValueError(f"cu_seqlens is given with {name} padded; it must be None, or {name} packed")
     check_dense("cu_seqlens", cu_seqlens, "integer")
@@ -81,42 +124,38 @@ def make_layout(name: str, shape: tuple[int, ...], cu_seqlens: Any, device: torc
         raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; it must be [S + 1], an integer tensor")
     cu_seqlens = check_tensor("cu_seqlens", cu_seqlens, "integer", {"[S + 1]": tuple(cu_seqlens.shape)}, device)
     offsets, poison = torch.ops.egpo_kernels.sequence_offsets(cu_seqlens, shape[0])
-    return Layout(shape, cu_seqlens.shape[0] - 1, offsets, poison, segment_index(offsets, shape[0]))
+    return Layout(shape, cu_seqlens.shape[0] - 1, device, offsets, poison)
 
 
 def one_sequence(shape: tuple[int, ...], device: torch.device) -> Layout:
     """Describe packed per-token tensors ``[N]`` where it does not matter which sequence a token is in."""
-    (length,) = shape
-    index = torch.zeros(length, dtype=torch.long, device=device)
-    return Layout(
-        shape, 1, torch.arange(2, device=device) * length, torch.ones((), dtype=torch.float32, device=device), index
-    )
+    return Layout(shape, 1, device)
 
 
 def counted(mask: Any, tokens: Tensor | None, layout: Layout) -> Tensor:
     """Return the rows that count, ``[N]`` bool: ``mask``, else ``tokens != -100``, else every row in a sequence."""
-    inside = torch.arange(layout.num_rows, device=layout.sequence.device) < layout.offsets[-1]
-    if mask is not None:
-        return inside & (layout.per_token("mask", mask, "real") != 0)
-    return inside if tokens is None else inside & (tokens != IGNORED)
+    flat = None if mask is None else layout.per_token("mask", mask, "real")
+    return counted_rows(flat, tokens, layout.known_offsets, layout.num_rows, layout.device)
 
 
-def temperature_rows(
-    temperature: Any, layout: Layout, dtype: torch.dtype, counts: Tensor
-) -> tuple[float, Tensor | None]:
-    """Return the temperature as a float and None, or as 1.0 and a tensor ``[N]`` (NaN where it is not positive)."""
+def temperature_field(temperature: Any, layout: Layout, counts: Callable[[], Tensor]) -> tuple[float, Field]:
+    """Return the temperature as a float, or as 1.0 and a field (NaN where it can be read two ways that differ)."""
     if not isinstance(temperature, Tensor):
-        return check_number("temperature", temperature, low=0.0, high=float("inf"), open_low=True) or 1.0, None
+        heat = check_number("temperature", temperature, low=0.0, high=float("inf"), open_low=True)
+        return heat or 1.0, Field()
     if temperature.dim() == 0:
-        number = check_tensor("temperature", temperature, "real", {}, layout.sequence.device)
-        return 1.0, number.detach().to(dtype).expand(layout.num_rows)
-    rows, sound = layout.per_token_or_sequence("temperature", temperature, "real", counts)
-    rows = rows.detach().to(dtype)
-    return 1.0, rows if sound is None else rows * sound
+        number = check_tensor("temperature", temperature, "real", {}, layout.device)
+        return 1.0, Field(number.detach().reshape(1), Kind.FOR_ALL)
+    (values, kind), sound = layout.field("temperature", temperature, "real", counts)
+    assert values is not None
+    values = values.detach()
+    return 1.0, Field(values if sound is None else values * sound, kind)
 
 
-def group_ids(groups: Any, num_sequences: int, device: torch.device, group_size: int | None) -> Tensor:
-    """Return group ids ``[S]`` int64 on ``device`` from a tensor, a list, a numpy array, or an int G (G in a row).
+def group_ids(
+    groups: Any, num_sequences: int, device: torch.device, group_size: int | None
+) -> tuple[Tensor | None, int]:
+    """Return group ids ``[S]`` int64 on ``device`` from a tensor, a list or a numpy array; from an int G None and G.
 
     Names are numbered on the host and copied without blocking.
     """
@@ -129,16 +168,21 @@ def group_ids(groups: Any, num_sequences: int, device: torch.device, group_size:
             raise ValueError(f"groups is {shown(groups)}; it must be >= 1 and divide the {num_sequences} sequences")
         if group_size is not None and group_size != groups:
             raise ValueError(f"group_size is {group_size} with groups = {groups}; they must be equal")
-        return torch.arange(num_sequences, device=device) // groups
+        return None, groups
     if isinstance(groups, Tensor):
         home = groups.device if groups.device.type == "cpu" else device
         ids = check_tensor("groups", groups, "integer", {"[S]": (num_sequences,)}, home).long()
     else:
         ids = _numbered(groups, num_sequences)
     if ids.device == device:
-        return ids
+        return ids, 0
     check_complete(ids, group_size)
-    return to_device("groups", ids, device, "it must be a tensor there, or an int")
+    return to_device("groups", ids, device, "it must be a tensor there, or an int"), 0
+
+
+def consecutive_ids(count: int, members: int, device: torch.device) -> Tensor:
+    """Ids ``[S]`` of groups of so many members in a row."""
+    return torch.arange(count, device=device) // members
 
 
 def to_device(name: str, values: Tensor, device: torch.device, wanted: str) -> Tensor:

@@ -1,9 +1,30 @@
 """Rows and the sequences they belong to: sums over segments, and values spread back over rows."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+IGNORED = -100
+"""The token id that marks a position as not counted when no mask is given."""
+
+
+def counted_rows(
+    mask: Tensor | None, tokens: Tensor | None, offsets: Tensor | None, num_rows: int, device: torch.device
+) -> Tensor:
+    """Rows ``[N]`` that count: nonzero ``mask [N]``, else ``tokens [N] != -100``, else all; none past ``offsets``."""
+    if mask is not None:
+        rows = mask if mask.dtype == torch.bool else mask != 0
+    elif tokens is not None:
+        rows = tokens.long() != IGNORED
+    else:
+        rows = torch.ones(num_rows, dtype=torch.bool, device=device)
+    return rows if offsets is None else rows & (torch.arange(num_rows, device=device) < offsets[-1])
+
+
+def even_offsets(num_rows: int, num_segments: int, device: torch.device) -> Tensor:
+    """Bounds ``[S + 1]`` of segments of equal length."""
+    return torch.arange(num_segments + 1, device=device) * (num_rows // max(num_segments, 1))
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
@@ -58,3 +79,32 @@ def counts_per_sequence(mask: Tensor, offsets: Tensor) -> Tensor:
     """Counted tokens of each sequence: ``mask [N]`` to ``[S]`` int64, exactly."""
     running = torch.nn.functional.pad(mask.long().cumsum(0), (1, 0))
     return running[offsets[1:]] - running[offsets[:-1]]
+
+
+class Segments(NamedTuple):
+    """How ``num_rows`` rows belong to sequences: as many to each, or by ``offsets [S + 1]``."""
+
+    num_rows: int
+    num_sequences: int
+    offsets: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Rows of each sequence where there are as many of each."""
+        return self.num_rows // max(self.num_sequences, 1)
+
+    def bounds(self, device: torch.device) -> Tensor:
+        """``[S + 1]``: sequence i owns rows ``bounds[i] : bounds[i + 1]``."""
+        return even_offsets(self.num_rows, self.num_sequences, device) if self.offsets is None else self.offsets
+
+    def counts(self, mask: Tensor) -> Tensor:
+        """Counted tokens of each sequence: ``mask [N]`` to ``[S]`` int64."""
+        if self.offsets is None:
+            return mask.view(self.num_sequences, self.length).sum(1)
+        return counts_per_sequence(mask, self.offsets)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """``values [S]`` over their rows ``[N]``."""
+        if self.offsets is None:
+            return values[:, None].expand(self.num_sequences, self.length).reshape(-1)
+        return per_row(values, segment_index(self.offsets, self.num_rows))

@@ -1,7 +1,7 @@
 """Checks of what callers pass. Each message names the argument, what it is, what it must be."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from reprlib import repr as shown
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.config.fields import fits_float32, plain
+from egpo_kernels.config.settings import Rows
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -119,24 +120,24 @@ def check_instance(name: str, value: Any, kind: type) -> Any:
     return value
 
 
-def check_count(name: str, value: Any, mask: Tensor) -> Tensor | float | None:
-    """Return a global count: None, a number >= 0, or a 0-d tensor beside ``mask``; 0 only where that counts nothing."""
+def check_count(name: str, value: Any, device: torch.device, counted: Callable[[], Tensor]) -> Tensor | float | None:
+    """Return a global count: None, a number >= 0, or a 0-d tensor; 0 only where ``counted`` rows are none."""
     if value is None:
         return None
     number = value = plain(value)
     wanted = "it must be a number >= 0 that float32 holds, a 0-d tensor or None"
-    seen = not torch.compiler.is_compiling() and checks_values(mask.device)
+    seen = not torch.compiler.is_compiling() and checks_values(device)
     if isinstance(value, Tensor):
-        value = check_tensor(name, value, "real", {"a 0-d tensor": ()}, mask.device)
+        value = check_tensor(name, value, "real", {"a 0-d tensor": ()}, device)
         number = value.item() if seen else 1
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {shown(value)}; {wanted}")
     if not (number >= 0 and fits_float32(number)):
         raise ValueError(f"{name} is {shown(value)}; {wanted}")
-    if seen and number == 0 and mask.any():
+    if seen and number == 0 and counted().any():
         raise ValueError(
-            f"{name} is {shown(value)}, and {int(mask.sum())} tokens count here; it must be the count of the whole "
-            "batch, these among them"
+            f"{name} is {shown(value)}, and {int(counted().sum())} tokens count here; it must be the count of the "
+            "whole batch, these among them"
         )
     return value
 
@@ -158,9 +159,8 @@ def checks_values(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("EGPO_KERNELS_DEBUG") == "1"
 
 
-def check_tokens(tokens: Tensor | None, mask: Tensor, vocab: int) -> None:
-    """Raise when a counted token id lies outside ``[0, vocab)``. Values are read only where that costs no sync."""
-    if tokens is None or not checks_values(tokens.device):
+def _check_tokens(tokens: Tensor | None, mask: Tensor, vocab: int) -> None:
+    if tokens is None:
         return
     wrong = mask & ((tokens < 0) | (tokens >= vocab))
     if wrong.any():
@@ -171,9 +171,8 @@ def check_tokens(tokens: Tensor | None, mask: Tensor, vocab: int) -> None:
         )
 
 
-def check_temperatures(temperature: Tensor | None, mask: Tensor) -> None:
-    """Raise when a counted row's temperature is not a positive finite number."""
-    if temperature is None or not checks_values(temperature.device):
+def _check_temperatures(temperature: Tensor | None, mask: Tensor) -> None:
+    if temperature is None:
         return
     # Below float32's smallest normal number, 1 / temperature overflows.
     wrong = mask & ~((temperature >= torch.finfo(torch.float32).tiny) & temperature.isfinite())
@@ -183,6 +182,13 @@ def check_temperatures(temperature: Tensor | None, mask: Tensor) -> None:
             f"temperature holds {float(temperature[row])} at flattened position {row}; it must be positive, finite "
             "and a number that float32 can divide by"
         )
+
+
+def check_rows(rows: Rows, vocab: int) -> None:
+    """Raise when a counted row's token or temperature cannot be. Values are read only where that costs no sync."""
+    if checks_values(rows.mask.device):
+        _check_tokens(rows.tokens, rows.mask, vocab)
+        _check_temperatures(rows.temperature, rows.mask)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> None:

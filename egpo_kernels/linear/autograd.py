@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.engine.autograd import LOSS_SLOT, graph_is_kept, guarded, take_gradients
+from egpo_kernels.engine.autograd import graph_is_kept, guarded, take_gradients
+from egpo_kernels.engine.ops import rescale_
+from egpo_kernels.linear import ops
 from egpo_kernels.linear.passes import coefficients
 
 
@@ -35,7 +37,7 @@ class TokenLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.linear.ops.linear_row_statistics`."""
         head = [weight, bias, lora_a, lora_b]
-        log_probs, entropy, maximum, sum_exp, gradient = torch.ops.egpo_kernels.linear_row_statistics(
+        log_probs, entropy, maximum, sum_exp, gradient = ops.linear_row_statistics(
             hidden, head, list(rows), host_mask, list(scalars), *sizes, want_entropy, with_gradient, backend
         )
         ctx.options = (sizes, scalars, want_entropy, with_gradient, wanted, backend)
@@ -69,7 +71,7 @@ class TokenLogProbs(torch.autograd.Function):
                 if not torch.compiler.is_compiling() and not graph_is_kept():
                     ctx.gradients = None
                 upstream = [grad_log_probs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous()]
-                gradients = torch.ops.egpo_kernels.linear_gradient(
+                gradients = ops.linear_gradient(
                     hidden, head, rows, host_mask, list(scalars), *sizes, [maximum, sum_exp, entropy], upstream,
                     list(wanted), backend,
                 )  # fmt: skip
@@ -108,18 +110,19 @@ class PolicyLoss(torch.autograd.Function):
         config: str,
         grad_scale: float,
         want_entropy: bool,
+        reported: bool,
         wanted: tuple[bool, ...],
         backend: str,
         *fields: Any,
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.linear.ops.linear_policy_loss`.
 
-        ``fields``: an `anchor` of each tensor before, offsets and sequences of the rows, the host's mask, the rows.
+        ``fields``: an `anchor` of each tensor before, the host's mask, the rows.
         """
-        origins, (offsets, index, host_mask, *rows) = fields[:5], fields[5:]
-        vector, *gradients = torch.ops.egpo_kernels.linear_policy_loss(
-            hidden, [weight, bias, lora_a, lora_b], rows, host_mask, list(scalars), *sizes, [offsets, index], config,
-            grad_scale, want_entropy, list(wanted), backend,
+        origins, (host_mask, *rows) = fields[:5], fields[5:]
+        loss, vector, *gradients = ops.linear_policy_loss(
+            hidden, [weight, bias, lora_a, lora_b], rows, host_mask, list(scalars), *sizes, config,
+            grad_scale, want_entropy, reported, list(wanted), backend,
         )  # fmt: skip
         ctx.options = (grad_scale, wanted, backend, len(fields))
         if torch.compiler.is_compiling():
@@ -128,7 +131,7 @@ class PolicyLoss(torch.autograd.Function):
             ctx.save_for_backward(*origins)
             ctx.gradients = gradients
         ctx.mark_non_differentiable(vector)
-        return vector[LOSS_SLOT].clone(), vector
+        return loss, vector
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
@@ -140,5 +143,5 @@ class PolicyLoss(torch.autograd.Function):
         else:
             gradients, origins = take_gradients(ctx), ctx.saved_tensors
             for gradient in gradients:
-                torch.ops.egpo_kernels.rescale_(gradient, upstream.detach(), grad_scale, backend)
-        return *_answers(backend, gradients, wanted, (*origins, upstream)), *[None] * (7 + num_fields)
+                rescale_(gradient, upstream.detach(), grad_scale, backend)
+        return *_answers(backend, gradients, wanted, (*origins, upstream)), *[None] * (8 + num_fields)

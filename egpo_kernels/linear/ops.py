@@ -11,32 +11,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 
 from egpo_kernels.config.settings import Rows, compute_dtype
 from egpo_kernels.engine.dispatch import implementation
-from egpo_kernels.engine.ops import OptionalTensors, Tensors, checked_rows, operator, policy_config
+from egpo_kernels.engine.operator import OptionalTensors, Tensors, fake_vector, operator, policy_config
+from egpo_kernels.engine.ops import checked_rows
 from egpo_kernels.formulas import metrics
+from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.linear import flops, passes
 from egpo_kernels.linear.chunks import too_many
 from egpo_kernels.linear.head import Head, Wanted
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-VectorAndGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+LossAndGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _product_operator(function: Callable) -> CustomOpDef:
-    """Register a function whose products are of the dtypes it is given: autocast had its say before."""
+def _without_autocast(function: Callable) -> Callable:
+    """Have products of the dtypes that they are given: autocast had its say before."""
 
     @functools.wraps(function)
-    def without_autocast(hidden: Tensor, *args: Any) -> Any:
+    def run(hidden: Tensor, *args: Any) -> Any:
         kind = hidden.device.type
         has_autocast = torch.amp.is_autocast_available(kind)
         with torch.autocast(kind, enabled=False) if has_autocast else contextlib.nullcontext():
             return function(hidden, *args)
 
-    return operator()(without_autocast)
+    return run
 
 
 def _read(
@@ -76,7 +77,17 @@ def _fake_gradients(hidden: Tensor, head: OptionalTensors, wanted: list[bool]) -
     )
 
 
-@_product_operator
+def _fake_statistics(hidden: Tensor, *others: Any) -> Statistics:
+    want_entropy, with_gradient, _ = others[-3:]
+    count, dtype = hidden.shape[0] * hidden.shape[1], compute_dtype(hidden.dtype)
+    sizes = (count, count if want_entropy else 0, *[0 if with_gradient else count] * 2)
+    log_probs, entropy, maximum, sum_exp = (hidden.new_empty(size, dtype=dtype) for size in sizes)
+    gradient = hidden.new_empty(hidden.shape if with_gradient else (0,))
+    return log_probs, entropy, maximum, sum_exp, gradient
+
+
+@operator(_fake_statistics)
+@_without_autocast
 def linear_row_statistics(
     hidden: Tensor,
     head: OptionalTensors,
@@ -110,17 +121,12 @@ def linear_row_statistics(
     return log_probs, entropy, maximum, sum_exp, gradient
 
 
-@linear_row_statistics.register_fake
-def _(hidden: Tensor, *others: Any) -> Statistics:
-    want_entropy, with_gradient, _ = others[-3:]
-    count, dtype = hidden.shape[0] * hidden.shape[1], compute_dtype(hidden.dtype)
-    sizes = (count, count if want_entropy else 0, *[0 if with_gradient else count] * 2)
-    log_probs, entropy, maximum, sum_exp = (hidden.new_empty(size, dtype=dtype) for size in sizes)
-    gradient = hidden.new_empty(hidden.shape if with_gradient else (0,))
-    return log_probs, entropy, maximum, sum_exp, gradient
+def _fake_linear_gradient(hidden: Tensor, head: OptionalTensors, *others: Any) -> Gradients:
+    return _fake_gradients(hidden, head, others[-2])
 
 
-@_product_operator
+@operator(_fake_linear_gradient)
+@_without_autocast
 def linear_gradient(
     hidden: Tensor,
     head: OptionalTensors,
@@ -144,12 +150,14 @@ def linear_gradient(
     return hidden_gradient, weight, bias, lora_a, lora_b
 
 
-@linear_gradient.register_fake
-def _(hidden: Tensor, head: OptionalTensors, *others: Any) -> Gradients:
-    return _fake_gradients(hidden, head, others[-2])
+def _fake_linear_loss(hidden: Tensor, head: OptionalTensors, *others: Any) -> LossAndGradients:
+    reported, wanted, _ = others[-3:]
+    loss = hidden.new_empty((), dtype=compute_dtype(hidden.dtype))
+    return loss, fake_vector(hidden, metrics.TOKEN, reported), *_fake_gradients(hidden, head, wanted)
 
 
-@_product_operator
+@operator(_fake_linear_loss)
+@_without_autocast
 def linear_policy_loss(
     hidden: Tensor,
     head: OptionalTensors,
@@ -159,14 +167,14 @@ def linear_policy_loss(
     num_active: int | None,
     max_chunk_bytes: int | None,
     logits_dtype: torch.dtype,
-    segments: Tensors,
     config: str,
     grad_scale: float,
     want_entropy: bool,
+    reported: bool,
     wanted: list[bool],
     backend: str,
-) -> VectorAndGradients:
-    """Metrics vector (the loss among them) and gradients, times ``grad_scale`` before they are rounded."""
+) -> LossAndGradients:
+    """Loss, metrics vector and gradients, times ``grad_scale`` before they are rounded."""
     layer, cooled, temperature = _read(
         hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
     )
@@ -178,17 +186,14 @@ def linear_policy_loss(
     log_probs, entropy, found = passes.loss_gradient(
         layer, cooled, settings, temperature, grad_scale, want_entropy, Wanted(*wanted)
     )
-    _, raw = layer.package.policy_loss(
-        log_probs, entropy if want_entropy else None, cooled, segments, settings, layer.head.vocab
+    # No token's loss depends on its sequence here.
+    segments = Segments(log_probs.shape[0], 1)
+    bonus = entropy if want_entropy else None
+    loss, vector = layer.package.policy_loss(
+        log_probs, bonus, cooled, segments, settings, layer.head.vocab, False, reported
     )
     hidden_gradient, weight, bias, lora_a, lora_b = found
-    return metrics.finish(raw, metrics.TOKEN), hidden_gradient, weight, bias, lora_a, lora_b
-
-
-@linear_policy_loss.register_fake
-def _(hidden: Tensor, head: OptionalTensors, *others: Any) -> VectorAndGradients:
-    vector = hidden.new_empty(len(metrics.TOKEN.keys), dtype=compute_dtype(hidden.dtype))
-    return vector, *_fake_gradients(hidden, head, others[-2])
+    return loss, vector, hidden_gradient, weight, bias, lora_a, lora_b
 
 
 flops.register_when_imported()

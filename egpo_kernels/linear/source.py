@@ -8,15 +8,12 @@ from torch import Tensor
 
 from egpo_kernels import reference
 from egpo_kernels.config.fields import check_number
-from egpo_kernels.config.settings import PolicyLossConfig, TokenLogProbs
+from egpo_kernels.config.settings import PolicyLossConfig, Rows, TokenLogProbs
 from egpo_kernels.engine import losses
 from egpo_kernels.engine.autograd import anchor
 from egpo_kernels.inputs import layout as layouts
-from egpo_kernels.inputs.validation import check_dense, check_tensor, check_whole
+from egpo_kernels.inputs.validation import check_dense, check_rows, check_tensor, check_whole
 from egpo_kernels.linear import autograd
-
-# ops registers the operators that autograd calls by name.
-from egpo_kernels.linear import ops as ops
 from egpo_kernels.linear.chunks import check_num_active
 from egpo_kernels.linear.head import Head
 
@@ -51,12 +48,13 @@ class Linear(NamedTuple):
         tensors = (self.hidden, *self.head[:4])
         return tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors)
 
-    def log_probs(self, call: losses.Call, want_entropy: bool, entropy_gradient: bool) -> TokenLogProbs:
+    def log_probs(self, call: losses.Call, rows: Rows, want_entropy: bool, entropy_gradient: bool) -> TokenLogProbs:
         """See `egpo_kernels.engine.losses.Source`."""
         if call.backend == "reference":
-            check_num_active(call.rows.mask, self.num_active)
-            logits = reference.linear_logits(self.hidden, *self.head, mask=call.rows.mask)
-            log_probs, entropy = reference.token_log_probs(logits, call.rows, call.temperature)
+            check_rows(rows, self.vocab)
+            check_num_active(rows.mask, self.num_active)
+            logits = reference.linear_logits(self.hidden, *self.head, mask=rows.mask)
+            log_probs, entropy = reference.token_log_probs(logits, rows, call.temperature)
         else:
             frozen = self.wanted[0] and not any(self.wanted[1:])
             log_probs, entropy = autograd.TokenLogProbs.apply(
@@ -69,12 +67,18 @@ class Linear(NamedTuple):
                 self.wanted,
                 call.backend,
                 self.host_mask,
-                *call.rows,
+                *rows,
             )
         return TokenLogProbs(log_probs, entropy if want_entropy else None)
 
     def loss(
-        self, call: losses.Call, config: PolicyLossConfig, scale: float, want_entropy: bool
+        self,
+        call: losses.Call,
+        rows: Rows,
+        config: PolicyLossConfig,
+        scale: float,
+        want_entropy: bool,
+        reported: bool,
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.engine.losses.Source`."""
         tensors = (self.hidden, *self.head[:4])
@@ -85,13 +89,12 @@ class Linear(NamedTuple):
             config.json,
             scale,
             want_entropy,
+            reported,
             self.wanted,
             call.backend,
             *(None if tensor is None or not tensor.requires_grad else anchor(tensor) for tensor in tensors),
-            call.layout.offsets,
-            call.layout.sequence,
             self.host_mask,
-            *call.rows,
+            *rows,
         )
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
+from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.portable.policy_loss import policy_loss_gradient
 from egpo_kernels.portable.softmax import chunks, softmax, write_gradient
 
@@ -54,9 +55,12 @@ def logits_loss_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob and entropy ``[N]`` of each row, and its gradient written to ``out`` while the row is in cache."""
     log_probs, entropy = (logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits.dtype)) for _ in range(2))
+    one = log_probs.new_ones(())
     for chunk in chunks(logits, rows, rows.mask, temperature, out):
         found = softmax(chunk, want_entropy)
-        slope, bonus = policy_loss_gradient(found.log_probs, found.entropy, chunk.rows, [], config)
+        slope, bonus = policy_loss_gradient(
+            found.log_probs, chunk.rows, Segments(found.log_probs.shape[0], 1), config, one, config.entropy_coef != 0
+        )
         log_probs[chunk.place] = torch.where(chunk.rows.mask, found.log_probs, 0.0)
         if found.entropy is not None:
             entropy[chunk.place] = torch.where(chunk.rows.mask, found.entropy, 0.0)

@@ -7,7 +7,7 @@ from torch import Tensor
 from egpo_kernels.config.fields import check_number
 from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.formulas.advantages import collapse_tolerance, is_collapsed, make_groups, rewards_in
-from egpo_kernels.inputs.layout import group_ids
+from egpo_kernels.inputs.layout import consecutive_ids, group_ids
 from egpo_kernels.inputs.validation import check_dense, check_rewards
 
 
@@ -29,7 +29,8 @@ def informative_groups(groups: Any, rewards: Tensor) -> Tensor:
         TypeError: A wrong type or dtype.
     """
     check_rewards(rewards)
-    members = make_groups(group_ids(groups, rewards.shape[0], rewards.device, None))
+    ids, size = group_ids(groups, rewards.shape[0], rewards.device, None)
+    members = make_groups(consecutive_ids(rewards.shape[0], size, rewards.device) if ids is None else ids)
     values = rewards_in(compute_dtype(rewards.dtype), rewards)
     return ~is_collapsed(values, members, collapse_tolerance(rewards.dtype))
 

@@ -64,7 +64,7 @@ def rollout_weights(
     weights = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     within = (weights >= low) & (weights <= high)
     weights = weights.clamp(low, high) if outside == "clamp" else torch.where(within, weights, 0.0)
-    weights = torch.where(counts, torch.where(scored, weights, torch.nan), 1.0) * layout.poison
+    weights = layout.poisoned(torch.where(counts, torch.where(scored, weights, torch.nan), 1.0))
     return weights if level == "sequence" else weights.view(layout.shape)
 
 

@@ -46,15 +46,15 @@ def response_spans(
     layout = make_layout("tokens", tuple(tokens.shape), cu_seqlens, tokens.device)
     ids = tokens.reshape(-1).long()
     counts, rows = counted(mask, ids, layout), torch.arange(layout.num_rows, device=ids.device)
-    closes = counts
+    closes, sequence = counts, layout.sequence
     for back, token in enumerate(reversed(tag)):
-        same_sequence = (rows >= back) & (layout.sequence.roll(back) == layout.sequence)
+        same_sequence = (rows >= back) & (sequence.roll(back) == sequence)
         closes = closes & same_sequence & (counts & (ids == token)).roll(back)
     shape = (max(layout.num_sequences, 1),)
     last, used = rows.new_full(shape, -1), torch.zeros(shape, dtype=torch.long, device=rows.device)
-    last = last.scatter_reduce(0, layout.sequence, torch.where(closes, rows, -1), "amax")
-    used = used.scatter_reduce(0, layout.sequence, counts.long(), "amax")
-    end = per_row(last, layout.sequence)
+    last = last.scatter_reduce(0, sequence, torch.where(closes, rows, -1), "amax")
+    used = used.scatter_reduce(0, sequence, counts.long(), "amax")
+    end = per_row(last, sequence)
     thinking, answer = counts & ((end < 0) | (rows <= end)), counts & ((end < 0) | (rows > end))
     untagged = ((last < 0) & (used > 0)).sum()
     return ResponseSpans(thinking.view(layout.shape), answer.view(layout.shape), untagged)

@@ -58,8 +58,10 @@ def next_token_targets(
                 f"input_ids has shape {list(input_ids.shape)} with cu_seqlens; it must be packed, [N] or [1, N]"
             )
         layout = make_layout("input_ids", (rows,), cu_seqlens, device)
-        last = layout.sequence.roll(-1) != layout.sequence
+        sequence = layout.sequence
+        last = sequence.roll(-1) != sequence
         inside = torch.arange(1, rows + 1, device=device) < layout.offsets[-1]
         counts = counts & (inside & ~last)
+        assert layout.poison is not None
         tokens = torch.where(layout.poison.isnan(), -1, tokens)
     return tokens, counts

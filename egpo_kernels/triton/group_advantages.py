@@ -14,6 +14,8 @@ from torch import Tensor
 from egpo_kernels.config.settings import AdvantageConfig
 from egpo_kernels.formulas import metrics
 from egpo_kernels.formulas.advantages import batch_scale
+from egpo_kernels.formulas.rows import Measured
+from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide, square_root
 from egpo_kernels.triton.group_statistics import (
     Pointers,
@@ -25,7 +27,9 @@ from egpo_kernels.triton.group_statistics import (
     meet,
     read_settings,
 )
-from egpo_kernels.triton.segments import as_bytes, combine, sequence_uncertainty, store_maxima, store_sums
+from egpo_kernels.triton.metrics import combine, store_maxima, store_sums
+from egpo_kernels.triton.rows import sequence_counts
+from egpo_kernels.triton.segments import as_bytes, flags_of, sequence_uncertainty
 from egpo_kernels.triton.settings import as_arguments
 
 LAUNCH = {"BLOCK_I": 16, "BLOCK_J": 128, "num_warps": 8}
@@ -60,12 +64,12 @@ def clamped(weights, correct, settings, choices):
 
 
 @triton.jit
-def spread_groups(pointers, ids, group, num_sequences, settings, choices, BLOCK_J: tl.constexpr):
+def spread_groups(pointers, ids, group, num_sequences, members, settings, choices, BLOCK_J: tl.constexpr):
     """Second round: squared distances from the group's mean reward; to renormalise, the sum of weights."""
     mean_reward, mean_uncertainty = means(group)
     squares, weights = tl.zeros_like(mean_reward), tl.zeros_like(mean_reward)
     for first in range(0, num_sequences, BLOCK_J):
-        others, same, any_same = meet(pointers, ids, first, num_sequences, settings, BLOCK_J)
+        others, same, any_same = meet(pointers, ids, first, num_sequences, members, settings, BLOCK_J)
         if any_same:
             distance = others.reward[None, :] - mean_reward[:, None]
             squares += tl.sum(tl.where(same & others.usable[None, :], distance * distance, 0.0), axis=1)
@@ -191,19 +195,19 @@ def store_metrics(row_ptr, pointers, mine, group, rules, advantages, weights, in
     store_sums(row_ptr + 2 * NUM_SUMMARIES, flags)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "group_size"])
+@triton.jit(do_not_specialize=["num_sequences", "members", "group_size"])
 def group_advantages_kernel(
-    pointers, partials_ptr, numbers, choices, num_sequences, group_size, BLOCK_I: tl.constexpr,
+    pointers, partials_ptr, numbers, choices, num_sequences, members, group_size, BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Advantages (Eq. 11) of a block of sequences; ``group_size`` 0 stands for any."""
     settings = read_settings(numbers, pointers.rewards_ptr.dtype.element_ty)
     offs = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    ids = load_ids(pointers, offs, num_sequences)
-    group = gather_groups(pointers, ids, num_sequences, settings, BLOCK_J)
-    squares, total = spread_groups(pointers, ids, group, num_sequences, settings, choices, BLOCK_J)
+    ids = load_ids(pointers, offs, num_sequences, members)
+    group = gather_groups(pointers, ids, num_sequences, members, settings, BLOCK_J)
+    squares, total = spread_groups(pointers, ids, group, num_sequences, members, settings, choices, BLOCK_J)
     # Not before: what the meetings do not need would take registers there.
-    mine = load_sequences(pointers, offs, num_sequences, settings)
+    mine = load_sequences(pointers, offs, num_sequences, members, settings)
     rules = find_rules(mine, group, settings, choices)
     base = base_advantages(pointers, mine, group, rules, squares, settings, choices)
     weights = final_weights(mine, group, rules, total, settings, choices)
@@ -212,19 +216,21 @@ def group_advantages_kernel(
     tl.store(pointers.advantages_ptr + offs, advantages, mask=mine.valid)
     tl.store(pointers.weights_ptr + offs, weights, mask=mine.valid)
     tl.store(pointers.base_ptr + offs, base, mask=mine.valid)
-    row_ptr = partials_ptr + tl.program_id(0) * NUM_SLOTS
-    store_metrics(row_ptr, pointers, mine, group, rules, advantages, weights, incomplete, settings)
+    if partials_ptr is not None:
+        row_ptr = partials_ptr + tl.program_id(0) * NUM_SLOTS
+        store_metrics(row_ptr, pointers, mine, group, rules, advantages, weights, incomplete, settings)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "members"])
 def unscaled_base_kernel(
-    pointers, compared_ptr, numbers, choices, num_sequences, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
+    pointers, compared_ptr, numbers, choices, num_sequences, members, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
 ):
     """Base advantages of a block of sequences as the batch's scale is made of them, and where there is one."""
     settings = read_settings(numbers, pointers.rewards_ptr.dtype.element_ty)
     offs = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    group = gather_groups(pointers, load_ids(pointers, offs, num_sequences), num_sequences, settings, BLOCK_J)
-    mine = load_sequences(pointers, offs, num_sequences, settings)
+    ids = load_ids(pointers, offs, num_sequences, members)
+    group = gather_groups(pointers, ids, num_sequences, members, settings, BLOCK_J)
+    mine = load_sequences(pointers, offs, num_sequences, members, settings)
     rules = find_rules(mine, group, settings, choices)
     base = unscaled_base(mine, group, rules, mine.reward, settings, choices)
     tl.store(pointers.base_ptr + offs, base, mask=mine.valid)
@@ -245,38 +251,50 @@ def _choices_of(config: AdvantageConfig) -> Choices:
 
 
 def _with_batch_scale(
-    pointers: Pointers, lengths: Tensor | None, numbers: tuple[float, ...], choices: Choices, config: AdvantageConfig
+    pointers: Pointers,
+    lengths: Tensor | None,
+    members: int,
+    numbers: tuple[float, ...],
+    choices: Choices,
+    config: AdvantageConfig,
 ) -> Pointers:
     """Fill ``batch_ptr``; only whitening needs to know all base advantages first."""
     rewards, base = pointers.rewards_ptr, pointers.base_ptr
     compared = torch.ones_like(rewards, dtype=torch.bool)
     if lengths is not None:
-        num_sequences = rewards.shape[0]
-        grid = (triton.cdiv(num_sequences, LAUNCH["BLOCK_I"]),)
-        unscaled_base_kernel[grid](pointers, as_bytes(compared), numbers, choices, num_sequences, **LAUNCH)
+        count = rewards.shape[0]
+        grid = (triton.cdiv(count, LAUNCH["BLOCK_I"]),)
+        unscaled_base_kernel[grid](pointers, as_bytes(compared), numbers, choices, count, members, **LAUNCH)
     scale = torch.stack(batch_scale(base, compared, rewards, lengths, config))
     return pointers._replace(batch_ptr=scale)
 
 
 def group_advantages(
-    ids: Tensor, rewards: Tensor, correct: Tensor | None, values: Tensor | None, mask: Tensor | None,
-    lengths: Tensor | None, offsets: Tensor, tolerance: float, config: AdvantageConfig,
-    group_size: int | None,
+    ids: Tensor | None, members: int, rewards: Tensor, correct: Tensor | None, measured: Measured,
+    segments: Segments, tolerance: float, config: AdvantageConfig, group_size: int | None, reported: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Advantages, weights, base advantages, uncertainty ``[S]`` and raw metrics of whole groups."""
+    """Advantages, weights, base advantages, uncertainty ``[S]`` and the metrics vector, empty unless ``reported``."""
+    count = rewards.shape[0]
     advantages, weights, base = (torch.empty_like(rewards) for _ in range(3))
-    uncertainty, counts = torch.full_like(rewards, torch.nan), None
-    partials = rewards.new_empty(triton.cdiv(ids.shape[0], LAUNCH["BLOCK_I"]), len(metrics.GROUP.slots))
-    if ids.shape[0]:
-        if values is not None and mask is not None:
-            uncertainty, counts = sequence_uncertainty(values, mask, offsets)
-        inputs = (ids.contiguous(), rewards.contiguous(), as_bytes(correct), uncertainty, counts)
-        pointers = Pointers(*inputs, None, advantages, weights, base)
+    partials = rewards.new_empty(triton.cdiv(count, LAUNCH["BLOCK_I"]), len(metrics.GROUP.slots))
+    uncertainty = counts = None
+    if count:
+        if measured.values is not None:
+            uncertainty, counts = sequence_uncertainty(measured, segments, rewards.dtype)
+        inputs = (None if ids is None else ids.contiguous(), rewards.contiguous(), as_bytes(correct))
+        pointers = Pointers(*inputs, uncertainty, counts, None, advantages, weights, base)
         numbers = _settings_of(config, tolerance, rewards.dtype)
         choices = _choices_of(config)
         if config.of_batch:
-            pointers = _with_batch_scale(pointers, lengths, numbers, choices, config)
+            lengths = None
+            if config.scale == "batch_whiten":
+                flags = flags_of(measured.mask, measured.tokens)
+                lengths = sequence_counts(flags, segments, rewards.device)
+            pointers = _with_batch_scale(pointers, lengths, members, numbers, choices, config)
         group_advantages_kernel[(partials.shape[0],)](
-            pointers, partials, numbers, choices, ids.shape[0], group_size or 0, **LAUNCH
+            pointers, partials if reported else None, numbers, choices, count, members, group_size or 0, **LAUNCH
         )
-    return advantages, weights, base, uncertainty, combine(partials, metrics.GROUP)
+    if uncertainty is None:
+        uncertainty = torch.full_like(rewards, torch.nan)
+    vector = combine(partials, metrics.GROUP, None, True) if reported else rewards.new_empty(0)
+    return advantages, weights, base, uncertainty, vector

@@ -42,23 +42,29 @@ def read_settings(numbers, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_ids(pointers, offs, num_sequences):
-    """Group ids of a block of sequences."""
-    return tl.load(pointers.ids_ptr + offs, mask=offs < num_sequences, other=0)
+def load_ids(pointers, offs, num_sequences, members):
+    """Group ids of a block of sequences; without any so many ``members`` in a row are a group."""
+    if pointers.ids_ptr is None:
+        return offs // members
+    else:
+        return tl.load(pointers.ids_ptr + offs, mask=offs < num_sequences, other=0)
 
 
 @triton.jit
-def load_sequences(pointers, offs, num_sequences, settings):
+def load_sequences(pointers, offs, num_sequences, members, settings):
     """Read a block of sequences; those past the end are not valid, usable, correct or known."""
     valid = offs < num_sequences
-    ids = load_ids(pointers, offs, num_sequences)
+    ids = load_ids(pointers, offs, num_sequences, members)
     reward = tl.load(pointers.rewards_ptr + offs, mask=valid, other=float("nan"))
     usable = tl.abs(reward) < float("inf")
     if pointers.correct_ptr is None:
         correct = reward > settings.correct_threshold
     else:
         correct = tl.load(pointers.correct_ptr + offs, mask=valid, other=0) != 0
-    uncertainty = tl.load(pointers.uncertainty_ptr + offs, mask=valid, other=float("nan"))
+    if pointers.uncertainty_ptr is None:
+        uncertainty = reward * 0.0 + float("nan")
+    else:
+        uncertainty = tl.load(pointers.uncertainty_ptr + offs, mask=valid, other=float("nan"))
     known = uncertainty == uncertainty
     reward, uncertainty = tl.where(usable, reward, 0.0), tl.where(known, uncertainty, 0.0)
     return Sequences(offs, valid, ids, reward, usable, correct, uncertainty, known)
@@ -71,9 +77,9 @@ def number(flags):
 
 
 @triton.jit
-def meet(pointers, ids, first, num_sequences, settings, BLOCK_J: tl.constexpr):
+def meet(pointers, ids, first, num_sequences, members, settings, BLOCK_J: tl.constexpr):
     """Return sequences from ``first`` on, which pairs ``[ids, others]`` share a group, whether any does."""
-    others = load_sequences(pointers, first + tl.arange(0, BLOCK_J), num_sequences, settings)
+    others = load_sequences(pointers, first + tl.arange(0, BLOCK_J), num_sequences, members, settings)
     same = (ids[:, None] == others.ids[None, :]) & others.valid[None, :]
     return others, same, tl.sum(number(same), axis=0) > 0
 
@@ -99,12 +105,12 @@ def joined(group, same, others):
 
 
 @triton.jit
-def gather_groups(pointers, ids, num_sequences, settings, BLOCK_J: tl.constexpr):
+def gather_groups(pointers, ids, num_sequences, members, settings, BLOCK_J: tl.constexpr):
     """First round of meetings: everything that needs no mean."""
     none, zero = tl.zeros(ids.shape, tl.int32), tl.zeros(ids.shape, pointers.rewards_ptr.dtype.element_ty)
     group = Group(none + NO_SEQUENCE, none, none, none, none, zero, zero - NO_REWARD, zero + NO_REWARD, zero)
     for first in range(0, num_sequences, BLOCK_J):
-        others, same, any_same = meet(pointers, ids, first, num_sequences, settings, BLOCK_J)
+        others, same, any_same = meet(pointers, ids, first, num_sequences, members, settings, BLOCK_J)
         # Most blocks hold no sequence of these groups; adding nothing would change no bit.
         if any_same:
             group = joined(group, same, others)

@@ -1,13 +1,12 @@
 """Gradient of the logits from saved statistics and upstream gradients: one read and one write."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels.config.settings import Rows, compute_dtype
 from egpo_kernels.triton.launch import launch_for, num_programs
-from egpo_kernels.triton.settings import read_temperature, row_pointers, temperature_of
+from egpo_kernels.triton.settings import read_temperature, row_pointers, temperature_of, triton_dtype
 from egpo_kernels.triton.softmax import RowStatistics, load_token, matrix, row_inverse_temperature, row_pointer
 from egpo_kernels.triton.softmax_gradient import sweep_gradient
 from egpo_kernels.triton.strips import write_zeros
@@ -76,6 +75,6 @@ def logits_gradient(
         num_rows,
         launched.extent,
         launched.launch,
-        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+        DTYPE=triton_dtype(dtype),
         **launched.options,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
 from egpo_kernels.triton.arithmetic import LOG2_E
 from egpo_kernels.triton.launch import Launch, launch_for, num_programs
-from egpo_kernels.triton.settings import choices_of, read_settings, row_pointers, settings_of
+from egpo_kernels.triton.settings import choices_of, read_settings, row_pointers, settings_of, triton_dtype
 from egpo_kernels.triton.softmax import (
     load_token,
     matrix,
@@ -64,6 +64,9 @@ def logits_policy_loss_kernel(
             else:
                 write_zeros(out_ptr, extent.vocab, launch)
         else:
+            tl.store(log_probs_ptr + row, 0.0)
+            if ENTROPY:
+                tl.store(entropy_ptr + row, 0.0)
             write_zeros(out_ptr, extent.vocab, launch)
 
 
@@ -88,7 +91,8 @@ def logits_loss_gradient(
     """Log-prob and entropy ``[N]`` of each row (0 outside the mask); its gradient goes to ``out``, maybe ``logits``."""
     num_rows = rows.mask.shape[0]
     dtype = compute_dtype(logits.dtype)
-    log_probs, entropy = (logits.new_zeros(num_rows, dtype=dtype) for _ in range(2))
+    log_probs = logits.new_empty(num_rows, dtype=dtype)
+    entropy = torch.empty_like(log_probs) if want_entropy else None
     if num_rows > 0:
         where, length = matrix(logits)
         target, out_length = matrix(out)
@@ -107,9 +111,9 @@ def logits_loss_gradient(
             launched.extent,
             launched.launch,
             SURROGATE=SURROGATES[config.surrogate],
-            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+            DTYPE=triton_dtype(dtype),
             ENTROPY=want_entropy,
             TILTED=config.entropy_coef != 0,
             **launched.options,
         )
-    return log_probs, entropy if want_entropy else None
+    return log_probs, entropy

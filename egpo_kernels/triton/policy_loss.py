@@ -9,8 +9,10 @@ from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig, Rows
 from egpo_kernels.formulas import metrics
+from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide, exponential
-from egpo_kernels.triton.segments import combine, store_maxima, store_sums
+from egpo_kernels.triton.metrics import combine, store_maxima, store_sums
+from egpo_kernels.triton.segments import as_bytes, bounds_of, sequence_of
 from egpo_kernels.triton.settings import Choices, choices_of, read_settings, row_pointers, settings_of
 from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_log_ratio, token_terms
 
@@ -20,7 +22,7 @@ SEQUENCE_LAUNCH = {torch.float32: {"BLOCK": 1024, "num_warps": 8}, torch.float64
 
 
 class Scores(NamedTuple):
-    """What a policy gave each token; with a shared ratio also each token's sequence and what it shares.
+    """What a policy gave each token; with a shared ratio also the sequences' offsets and what their tokens share.
 
     ``log_ratio_ptr`` is the ratio's logarithm. ``slope_ptr``, unless each token has a gradient of its own, is that of a
     sequence's losses through the ratio, with respect to the log-prob of any one of its tokens that a gradient passes.
@@ -28,7 +30,7 @@ class Scores(NamedTuple):
 
     log_probs_ptr: Any
     entropy_ptr: Any = None
-    index_ptr: Any = None
+    offsets_ptr: Any = None
     log_ratio_ptr: Any = None
     slope_ptr: Any = None
 
@@ -43,20 +45,33 @@ def load_log_probs(rows, log_probs_ptr, offs, stop):
 
 
 @triton.jit
-def row_terms(rows, scores, offs, live, log_prob, settings, choices, SURROGATE: tl.constexpr):
+def factors(rows, upstream_ptr, upstream_stride, offs, live):
+    """Reduction factors of tokens, times the gradient from upstream where there is one."""
+    factor = tl.load(rows.factor_ptr + offs, mask=live, other=0.0)
+    if upstream_ptr is not None:
+        factor *= tl.load(upstream_ptr + offs * upstream_stride, mask=live, other=0.0)
+    return factor
+
+
+@triton.jit
+def row_terms(
+    rows, scores, offs, live, log_prob, num_sequences, length, settings, choices, SURROGATE: tl.constexpr
+):  # fmt: skip
     """Terms of tokens with their own ratio or the one their sequence shares."""
     shared = None
     if scores.log_ratio_ptr is not None:
-        index = tl.load(scores.index_ptr + offs, mask=live, other=0)
+        index = sequence_of(scores.offsets_ptr, offs, live, num_sequences, length)
         shared = tl.load(scores.log_ratio_ptr + index, mask=live, other=0.0)
     return token_terms(rows, offs, live, log_prob, shared, settings, choices, SURROGATE, False)
 
 
-@triton.jit
-def sequence_kernel(rows, scores, offsets_ptr, numbers, choices, SURROGATE: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["length", "upstream_stride"])
+def sequence_kernel(
+    rows, scores, upstream_ptr, numbers, choices, length, upstream_stride, SURROGATE: tl.constexpr, BLOCK: tl.constexpr
+):
     """One sequence per program: mean log-ratio (GSPO, arXiv 2507.18071, Eq. 7) and, if asked for, its slope."""
     sequence = tl.program_id(0)
-    start, stop = tl.load(offsets_ptr + sequence), tl.load(offsets_ptr + sequence + 1)
+    start, stop = bounds_of(scores.offsets_ptr, sequence, length)
     dtype: tl.constexpr = scores.log_probs_ptr.dtype.element_ty
     settings = read_settings(numbers, dtype)
     total, count = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], tl.int32)
@@ -68,21 +83,21 @@ def sequence_kernel(rows, scores, offsets_ptr, numbers, choices, SURROGATE: tl.c
         total += tl.where(live, log_ratio, 0.0)
         count += counted.to(tl.int32)
     # Added up as floats, which is exact to 2^24: a sum of another type takes registers that there are not.
-    length = tl.maximum(tl.sum(count.to(dtype), axis=0), 1.0)
-    mean = divide(tl.sum(total, axis=0), length)
+    number = tl.maximum(tl.sum(count.to(dtype), axis=0), 1.0)
+    mean = divide(tl.sum(total, axis=0), number)
     tl.store(scores.log_ratio_ptr + sequence, mean)
     if scores.slope_ptr is not None:
         # Read again: kept since the first sweep, what is known of them takes a register too many.
-        start, stop = tl.load(offsets_ptr + sequence), tl.load(offsets_ptr + sequence + 1)
+        start, stop = bounds_of(scores.offsets_ptr, sequence, length)
         slopes = tl.zeros([BLOCK], dtype)
         shared = slopes + mean
         for first in range(start, stop, BLOCK):
             offs = first + tl.arange(0, BLOCK)
             _, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, stop)
             terms = token_terms(rows, offs, live, log_prob, shared, settings, choices, SURROGATE, True)
-            factor = tl.load(rows.factor_ptr + offs, mask=live, other=0.0)
+            factor = factors(rows, upstream_ptr, upstream_stride, offs, live)
             slopes += tl.where(live, factor * terms.slope, 0.0)
-        tl.store(scores.slope_ptr + sequence, divide(tl.sum(slopes, axis=0), length))
+        tl.store(scores.slope_ptr + sequence, divide(tl.sum(slopes, axis=0), number))
 
 
 @triton.jit
@@ -105,23 +120,24 @@ def outside_vocab(tokens_ptr, offs, counted, vocab):
         return counted & ((token < 0) | (token >= vocab))
 
 
-@triton.jit(do_not_specialize=["num_rows", "vocab"])
+@triton.jit(do_not_specialize=["num_rows", "vocab", "num_sequences", "length"])
 def policy_loss_kernel(
-    rows, scores, losses_ptr, partials_ptr, numbers, choices, num_rows, vocab,
+    rows, scores, losses_ptr, partials_ptr, numbers, choices, num_rows, vocab, num_sequences, length,
     SURROGATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Losses of a block of tokens and its partial metrics."""
     settings = read_settings(numbers, scores.log_probs_ptr.dtype.element_ty)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     counted, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, num_rows)
-    terms = row_terms(rows, scores, offs, live, log_prob, settings, choices, SURROGATE)
+    terms = row_terms(rows, scores, offs, live, log_prob, num_sequences, length, settings, choices, SURROGATE)
     entropy = tl.zeros_like(log_prob)
     if scores.entropy_ptr is not None:
         entropy = tl.load(scores.entropy_ptr + offs, mask=live, other=0.0)
     factor = tl.load(rows.factor_ptr + offs, mask=counted, other=0.0)
     loss = terms.loss + settings.kl_coef * terms.kl_term - settings.entropy_coef * entropy
     loss = tl.where(live, factor * loss, 0.0)
-    tl.store(losses_ptr + offs, loss, mask=offs < num_rows)
+    if losses_ptr is not None:
+        tl.store(losses_ptr + offs, loss, mask=offs < num_rows)
 
     # From here on: the slots of `egpo_kernels.formulas.metrics.TOKEN`, in its order.
     log_ratio = tl.where(live, terms.log_ratio, 0.0)
@@ -150,25 +166,26 @@ def policy_loss_kernel(
     store_maxima(row_ptr + len(sums), maxima)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_sequences", "length", "upstream_stride"])
 def policy_loss_gradient_kernel(
-    rows, scores, slopes_ptr, bonus_ptr, numbers, choices, num_rows, SURROGATE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rows, scores, upstream_ptr, slopes_ptr, bonus_ptr, numbers, choices, num_rows, num_sequences, length,
+    upstream_stride, SURROGATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of token losses with respect to log-prob (slopes) and entropy (bonus)."""
     settings = read_settings(numbers, scores.log_probs_ptr.dtype.element_ty)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, num_rows)
-    terms = row_terms(rows, scores, offs, live, log_prob, settings, choices, SURROGATE)
-    factor = tl.load(rows.factor_ptr + offs, mask=live, other=0.0)
+    terms = row_terms(rows, scores, offs, live, log_prob, num_sequences, length, settings, choices, SURROGATE)
+    factor = factors(rows, upstream_ptr, upstream_stride, offs, live)
     if scores.slope_ptr is None:
         slope = slope_of(terms, factor, settings)
     else:
-        index = tl.load(scores.index_ptr + offs, mask=live, other=0)
+        index = sequence_of(scores.offsets_ptr, offs, live, num_sequences, length)
         slope = tl.where(terms.inside, tl.load(scores.slope_ptr + index, mask=live, other=0.0), 0.0)
         slope += factor * settings.kl_coef * terms.kl_slope
     tl.store(slopes_ptr + offs, tl.where(live, slope, 0.0), mask=offs < num_rows)
-    tl.store(bonus_ptr + offs, tl.where(live, -settings.entropy_coef * factor, 0.0), mask=offs < num_rows)
+    if bonus_ptr is not None:
+        tl.store(bonus_ptr + offs, tl.where(live, -settings.entropy_coef * factor, 0.0), mask=offs < num_rows)
 
 
 class Prepared(NamedTuple):
@@ -181,13 +198,20 @@ class Prepared(NamedTuple):
     options: dict[str, Any]
 
 
+class Upstream(NamedTuple):
+    """A gradient from upstream, 0-d or ``[N]``, and by how much it goes on from one token to the next."""
+
+    tensor: Tensor
+    stride: int
+
+
 def _prepare(
     log_probs: Tensor,
     entropy: Tensor | None,
     rows: Rows,
-    segments: list[Tensor],
+    segments: Segments,
     config: PolicyLossConfig,
-    want_slope: bool,
+    upstream: Upstream | None,
 ) -> Prepared:
     assert rows.advantages is not None and rows.factor is not None
     pointers = row_pointers(rows)
@@ -196,14 +220,14 @@ def _prepare(
     options = {"SURROGATE": SURROGATES[config.surrogate], **LAUNCH}
     scores = Scores(log_probs.contiguous(), None if entropy is None else entropy.contiguous())
     if config.pools:
-        offsets, index = segments
-        num_sequences = offsets.shape[0] - 1
-        spread = want_slope and config.ratio != "sequence_token"
-        shared = [log_probs.new_empty(num_sequences) if wanted else None for wanted in (True, spread)]
-        scores = Scores(*scores[:2], index.contiguous(), *shared)
-        if num_sequences:
-            offsets, launch = offsets.contiguous(), options | SEQUENCE_LAUNCH[log_probs.dtype]
-            sequence_kernel[(num_sequences,)](pointers, scores, offsets, numbers, choices, **launch)
+        count = segments.num_sequences
+        spread = upstream is not None and config.ratio != "sequence_token"
+        shared = [log_probs.new_empty(count) if wanted else None for wanted in (True, spread)]
+        scores = Scores(*scores[:2], as_bytes(segments.offsets), *shared)
+        if count:
+            launch = options | SEQUENCE_LAUNCH[log_probs.dtype]
+            given, stride = (None, 0) if upstream is None else upstream
+            sequence_kernel[(count,)](pointers, scores, given, numbers, choices, segments.length, stride, **launch)
     return Prepared(pointers, scores, numbers, choices, options)
 
 
@@ -211,31 +235,62 @@ def policy_loss(
     log_probs: Tensor,
     entropy: Tensor | None,
     rows: Rows,
-    segments: list[Tensor],
+    segments: Segments,
     config: PolicyLossConfig,
     vocab: int,
+    per_token: bool,
+    reported: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Reduced loss of each token ``[N]``, raw metrics; ``segments``: offsets ``[S + 1]``, index ``[N]``."""
+    """Loss (0-d, or reduced ``per_token [N]``) and the metrics vector, empty unless ``reported``."""
     num_rows = log_probs.shape[0]
-    losses = torch.empty_like(log_probs, memory_format=torch.contiguous_format)
+    losses = torch.empty_like(log_probs, memory_format=torch.contiguous_format) if per_token else None
+    loss = None if per_token else log_probs.new_empty(())
     partials = log_probs.new_empty(triton.cdiv(num_rows, LAUNCH["BLOCK"]), len(metrics.TOKEN.slots))
     if num_rows:
-        made = _prepare(log_probs, entropy, rows, segments, config, want_slope=False)
+        made = _prepare(log_probs, entropy, rows, segments, config, None)
         policy_loss_kernel[(partials.shape[0],)](
-            made.rows, made.scores, losses, partials, made.numbers, made.choices, num_rows, vocab, **made.options
+            made.rows,
+            made.scores,
+            losses,
+            partials,
+            made.numbers,
+            made.choices,
+            num_rows,
+            vocab,
+            segments.num_sequences,
+            segments.length,
+            **made.options,
         )
-    return losses, combine(partials, metrics.TOKEN)
+    vector = partials.new_empty(0)
+    if reported or loss is not None:
+        vector = combine(partials, metrics.TOKEN, loss, reported)
+    found = losses if loss is None else loss
+    assert found is not None
+    return found, vector
 
 
 def policy_loss_gradient(
-    log_probs: Tensor, entropy: Tensor | None, rows: Rows, segments: list[Tensor], config: PolicyLossConfig
+    log_probs: Tensor, rows: Rows, segments: Segments, config: PolicyLossConfig, upstream: Tensor, want_bonus: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the summed token losses with respect to ``log_probs`` and entropy, ``[N]`` each."""
+    """Gradient of the token losses times ``upstream`` (0-d or ``[N]``) by log-probs and, if wanted, entropy."""
     num_rows = log_probs.shape[0]
-    slopes, bonus = (torch.empty_like(log_probs, memory_format=torch.contiguous_format) for _ in range(2))
+    slopes = torch.empty_like(log_probs, memory_format=torch.contiguous_format)
+    bonus = torch.empty_like(slopes) if want_bonus else slopes.new_empty(0)
     if num_rows:
-        made = _prepare(log_probs, None, rows, segments, config, want_slope=True)
+        given = Upstream(upstream, upstream.stride(0) if upstream.dim() else 0)
+        made = _prepare(log_probs, None, rows, segments, config, given)
         policy_loss_gradient_kernel[(triton.cdiv(num_rows, LAUNCH["BLOCK"]),)](
-            made.rows, made.scores, slopes, bonus, made.numbers, made.choices, num_rows, **made.options
+            made.rows,
+            made.scores,
+            upstream,
+            slopes,
+            bonus if want_bonus else None,
+            made.numbers,
+            made.choices,
+            num_rows,
+            segments.num_sequences,
+            segments.length,
+            given.stride,
+            **made.options,
         )
     return slopes, bonus

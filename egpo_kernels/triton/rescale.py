@@ -1,13 +1,12 @@
 """Scaling a gradient that was computed ahead of its upstream gradient."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.triton.arithmetic import divide
-from egpo_kernels.triton.settings import as_arguments, read_number
+from egpo_kernels.triton.settings import as_arguments, read_number, triton_dtype
 
 BLOCK = 4096
 MAX_PROGRAMS = 2048
@@ -62,6 +61,6 @@ def rescale_(gradient: Tensor, upstream: Tensor, expected: float) -> None:
         width,
         outer_stride,
         inner_stride,
-        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+        DTYPE=triton_dtype(dtype),
         BLOCK=BLOCK,
     )

@@ -221,6 +221,9 @@ def ring_policy_loss_kernel(
                 fill_ring(ring, base, next_ptr, next_counted, vocab, launch)
                 put_zeros(out_ptr, extent, launch)
         else:
+            gl.store(log_probs_ptr + row, 0.0)
+            if ENTROPY:
+                gl.store(entropy_ptr + row, 0.0)
             fill_ring(ring, base, next_ptr, next_counted, vocab, launch)
             put_zeros(out_ptr, extent, launch)
         row, counted = after, next_counted

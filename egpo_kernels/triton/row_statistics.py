@@ -1,6 +1,5 @@
 """Forward only: log-prob, entropy, maximum and sum of exponentials of each row, in one read of the logits."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -8,7 +7,7 @@ from torch import Tensor
 from egpo_kernels.config.settings import Rows, compute_dtype
 from egpo_kernels.triton.arithmetic import LOG2_E
 from egpo_kernels.triton.launch import launch_for
-from egpo_kernels.triton.settings import read_temperature, row_pointers, temperature_of
+from egpo_kernels.triton.settings import read_temperature, row_pointers, temperature_of, triton_dtype
 from egpo_kernels.triton.softmax import (
     load_token,
     matrix,
@@ -24,9 +23,14 @@ def row_statistics_kernel(
     logits, rows, log_probs_ptr, entropy_ptr, maximum_ptr, sum_exp_ptr, numbers, length, extent,
     launch, DTYPE: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """One program a row; rows outside the mask are not read and keep their 0."""
+    """One program a row; rows outside the mask are not read and get 0."""
     row = tl.program_id(0)
     if tl.load(rows.mask_ptr + row) == 0:
+        tl.store(log_probs_ptr + row, 0.0)
+        tl.store(maximum_ptr + row, 0.0)
+        tl.store(sum_exp_ptr + row, 0.0)
+        if ENTROPY:
+            tl.store(entropy_ptr + row, 0.0)
         return
     row_ptr = row_pointer(logits, row, length, launch.aligned)
     inverse_temperature = row_inverse_temperature(rows, row, read_temperature(numbers, DTYPE))
@@ -46,8 +50,8 @@ def row_statistics(
     """Log-prob, entropy (``[0]`` unless wanted), maximum and sum of exponentials ``[N]``; 0 outside the mask."""
     num_rows = rows.mask.shape[0]
     dtype = compute_dtype(logits.dtype)
-    log_probs, maximum, sum_exp = (logits.new_zeros(num_rows, dtype=dtype) for _ in range(3))
-    entropy = logits.new_zeros(num_rows if want_entropy else 0, dtype=dtype)
+    log_probs, maximum, sum_exp = (logits.new_empty(num_rows, dtype=dtype) for _ in range(3))
+    entropy = logits.new_empty(num_rows if want_entropy else 0, dtype=dtype)
     if num_rows == 0:
         return log_probs, entropy, maximum, sum_exp
     where, length = matrix(logits)
@@ -63,7 +67,7 @@ def row_statistics(
         length,
         launched.extent,
         launched.launch,
-        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+        DTYPE=triton_dtype(dtype),
         ENTROPY=want_entropy,
         **launched.options,
     )

@@ -1,110 +1,124 @@
-"""Sums over segments of rows, and raw metrics: a partial vector per program, merged by one small launch."""
+"""Rows and the sequences they belong to: which rows count, how many of each sequence, and the mean over a sequence.
+
+Sequences are as long as one another (``length``), or lie between offsets.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from egpo_kernels.formulas.metrics import NOTHING, Table
+from egpo_kernels.formulas.rows import Measured
+from egpo_kernels.inputs import segments
+from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide
 
+IGNORED = tl.constexpr(segments.IGNORED)
 # Fewer warps, and the float64 kernel spills on a B200.
 SEGMENT = {"BLOCK": 1024, "num_warps": 8}
 
 
-@triton.jit
-def segment_total(values_ptr, mask_ptr, start, stop, BLOCK: tl.constexpr):
-    """Sum and number of the counted ``values[start:stop]``; values that do not count are never read."""
-    total = tl.zeros([BLOCK], values_ptr.dtype.element_ty)
-    count = tl.zeros([BLOCK], tl.int32)
-    for first in range(start, stop, BLOCK):
-        offs = first + tl.arange(0, BLOCK)
-        counted = offs < stop
-        if mask_ptr is not None:
-            counted = counted & (tl.load(mask_ptr + offs, mask=counted, other=0) != 0)
-        total += tl.load(values_ptr + offs, mask=counted, other=0.0)
-        count += counted.to(tl.int32)
-    return tl.sum(total, axis=0), tl.sum(count, axis=0)
+class Flags(NamedTuple):
+    """What decides which rows count, each None where it was not given; tokens only where there is no mask."""
+
+    mask_ptr: Any
+    tokens_ptr: Any
+    entropy_mask_ptr: Any
 
 
-@triton.jit
-def segment_mean_kernel(values_ptr, mask_ptr, offsets_ptr, means_ptr, counts_ptr, BLOCK: tl.constexpr):
-    """One segment per program: the mean of its counted values, at least 0; NaN where it is not finite."""
-    segment = tl.program_id(0)
-    start, stop = tl.load(offsets_ptr + segment), tl.load(offsets_ptr + segment + 1)
-    total, count = segment_total(values_ptr, mask_ptr, start, stop, BLOCK)
-    mean = divide(total, tl.maximum(count, 1).to(total.dtype))
-    known = (count > 0) & (tl.abs(mean) < float("inf"))
-    tl.store(means_ptr + segment, tl.where(known, tl.maximum(mean, 0.0), float("nan")))
-    tl.store(counts_ptr + segment, count)
-
-
-def sequence_uncertainty(values: Tensor, mask: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return H ``[S]`` (Eq. 5/6), NaN where a sequence has none, and its counted tokens ``[S]``."""
-    num_sequences = offsets.shape[0] - 1
-    uncertainty, counts = values.new_empty(num_sequences), offsets.new_empty(num_sequences, dtype=torch.int32)
-    segment_mean_kernel[(num_sequences,)](
-        values.contiguous(), as_bytes(mask), offsets.contiguous(), uncertainty, counts, **SEGMENT
-    )
-    return uncertainty, counts
+def flags_of(mask: Tensor | None, tokens: Tensor | None, entropy_mask: Tensor | None = None) -> Flags:
+    """Tensors as a kernel reads them."""
+    return Flags(as_bytes(mask), as_bytes(tokens) if mask is None else None, as_bytes(entropy_mask))
 
 
 def as_bytes(flags: Tensor | None) -> Tensor | None:
-    """Bools as a kernel reads them."""
-    return None if flags is None else flags.contiguous().view(torch.uint8)
+    """A contiguous tensor, bools as bytes."""
+    if flags is None:
+        return None
+    flags = flags.contiguous()
+    return flags.view(torch.uint8) if flags.dtype == torch.bool else flags
 
 
 @triton.jit
-def highest(values):
-    """Largest along the first axis, NaN if any is NaN: alone, tl.max drops NaN on a GPU."""
-    broken = tl.sum((values != values).to(tl.int32), axis=0)
-    return tl.where(broken > 0, float("nan"), tl.max(values, axis=0))
+def counted_rows(flags, offs, stop):
+    """Which of the rows ``offs`` count, of those before ``stop``."""
+    counted = offs < stop
+    if flags.mask_ptr is not None:
+        counted = counted & (tl.load(flags.mask_ptr + offs, mask=counted, other=0) != 0)
+    elif flags.tokens_ptr is not None:
+        counted = counted & (tl.load(flags.tokens_ptr + offs, mask=counted, other=0).to(tl.int64) != IGNORED)
+    if flags.entropy_mask_ptr is not None:
+        counted = counted & (tl.load(flags.entropy_mask_ptr + offs, mask=counted, other=0) != 0)
+    return counted
 
 
 @triton.jit
-def store_sums(slot_ptr, values):
-    """Store the sum of each block of lanes in the tuple ``values``, one slot after the other."""
-    for slot in tl.static_range(len(values)):
-        tl.store(slot_ptr + slot, tl.sum(values[slot].to(slot_ptr.dtype.element_ty), axis=0))
-
-
-@triton.jit
-def store_maxima(slot_ptr, values):
-    """Store the largest lane of each block in the tuple ``values``, one slot after the other."""
-    for slot in tl.static_range(len(values)):
-        tl.store(slot_ptr + slot, highest(values[slot].to(slot_ptr.dtype.element_ty)))
-
-
-@triton.jit(do_not_specialize=["num_partials"])
-def combine_kernel(
-    partials_ptr, raw_ptr, num_partials, NUM_SUMS: tl.constexpr, NUM_SLOTS: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-):  # fmt: skip
-    """Merge partial raw metrics: the first ``NUM_SUMS`` slots add up, of the others the largest stays."""
-    dtype = partials_ptr.dtype.element_ty
-    slots = tl.arange(0, BLOCK_SLOTS)
-    is_sum = (slots < NUM_SUMS)[None, :]
-    total = tl.zeros([BLOCK, BLOCK_SLOTS], dtype)
-    best = tl.full([BLOCK, BLOCK_SLOTS], float("-inf"), dtype)
-    for first in range(0, num_partials, BLOCK):
-        offs = first + tl.arange(0, BLOCK)
-        valid = (offs < num_partials)[:, None] & (slots < NUM_SLOTS)[None, :]
-        partial_ptrs = partials_ptr + offs[:, None] * NUM_SLOTS + slots[None, :]
-        partial = tl.load(partial_ptrs, mask=valid, other=float("-inf"))
-        total += tl.where(valid & is_sum, partial, 0.0)
-        best = tl.where((partial > best) | (partial != partial), partial, best)
-    raw = tl.where(slots < NUM_SUMS, tl.sum(total, axis=0), highest(best))
-    tl.store(raw_ptr + slots, raw, mask=slots < NUM_SLOTS)
-
-
-def combine(partials: Tensor, table: Table) -> Tensor:
-    """Merge ``partials [programs, K]`` to the raw vector ``[K]`` of ``table``."""
-    num_partials, num_slots = partials.shape
-    raw = partials.new_zeros(num_slots)
-    if num_partials:
-        block_slots = triton.next_power_of_2(num_slots)
-        sizes = {"NUM_SUMS": len(table.sums), "NUM_SLOTS": num_slots, "BLOCK": 2048 // block_slots}
-        combine_kernel[(1,)](partials, raw, num_partials, **sizes, BLOCK_SLOTS=block_slots)
+def bounds_of(offsets_ptr, sequence, length):
+    """First row of a sequence, and the first after it."""
+    if offsets_ptr is None:
+        start = tl.cast(sequence, tl.int64) * length
+        return start, start + length
     else:
-        raw[len(table.sums) :] = NOTHING
-    return raw
+        return tl.load(offsets_ptr + sequence), tl.load(offsets_ptr + sequence + 1)
+
+
+@triton.jit
+def sequence_of(offsets_ptr, offs, inside, num_sequences, length):
+    """The sequence of each row ``offs`` that is ``inside`` one: by division, or by halving between offsets."""
+    if offsets_ptr is None:
+        return offs // length
+    else:
+        low = offs * 0
+        high = low + num_sequences - 1
+        span = num_sequences
+        while span > 1:
+            middle = (low + high) // 2
+            ended = tl.load(offsets_ptr + middle + 1, mask=inside, other=0) <= offs
+            low, high = tl.where(ended, tl.minimum(middle + 1, high), low), tl.where(ended, high, middle)
+            span = (span + 1) // 2
+        return low
+
+
+@triton.jit(do_not_specialize=["length"])
+def segment_mean_kernel(
+    values_ptr, flags, offsets_ptr, means_ptr, counts_ptr, length, NEGATED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One sequence per program: the mean of its counted values, at least 0; NaN where it is not finite."""
+    sequence = tl.program_id(0)
+    dtype: tl.constexpr = means_ptr.dtype.element_ty
+    start, stop = bounds_of(offsets_ptr, sequence, length)
+    total, count = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], tl.int32)
+    for first in range(start, stop, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        counted = counted_rows(flags, offs, stop)
+        total += tl.load(values_ptr + offs, mask=counted, other=0.0).to(dtype)
+        count += counted.to(tl.int32)
+    number = tl.sum(count, axis=0)
+    mean = divide(tl.sum(total, axis=0), tl.maximum(number, 1).to(dtype))
+    if NEGATED:
+        mean = -mean
+    known = (number > 0) & (tl.abs(mean) < float("inf"))
+    tl.store(means_ptr + sequence, tl.where(known, tl.maximum(mean, 0.0), float("nan")))
+    tl.store(counts_ptr + sequence, number)
+
+
+def sequence_uncertainty(measured: Measured, rows: Segments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return H ``[S]`` (Eq. 5/6), NaN where a sequence has none, and its counted tokens ``[S]`` int32."""
+    values = measured.values
+    assert values is not None
+    uncertainty = values.new_empty(rows.num_sequences, dtype=dtype)
+    counts = values.new_empty(rows.num_sequences, dtype=torch.int32)
+    flags = flags_of(measured.mask, measured.tokens, measured.entropy_mask)
+    segment_mean_kernel[(rows.num_sequences,)](
+        values.contiguous(),
+        flags,
+        as_bytes(rows.offsets),
+        uncertainty,
+        counts,
+        rows.length,
+        measured.negated,
+        **SEGMENT,
+    )
+    return uncertainty, counts

@@ -72,6 +72,11 @@ def row_pointers(rows: Rows) -> RowPointers:
     return RowPointers(rows.mask.contiguous().view(torch.uint8), *dense[1:])
 
 
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """What kernels compute in for ``dtype``."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
 def as_arguments(values: Iterable[float], dtype: torch.dtype) -> tuple[float, ...]:
     """Numbers as a kernel argument: one float each, or three for ``dtype`` float64, which `read_number` puts together.
 

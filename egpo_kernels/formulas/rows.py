@@ -1,0 +1,115 @@
+"""From what the caller gave to the rows ``[N]`` that every backend reads: mask, reduction factor, spread values."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.formulas.reduction import reduction_factor
+from egpo_kernels.inputs.layout import Kind
+from egpo_kernels.inputs.segments import Segments, counted_rows
+
+Given = tuple[Tensor | None, ...]
+"""What the caller gave in the order of `Rows`, flat, of any dtype; nothing for the factor."""
+
+
+class Wanted(NamedTuple):
+    """What rows are made for: a loss, or (None) log-probs alone; the numbers' dtype, and which rows it looks at."""
+
+    config: PolicyLossConfig | None
+    dtype: torch.dtype
+    only_active: bool
+
+    def made(self, given: Given, kinds: Sequence[int], packed: bool) -> tuple[bool, ...]:
+        """Which of the rows must be made; the others are what was given."""
+        mask, tokens, *numbers = given
+        masked = mask is not None and mask.dtype == torch.bool and not packed and not self.drops
+        ids = tokens is not None and tokens.dtype != torch.long
+        spread = [
+            values is not None and (kind != Kind.PER_TOKEN or values.dtype != self.dtype)
+            for values, kind in zip(numbers, kinds[2:], strict=True)
+        ]
+        spread[2] = self.config is not None
+        return (not masked, ids, *spread)
+
+    @property
+    def drops(self) -> bool:
+        """Whether rows whose gradient is known to be 0 are not looked at."""
+        config = self.config
+        return self.only_active and config is not None and config.kl_coef == 0 and config.entropy_coef == 0
+
+
+class Counts(NamedTuple):
+    """Tokens and sequences that count in the whole batch, as the caller gave them; None: those here."""
+
+    tokens: Tensor | float | None = None
+    sequences: Tensor | float | None = None
+
+
+def token_rows(
+    given: Given,
+    kinds: Sequence[int],
+    segments: Segments,
+    poison: Tensor | None,
+    counts: Counts,
+    wanted: Wanted,
+    device: torch.device,
+) -> Rows:
+    """Rows in the dtypes that kernels read; ``poison`` (0-d, NaN where the layout is not sound) is in the factor."""
+    mask, tokens, *numbers = given
+    counted = counted_rows(mask, tokens, segments.offsets, segments.num_rows, device)
+
+    def spread(values: Tensor | None, kind: int) -> Tensor | None:
+        if values is None:
+            return None
+        values = values.to(wanted.dtype)
+        if kind == Kind.PER_SEQUENCE:
+            return segments.spread(values)
+        return values.expand(segments.num_rows) if kind == Kind.FOR_ALL else values
+
+    heats, advantages, _, *others = map(spread, numbers, kinds[2:])
+    rows = Rows(counted, None if tokens is None else tokens.long(), heats, advantages, None, *others)
+    if wanted.config is None:
+        return rows
+    factor = reduction_factor(counted, segments, wanted.config, counts.tokens, counts.sequences, wanted.dtype)
+    rows = rows._replace(factor=factor if poison is None else factor * poison.to(wanted.dtype))
+    return rows._replace(mask=_active(rows, segments, wanted.config)) if wanted.drops else rows
+
+
+def _active(rows: Rows, segments: Segments, config: PolicyLossConfig) -> Tensor:
+    """Counted rows whose gradient is not known to be zero before they are read."""
+    assert rows.advantages is not None
+    active = rows.mask & (rows.advantages != 0)
+    if rows.rollout_weights is not None:
+        active = active & (rows.rollout_weights != 0)
+    # A shared ratio needs every token of the sequences that have an active one.
+    return rows.mask & segments.spread(segments.counts(active) > 0) if config.pools else active
+
+
+class Measured(NamedTuple):
+    """What a sequence's uncertainty is the mean of, flat ``[N]``, and where it counts, as the caller gave it."""
+
+    values: Tensor | None = None
+    mask: Tensor | None = None
+    tokens: Tensor | None = None
+    entropy_mask: Tensor | None = None
+    negated: bool = False
+
+    def rows(self, segments: Segments, dtype: torch.dtype, counted: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Values and where they count, of the ``counted [N]``: ``[S, T]`` each, or ``[N]`` where packed."""
+        if self.values is None:
+            return None, None
+        values = self.values.to(dtype)
+        values = -values if self.negated else values
+        if self.entropy_mask is not None:
+            counted = counted & (self.entropy_mask != 0)
+        if segments.offsets is not None:
+            return values, counted
+        shape = (segments.num_sequences, segments.length)
+        return values.view(shape), counted.view(shape)
+
+    def counted(self, segments: Segments, device: torch.device) -> Tensor:
+        """Rows ``[N]`` that count."""
+        return counted_rows(self.mask, self.tokens, segments.offsets, segments.num_rows, device)
