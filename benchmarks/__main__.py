@@ -3,6 +3,7 @@
     python -m benchmarks logits                         # [512 x 151936] on this CPU, float32 and bfloat16
     python -m benchmarks linear --linear 2048x576x49152 # from hidden states [2048 x 576] and a head of 49152
     python -m benchmarks all --device cuda --tokens 2048,8192,32768 --out results
+    python -m benchmarks host                           # what a call costs the host: see benchmarks/host.py
 
 Writes benchmarks.json, benchmarks.md and pictures to --out; the first two after every round, so that a run that is
 killed has written what it knew.
@@ -33,6 +34,8 @@ DEFAULTS = {
         "linear": [(8192, 4096, 131072), (8192, 2048, 151936)], "rounds": 20,
     },
 }  # fmt: skip
+HOST = "host"
+"""The subcommand that has arguments of its own."""
 LONG_ROUNDS = 7
 """Calls as long as those of linear vary little."""
 
@@ -90,6 +93,11 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Measure, print, write."""
+    if sys.argv[1:2] == [HOST]:
+        from benchmarks import host  # wants triton, which the others do without
+
+        host.main(sys.argv[2:])
+        return
     options = arguments()
     chosen = [name for name in WORKLOADS if options.what == "all" or name.startswith(options.what)]
     machine, bandwidth = describe(options.device), copy_bandwidth(options.device)

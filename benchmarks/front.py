@@ -26,8 +26,11 @@ ROWS = ("logits", "log-probs", "linear", "linear-frozen", "advantages", "policy-
 PICTURED = {"logits": "From logits", "linear": "From hidden states"}
 NOTES = """
 Median time of a call, and the memory it takes beside its inputs; **bold** is the fastest, * is further from float64
-than rounding explains, - is not offered there or wants a GPU.
+than rounding explains, - is not offered there or wants a GPU.{host}
 """
+HOST_NOTES = """ The host's rows: CPU time with launches
+stubbed, launches of its own kernels + of torch's; see [counts](docs/counts.md#what-a-call-costs-the-host)."""
+HOST_ROWS = ("logits_policy_loss", "egpo_loss")
 
 
 class Theme(NamedTuple):
@@ -64,14 +67,33 @@ def contenders(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def table(reports: Sequence[Report]) -> str:
-    """A row a workload, a column a family, and where it was measured."""
+def table(reports: Sequence[Report], host: Report | None = None) -> str:
+    """A row a workload, a column a family, and where it was measured; then what calls cost the ``host``."""
     rows = []
     for workload in ROWS:
         records = leading(reports, workload)
         rows.append([f"{WORKLOADS[workload].title}, {size(case_of(records[0]))}", *_cells(records)])
-    where = "\n".join(f"- {headline(report['machine'])}" for report in reports)
-    return f"{tables.table(['', *COLUMNS.values()], rows)}\n{NOTES}\n{where}\n"
+    for call in HOST_ROWS if host else ():
+        rows.append([f"host time of `{call}`, forward and backward", *_host_cells(host, call)])
+    measured = [*reports, *([host] if host else [])]
+    where = "\n".join(f"- {headline(report['machine'])}" for report in measured)
+    notes = NOTES.format(host=HOST_NOTES if host else "")
+    return f"{tables.table(['', *COLUMNS.values()], rows)}\n{notes}\n{where}\n"
+
+
+def _host_cells(host: Report, call: str) -> list[str]:
+    found = contenders([one for one in host["results"] if one["call"] == call])
+    fastest = min(found.values(), key=_seconds)
+    cells = []
+    for family in COLUMNS:
+        one = found.get(family)
+        if one is None:
+            cells.append("-")
+            continue
+        time = duration(_seconds(one))
+        launches = f"{len(one['launches'])} + {len(one['operations'])} launches"
+        cells.append(f"{f'**{time}**' if one is fastest else time}<br>{launches}")
+    return cells
 
 
 def _cells(records: list[dict[str, Any]]) -> list[str]:

@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import front
+from benchmarks import front, host_table
 from benchmarks.counts import table
 from benchmarks.machine import ROOT, headline
 from benchmarks.pictures import draw
@@ -59,7 +59,8 @@ def on_a_cpu(results: Path) -> list[Report]:
 def drawn(text: str, results: Path = RESULTS) -> str:
     """``text`` with every section of figures drawn anew."""
     figures = {
-        "summary": lambda: front.table(on_a_cpu(results)),
+        "summary": lambda: front.table(on_a_cpu(results), json.loads((results / "host" / "host.json").read_text())),
+        "host": lambda: host_table.markdown(json.loads((results / "host" / "host.json").read_text())),
         "cpu": lambda: measured(results, on_cpu=True, hidden=False),
         "linear": lambda: measured(results, on_cpu=True, hidden=True),
         "gpu": lambda: measured(results, on_cpu=False),

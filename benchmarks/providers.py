@@ -55,12 +55,13 @@ def answer(loss: Tensor, batch: Batch) -> Outputs:
     return {"loss": loss} | {name: leaf.grad for name, leaf in batch.leaves.items()}
 
 
-def _gathered(logits: Tensor, tokens: Tensor) -> Tensor:
+def gathered(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probs of the tokens, as users write it."""
     return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
 def _by_hand(logits: Tensor, batch: Batch) -> Tensor:
-    return clipped_loss(_gathered(logits.float(), batch.tokens), batch)
+    return clipped_loss(gathered(logits.float(), batch.tokens), batch)
 
 
 def eager_logits(batch: Batch) -> Outputs:
@@ -70,7 +71,7 @@ def eager_logits(batch: Batch) -> Outputs:
 
 def native_logits(batch: Batch) -> Outputs:
     """As `eager_logits`, with log_softmax in the dtype of the logits: less accurate, less memory."""
-    return answer(clipped_loss(_gathered(batch.logits, batch.tokens).float(), batch), batch)
+    return answer(clipped_loss(gathered(batch.logits, batch.tokens).float(), batch), batch)
 
 
 def eager_logits_and_entropy(batch: Batch) -> Outputs:

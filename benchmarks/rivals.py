@@ -91,15 +91,17 @@ def _cut_cross_entropy(implementation: str) -> Run:
     return _on_negative_log_probs(score)
 
 
+def trl_linear_log_probs(batch: Batch, outputs: tuple[str, ...] = ()) -> torch.Tensor:
+    """Log-probs of hidden states times the head; the ``outputs`` beside them are made and dropped."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    hidden, tokens = batch.hidden.flatten(0, 1), batch.tokens.flatten()
+    found = ChunkedLogProbFunction.apply(hidden, batch.weight, None, tokens, 1.0, TRL_CHUNK, None, 1.0, outputs)
+    return found[0].view(batch.mask.shape)
+
+
 def _trl_linear(outputs: tuple[str, ...]) -> Run:
-    def run(batch: Batch) -> Outputs:
-        from trl.kernels import ChunkedLogProbFunction
-
-        hidden, tokens = batch.hidden.flatten(0, 1), batch.tokens.flatten()
-        found = ChunkedLogProbFunction.apply(hidden, batch.weight, None, tokens, 1.0, TRL_CHUNK, None, 1.0, outputs)
-        return answer(clipped_loss(found[0].view(batch.mask.shape), batch), batch)
-
-    return run
+    return lambda batch: answer(clipped_loss(trl_linear_log_probs(batch, outputs), batch), batch)
 
 
 def liger_log_probs(batch: Batch) -> Outputs:

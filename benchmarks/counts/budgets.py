@@ -1,4 +1,4 @@
-"""What our launch cases and kernels may cost. A worse figure fails
+"""What our launch cases, kernels and public functions may cost. A worse figure fails
 `tests/benchmarks/test_budgets.py`; a better one asks to be written down here: a limit more than `SLACK` above its
 figure fails too.
 
@@ -32,6 +32,13 @@ class KernelBudget(NamedTuple):
     registers: tuple[int, int, int, int]
     shared: tuple[int, int, int, int] = (0, 0, 0, 0)
     stack: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+class CallBudget(NamedTuple):
+    """Launches of a public function, forward and backward: of our kernels, and of torch's own."""
+
+    launches: int
+    operations: int
 
 
 # In the order of the fields above.
@@ -76,6 +83,29 @@ KERNELS = {
     "combine_kernel": KernelBudget((120, 120, 120, 72), (1024, 1024, 1024, 2048)),
 }
 
+CALLS = {
+    "egpo_loss, padded": CallBudget(7, 65),
+    "group_advantages, padded": CallBudget(3, 25),
+    "linear_egpo_loss, padded": CallBudget(8, 75),
+    "linear_policy_loss, padded": CallBudget(5, 59),
+    "linear_token_log_probs, padded": CallBudget(2, 30),
+    "logits_policy_loss, padded": CallBudget(4, 49),
+    "policy_loss, padded": CallBudget(3, 48),
+    "token_log_probs, padded": CallBudget(2, 12),
+    "logits_policy_loss, padded, no metrics": CallBudget(4, 51),
+    "egpo_loss, padded, no metrics": CallBudget(7, 67),
+    "egpo_loss, packed": CallBudget(7, 72),
+    "group_advantages, packed": CallBudget(3, 32),
+    "linear_egpo_loss, packed": CallBudget(8, 82),
+    "linear_policy_loss, packed": CallBudget(5, 66),
+    "linear_token_log_probs, packed": CallBudget(2, 29),
+    "logits_policy_loss, packed": CallBudget(4, 56),
+    "policy_loss, packed": CallBudget(3, 55),
+    "token_log_probs, packed": CallBudget(2, 11),
+    "logits_policy_loss, packed, no metrics": CallBudget(4, 58),
+    "egpo_loss, packed, no metrics": CallBudget(7, 74),
+}
+
 
 def problem(owner: str, name: str, value: float, limit: float) -> str | None:
     """What is wrong with a counted figure, if anything."""
@@ -109,3 +139,9 @@ def kernel_problems(cases: list[dict[str, Any]], kernel: str) -> list[str]:
         for name, limits in KERNELS[kernel]._asdict().items():
             found.append(problem(f"{kernel} on {target}", name, max(row[name] for row in rows), limits[place]))
     return list(filter(None, found))
+
+
+def call_problems(call: dict[str, Any]) -> list[str]:
+    """What is wrong with the launches of a call of `calls.cases`."""
+    limits = CALLS[call["name"]]._asdict().items()
+    return list(filter(None, (problem(call["name"], name, len(call[name]), limit) for name, limit in limits)))

@@ -21,7 +21,7 @@ def operations(run: Callable[[], object]) -> list[str]:
     """Names of the operations of ``run`` that would launch a kernel, in order.
 
     Raises:
-        RuntimeError: Nothing was recorded, or an operation without its overload, by which it is told what it does.
+        RuntimeError: Another profiler is running.
     """
     named = _ExperimentalConfig(capture_overload_names=True)
     with profile(
@@ -104,7 +104,8 @@ def _computes(operation: Any) -> bool:
     alias = returned[0].alias_info if returned else None
     is_view = torch.Tag.inplace_view in operation.tags or (alias is not None and not alias.is_write)
     of_tensors = any("Tensor" in str(one.type) for one in returned)
-    return of_tensors and not is_view and "empty" not in operation._schema.name
+    # `_unsafe_view` does not say that it is one.
+    return of_tensors and not is_view and not any(kind in operation._schema.name for kind in ("empty", "_view"))
 
 
 @functools.cache

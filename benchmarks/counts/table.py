@@ -13,9 +13,9 @@ COLUMNS = (
 NONE = "-"
 NOTES = """\
 `e` is one pass over the logits `[N, V]`. Triton launches, in brackets those that touch the logits or their gradient;
-torch's own operations over tokens are not counted, here or there. Read: what a perfect cache leaves for memory within a
-launch, then as issued; extra: memory as large as the logits that is allocated beside them. Counted at
-[{tokens} x {traffic_vocab}] under the interpreter.
+torch's own operations over tokens are not in them, here or there: `python -m benchmarks host` counts those. Read: what
+a perfect cache leaves for memory within a launch, then as issued; extra: memory as large as the logits that is
+allocated beside them. Counted at [{tokens} x {traffic_vocab}] under the interpreter.
 
 Machine code for a vocabulary of {code_vocab}, bfloat16, temperature 1, for {target}: registers of a thread, bytes of a
 load, instructions and special-function operations (MUFU) per element, a number for each sweep over the logits: of the

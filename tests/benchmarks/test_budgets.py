@@ -10,7 +10,18 @@ pytest.importorskip("triton")
 import torch
 import triton
 
-from benchmarks.counts.budgets import CASES, KERNELS, TARGETS, WIDTH, case_problems, kernel_problems, problem
+from benchmarks.counts.budgets import (
+    CALLS,
+    CASES,
+    KERNELS,
+    TARGETS,
+    WIDTH,
+    call_problems,
+    case_problems,
+    kernel_problems,
+    problem,
+)
+from benchmarks.counts.calls import LAYOUTS, public
 from benchmarks.counts.cases import PACKAGES, Case
 from benchmarks.counts.collect import collect, printed, together
 from benchmarks.counts.launches import VOCAB
@@ -46,6 +57,24 @@ def counts(made):
 def options(made):
     """Every kernel of the package in every dtype and option, for an H100 or H200."""
     return made["options"]
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory):
+    """What every public function launches, each in a process that compiles its kernels."""
+    return made_once(tmp_path_factory, "calls", lambda: printed("calls"))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_public_function_launches_what_its_budget_says(calls, name):
+    problems = call_problems(next(call for call in calls if call["name"] == name))
+    assert not problems, "\n".join(problems)
+
+
+def test_every_public_function_that_computes_has_a_budget_in_each_layout(calls):
+    assert [call["name"] for call in calls] == list(CALLS)
+    assert len(public()) == 8
+    assert {f"{name}, {layout}" for name in public() for layout in LAYOUTS} <= set(CALLS)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -21,7 +21,7 @@ MEBIBYTE = 2**20
 
 def test_figures_are_those_of_the_results():
     named = re.findall("<!-- figures: (.*) -->", "".join(PAGES.values()))
-    assert sorted(named) == ["counts", "cpu", "gpu", "linear", "summary"]
+    assert sorted(named) == ["counts", "cpu", "gpu", "host", "linear", "summary"]
     for page, text in PAGES.items():
         assert drawn(text) == text, f"{page}: run python -m benchmarks.pages"
 
@@ -88,6 +88,21 @@ def test_the_readmes_table_says_who_is_faster():
 def test_who_is_wrong_is_never_the_fastest_of_the_readmes_table():
     for row in rows(report(TRL={"wrong": True})):
         assert row[1] == "**2 s**<br>3 MiB" and row[4] == "1 s*<br>1 MiB"
+
+
+def test_the_readmes_table_ends_with_what_calls_cost_the_host():
+    def one(family, median, **more):
+        found = {"call": "logits_policy_loss", "provider": family, "family": family, "refused": None}
+        return found | {"seconds": {"median": median}, "launches": ["a"], "operations": ["b", "c"]} | more
+
+    results = [one("egpo_kernels", 2e-3), one("Liger", 1e-3), one("egpo_kernels", 9.0), one("TRL", 0, refused="no")]
+    results += [found | {"call": "egpo_loss"} for found in results]
+    text = front.table([report()], {"machine": MACHINE | {"cpu": "slide rule"}, "results": results})
+    for row, call in zip(text.splitlines()[2 + len(WORKLOADS) :], front.HOST_ROWS, strict=False):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert call in cells[0]
+        assert cells[1:] == ["2 ms<br>1 + 2 launches", "-", "-", "-", "**1 ms**<br>1 + 2 launches", "-"]
+    assert "slide rule" in text and "launches" in text.splitlines()[-4]
 
 
 def test_a_workload_that_no_report_has_is_named():
