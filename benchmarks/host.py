@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.counts.cases import PACKAGES
 from benchmarks.counts.operations import operations
 from benchmarks.counts.stubbed import stubbed
 from benchmarks.host_calls import DTYPE, HIDDEN_SIZE, LENGTH, VOCAB, calls, make_batch
 from benchmarks.host_table import markdown
 from benchmarks.machine import describe
 from benchmarks.providers import OURS, Provider
-from benchmarks.rivals import PACKAGES
 from benchmarks.session import reason
 from benchmarks.timing import make_ready
 from benchmarks.workloads import GROUP, SEQUENCES, Batch
@@ -108,7 +108,7 @@ def make_report(rounds: int) -> dict[str, Any]:
         "sequences": SEQUENCES, "length": LENGTH, "vocab": VOCAB, "hidden": HIDDEN_SIZE, "dtype": DTYPE,
         "responses": 2 * GROUP,
     }  # fmt: skip
-    versions = {package: version(package) or "not installed" for package in PACKAGES}
+    versions = {package: version(package) or "not installed" for package in PACKAGES.values()}
     machine = describe("cpu") | {"threads": 1}
     return {"machine": machine, "rivals": versions, "shape": shape, "rounds": rounds, "results": measure(rounds)}
 

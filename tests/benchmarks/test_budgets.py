@@ -71,6 +71,20 @@ def test_a_public_function_launches_what_its_budget_says(calls, name):
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.parametrize(("more", "said"), [(1, "worse than its budget"), (-20, "better than its budget")])
+def test_a_public_function_that_launches_more_or_far_less_is_a_problem(calls, more, said):
+    call = dict(calls[0])
+    call["operations"] = (call["operations"] + ["add"])[: len(call["operations"]) + more]
+    (found,) = call_problems(call)
+    assert found.startswith(f"{call['name']}: operations") and said in found
+
+
+def test_no_public_function_looks_for_places_on_the_device(calls):
+    """Their number would have to come to the host, which would wait for it; on CPU tensors it need not."""
+    waiting = {"nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
+    assert not [call["name"] for call in calls if waiting & set(call["operations"])]
+
+
 def test_every_public_function_that_computes_has_a_budget_in_each_layout(calls):
     assert [call["name"] for call in calls] == list(CALLS)
     assert len(public()) == 8
