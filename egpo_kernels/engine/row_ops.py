@@ -85,7 +85,14 @@ def token_rows(
     rows = implementation(backend).token_rows(
         tuple(given), kinds, Segments(size[0], size[1], offsets[0]), offsets[1], whole, wanted, device
     )
-    return [row for row, fresh in zip(rows, made, strict=True) if fresh]
+    return [_apart(row, tensor) for row, tensor, fresh in zip(rows, given, made, strict=True) if fresh]
+
+
+def _apart(row: Tensor, tensor: Tensor | None) -> Tensor:
+    """A row that is no view of what was given, which no operator may return."""
+    return (
+        row.clone() if tensor is not None and row.untyped_storage()._cdata == tensor.untyped_storage()._cdata else row
+    )
 
 
 def _fake_advantages(rewards: Tensor, *others: Any) -> Tensors5:

@@ -1,22 +1,26 @@
 """The opaque operators: schemas, fakes and autograd registration, as torch itself checks them."""
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Rows
-from egpo_kernels.engine import ops
+from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Rows, compute_dtype
+from egpo_kernels.engine import ops, row_ops
 from egpo_kernels.formulas import metrics
+from egpo_kernels.inputs.layout import Kind
 from egpo_kernels.linear import ops as linear_ops
 from tests.support.batches import FAST, WAYS, assert_same, differentiate, make_batch
 from tests.support.device import DEVICE
 
 CONFIG = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.02)
 SEQUENCE = PolicyLossConfig(ratio="sequence")
+OFFSETS = torch.arange(5, device=DEVICE) * 4
 
 
 def padded_rows(dtype=torch.float32):
-    """Logits ``[S, T, V]``, rows ``[N]`` and segments of a padded batch."""
+    """Logits ``[S, T, V]`` and rows ``[N]`` of a padded batch."""
     batch = make_batch(dtype=dtype)
     rows = Rows(
         batch.mask.flatten(),
@@ -28,42 +32,67 @@ def padded_rows(dtype=torch.float32):
         batch.ref_log_probs.flatten(),
         None,
     )
-    return batch.logits, list(rows), [torch.arange(5, device=DEVICE) * 4, torch.arange(16, device=DEVICE) // 4]
+    return batch.logits, list(rows)
+
+
+def given_rows(dtype, backend):
+    """Of every kind, none of which is there already: some for all, some per sequence, some of another dtype."""
+    batch = make_batch(dtype=dtype)
+    half = torch.bfloat16
+    given = [
+        batch.mask.flatten().long(),
+        batch.tokens.flatten().int(),
+        torch.full((1,), 0.7, device=DEVICE, dtype=dtype),
+        batch.advantages,
+        None,
+        batch.old_log_probs.flatten().to(half),
+        None,
+        torch.ones(4, device=DEVICE, dtype=half),
+    ]
+    kinds = [Kind.PER_TOKEN, Kind.PER_TOKEN, Kind.FOR_ALL, Kind.PER_SEQUENCE, 0, Kind.PER_TOKEN, 0, Kind.PER_SEQUENCE]
+    layout = [OFFSETS, torch.ones((), device=DEVICE)]
+    whole = torch.tensor(9, device=DEVICE)
+    return (
+        given, list(map(int, kinds)), layout, [16, 4], [whole, None], [math.nan, 3.0], SEQUENCE.json, dtype, True, backend,
+    )  # fmt: skip
 
 
 def arguments(name, backend, dtype=torch.float32):
     """Every operator's arguments, as autograd.py passes them."""
-    logits, rows, segments = padded_rows(dtype)
-    wide = ops.compute_dtype(dtype)
+    logits, rows = padded_rows(dtype)
+    wide = compute_dtype(dtype)
     log_probs = torch.full((16,), -1.0, dtype=wide, device=DEVICE)
     entropy = -log_probs
     statistics, upstream, scalars = [3 * entropy, entropy, entropy], [entropy, entropy], [1.0, 2.0]
     return {
         "sequence_offsets": (torch.tensor([0, 3, 7], device=DEVICE), 9),
         "read_either_way": (entropy, log_probs * 2, torch.zeros(16, dtype=torch.bool, device=DEVICE), "advantages"),
+        "token_rows": given_rows(wide, backend),
         "row_statistics": (logits, rows, 0.7, True, backend),
         "logits_gradient": (logits, rows, statistics, upstream, 1.0, backend),
         "logits_gradient_": (logits, rows, statistics, upstream, 1.0, backend),
-        "policy_loss": (log_probs, entropy, rows, segments, CONFIG.json, 37, backend),
-        "policy_loss_gradient": (log_probs, None, rows, segments, SEQUENCE.json, backend),
-        "logits_policy_loss": (logits, rows, segments, CONFIG.json, scalars, True, backend),
-        "logits_policy_loss_": (logits, rows, segments, CONFIG.json, scalars, True, backend),
+        "policy_loss": (log_probs, entropy, rows, None, 4, CONFIG.json, 37, False, True, backend),
+        "policy_loss_gradient": (log_probs, rows, OFFSETS, 4, SEQUENCE.json, entropy, True, backend),
+        "logits_policy_loss": (logits, rows, CONFIG.json, scalars, True, True, backend),
+        "logits_policy_loss_": (logits, rows, CONFIG.json, scalars, True, True, backend),
         "group_advantages": (
-            torch.tensor([4, 4, 1, 1], device=DEVICE),
             torch.tensor([1.0, 0, 1, 0], device=DEVICE),
-            [None, -log_probs, rows[0], None],
-            segments[0],
+            [torch.tensor([4, 4, 1, 1], device=DEVICE), None, log_probs, rows[0], None, None, OFFSETS],
+            0,
+            16,
+            True,
             1e-6,
             AdvantageConfig().json,
             2,
+            True,
             backend,
         ),
         "rescale_": (logits, torch.tensor(2.0, device=DEVICE), 1.0, backend),
-        **linear_arguments(backend, dtype, rows, segments, [3 * entropy, entropy, entropy], upstream),
+        **linear_arguments(backend, dtype, rows, [3 * entropy, entropy, entropy], upstream),
     }[name]
 
 
-def linear_arguments(backend, dtype, rows, segments, statistics, upstream):
+def linear_arguments(backend, dtype, rows, statistics, upstream):
     """Those of the operators on hidden states, with a head that trains but for its adapters."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, 4, 5), (37, 5), (37,), (2, 5), (37, 2))
@@ -73,13 +102,14 @@ def linear_arguments(backend, dtype, rows, segments, statistics, upstream):
     return {
         "linear_row_statistics": (*first, True, True, backend),
         "linear_gradient": (*first, statistics, upstream, wanted, backend),
-        "linear_policy_loss": (*first, segments, CONFIG.json, 2.0, True, wanted, backend),
+        "linear_policy_loss": (*first, CONFIG.json, 2.0, True, True, wanted, backend),
     }
 
 
 NAMES = [
     "sequence_offsets",
     "read_either_way",
+    "token_rows",
     "row_statistics",
     "logits_gradient",
     "logits_gradient_",
@@ -95,9 +125,9 @@ NAMES = [
 ]
 MADE = {
     name: value
-    for module in (ops, linear_ops)
+    for module in (ops, row_ops, linear_ops)
     for name, value in vars(module).items()
-    if isinstance(value, torch.library.CustomOpDef)
+    if isinstance(value, torch._ops.OpOverload)
 }
 
 
@@ -119,9 +149,9 @@ def test_fakes_know_other_dtypes(name, dtype):
 
 
 def test_results_have_the_promised_length():
-    vector, gradient = ops.logits_policy_loss(*arguments("logits_policy_loss", "portable"))
-    assert vector.shape == (len(metrics.TOKEN.keys),) and gradient.shape == (4, 4, 37)
-    assert ops.group_advantages(*arguments("group_advantages", "portable"))[-1].shape == (len(metrics.GROUP.keys),)
+    loss, vector, gradient = ops.logits_policy_loss(*arguments("logits_policy_loss", "portable"))
+    assert loss.shape == () and vector.shape == (len(metrics.TOKEN.keys),) and gradient.shape == (4, 4, 37)
+    assert row_ops.group_advantages(*arguments("group_advantages", "portable"))[-1].shape == (len(metrics.GROUP.keys),)
 
 
 class Watched(TorchDispatchMode):
