@@ -129,7 +129,8 @@ def policy_loss(
     call, found = losses.read_log_probs(log_probs, entropy, mask, cu_seqlens, config, backend)
     options = losses.Options(num_tokens, num_sequences, metrics=check_choice("metrics", metrics, ("all", "none")))
     given = losses.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
-    return losses.loss_from_log_probs(call, losses.loss_rows(call, given, config, options), config, options, found)
+    rows = losses.loss_rows(call, given, config, options).made(call.backend)
+    return losses.loss_from_log_probs(call, rows, config, options, found)
 
 
 def logits_policy_loss(

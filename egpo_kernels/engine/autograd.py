@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.engine import ops
+from egpo_kernels.engine.row_ops import How
 
 NO_DOUBLE = (
     "egpo_kernels differentiates once: a second derivative through its {} backend is not available; "
@@ -40,21 +41,9 @@ def guarded(backend: str, gradient: Tensor, *parents: Tensor | None) -> Tensor:
     return _RefuseBackward.apply(backend, gradient.detach().requires_grad_(), *parents)
 
 
-class _Anchor(torch.autograd.Function):
-    """An empty tensor that depends on the logits without keeping their memory."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        return logits.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> None:
-        return None
-
-
 def anchor(logits: Tensor) -> Tensor | None:
-    """What is kept of logits whose gradient is already made: where they came from, for `guarded`."""
-    return None if torch.compiler.is_compiling() else _Anchor.apply(logits)
+    """What is kept of logits whose gradient is already made: where they came from, for `guarded`; none of them."""
+    return None if torch.compiler.is_compiling() else torch.slice_copy(logits, -1, 0, 0)
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -162,23 +151,23 @@ class LogitsPolicyLoss(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         origin: Tensor | None,
-        config: str,
+        how: How,
         temperature: float,
         grad_scale: float,
         want_entropy: bool,
         inplace: bool,
         reported: bool,
         backend: str,
-        *rows: Any,
+        *given: Any,
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.engine.ops.logits_policy_loss`."""
         gradient = logits.detach()
-        arguments = (list(rows), config, [temperature, grad_scale], want_entropy, reported, backend)
+        arguments = (list(given), *how, [temperature, grad_scale], want_entropy, reported, backend)
         if inplace:
             loss, vector = ops.logits_policy_loss_(gradient, *arguments)
         else:
             loss, vector, gradient = ops.logits_policy_loss(gradient, *arguments)
-        ctx.options = (grad_scale, inplace, backend, len(rows))
+        ctx.options = (grad_scale, inplace, backend, len(given))
         # An attribute can be given away in backward; a saved tensor cannot, and leaf logits would get a copy of it.
         if torch.compiler.is_compiling():
             ctx.save_for_backward(gradient)
@@ -191,14 +180,14 @@ class LogitsPolicyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
         """Gradient with respect to the logits only."""
-        grad_scale, inplace, backend, num_rows = ctx.options
+        grad_scale, inplace, backend, num_given = ctx.options
         if torch.compiler.is_compiling():
             (gradient,), origin = ctx.saved_tensors, None
             gradient = (gradient * (upstream / grad_scale)).to(gradient.dtype)
         else:
             (gradient,), (origin,) = take_gradients(ctx, inplace), ctx.saved_tensors
             ops.rescale_(gradient, upstream.detach(), grad_scale, backend)
-        return guarded(backend, gradient, origin, upstream), *[None] * (8 + num_rows)
+        return guarded(backend, gradient, origin, upstream), *[None] * (8 + num_given)
 
 
 def take_gradients(ctx: Any, inplace: bool = False) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Which backend answers a call."""
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -54,6 +55,7 @@ def auto_backend(device: torch.device) -> tuple[str, str]:
     return "triton", "triton is installed, and its kernels run on this device"
 
 
+@functools.cache
 def implementation(backend: str) -> ModuleType:
     """Return the package that implements ``portable`` or ``triton``, imported on first use."""
     return importlib.import_module(f"egpo_kernels.{backend}")

@@ -47,9 +47,7 @@ def advantages_of_groups(
     if config.scale == "batch_whiten" and layout is None:
         raise ValueError("mask is None with scale 'batch_whiten', which whitens over counted tokens; it must be given")
     measured = _measured(per_token, layout, config)
-    segments = Segments(0, count)
-    if layout is not None:
-        segments = Segments(layout.num_rows, count, layout.known_offsets)
+    segments = Segments(0, count) if layout is None else layout.segments
     in_float64 = torch.float64 in (rewards.dtype, None if measured.values is None else measured.values.dtype)
     tolerance, dtype = collapse_tolerance(rewards.dtype), torch.float64 if in_float64 else torch.float32
     rewards = rewards_in(dtype, rewards)

@@ -9,6 +9,7 @@ from egpo_kernels import reference
 from egpo_kernels.config.fields import check_bool
 from egpo_kernels.config.settings import PolicyLossConfig, Rows, TokenLogProbs
 from egpo_kernels.engine import autograd, losses
+from egpo_kernels.engine.rows import Unmade
 from egpo_kernels.inputs import layout as layouts
 from egpo_kernels.inputs.validation import check_logits, check_not_overlapping, check_rows
 
@@ -50,7 +51,7 @@ class Logits(NamedTuple):
     def loss(
         self,
         call: losses.Call,
-        rows: Rows,
+        unmade: Unmade,
         config: PolicyLossConfig,
         scale: float,
         want_entropy: bool,
@@ -60,14 +61,14 @@ class Logits(NamedTuple):
         return autograd.LogitsPolicyLoss.apply(
             self.tensor,
             autograd.anchor(self.tensor),
-            config.json,
+            unmade.how(),
             call.temperature,
             scale,
             want_entropy,
             self.inplace,
             reported,
             call.backend,
-            *rows,
+            *unmade.tensors(),
         )
 
 

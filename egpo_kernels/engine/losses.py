@@ -19,7 +19,7 @@ from egpo_kernels.config.settings import (
 from egpo_kernels.engine import autograd, rows
 from egpo_kernels.engine.dispatch import choose_backend
 from egpo_kernels.engine.groups import PerToken, advantages_of_groups
-from egpo_kernels.engine.rows import Given
+from egpo_kernels.engine.rows import NO_COUNTS, Given, Unmade
 from egpo_kernels.formulas import metrics
 from egpo_kernels.formulas.rows import Counts
 from egpo_kernels.inputs import layout as layouts
@@ -30,6 +30,9 @@ from egpo_kernels.inputs.validation import (
     check_dense,
     check_tensor,
 )
+
+PER_TOKEN = (("old_log_probs", rows.OLD_LOG_PROBS), ("ref_log_probs", rows.REF_LOG_PROBS))
+PER_TOKEN_OR_SEQUENCE = (("advantages", rows.ADVANTAGES), ("rollout_weights", rows.ROLLOUT_WEIGHTS))
 
 
 class Source(Protocol):
@@ -51,7 +54,7 @@ class Source(Protocol):
         """Log-probs ``[N]`` and entropy of the counted rows; ``entropy_gradient``: it will be differentiated too."""
 
     def loss(
-        self, call: "Call", rows: Rows, config: PolicyLossConfig, scale: float, want_entropy: bool, reported: bool
+        self, call: "Call", unmade: Unmade, config: PolicyLossConfig, scale: float, want_entropy: bool, reported: bool
     ) -> tuple[Tensor, Tensor]:
         """Loss and metrics vector; the gradient is made on the way, expecting ``scale`` from upstream."""
 
@@ -73,7 +76,7 @@ class Call(NamedTuple):
 
     def rows(self) -> Rows:
         """Rows for log-probs alone."""
-        return rows.make_rows(self.given, self.layout, self.dtype, self.backend)
+        return Unmade(self.given, self.layout, self.dtype).made(self.backend)
 
 
 class Grouping(NamedTuple):
@@ -106,11 +109,14 @@ class Options(NamedTuple):
 
 def read_tokens(source: Source, layout: Layout, tokens: Any, mask: Any, temperature: Any, backend: str) -> Call:
     """Check tokens, mask and temperature; what the source holds was checked when it was made."""
-    flat = None if mask is None else layout.per_token("mask", mask, "real")
-    given = Given(rows.per_token(flat), rows.per_token(layout.per_token("tokens", tokens, "integer")))
-    heat, heats = layouts.temperature_field(temperature, layout, lambda: given.counted(layout))
-    backend = choose_backend(backend, layout.device)
-    return Call(source, given._replace(temperature=heats), layout, heat, compute_dtype(source.dtype), backend)
+    given = Given.nothing()
+    if mask is not None:
+        given.put(rows.MASK, layout.per_token("mask", mask, "real"))
+    given.put(rows.TOKENS, layout.per_token("tokens", tokens, "integer"))
+    heat, (heats, kind) = layouts.temperature_field(temperature, layout, lambda: given.counted(layout))
+    if heats is not None:
+        given.put(rows.TEMPERATURE, heats, kind)
+    return Call(source, given, layout, heat, compute_dtype(source.dtype), choose_backend(backend, layout.device))
 
 
 def read_log_probs(
@@ -124,7 +130,9 @@ def read_log_probs(
     dtype = compute_dtype(log_probs.dtype)
     flat = layout.per_token("log_probs", log_probs, "floating").to(dtype)
     flat_entropy = None if entropy is None else layout.per_token("entropy", entropy, "floating").to(dtype)
-    given = Given(rows.per_token(None if mask is None else layout.per_token("mask", mask, "real")))
+    given = Given.nothing()
+    if mask is not None:
+        given.put(rows.MASK, layout.per_token("mask", mask, "real"))
     call = Call(None, given, layout, 1.0, dtype, choose_backend(backend, log_probs.device))
     return call, TokenLogProbs(flat, flat_entropy)
 
@@ -134,8 +142,8 @@ def wants_entropy(config: PolicyLossConfig, mode: str) -> bool:
     return config.entropy_coef != 0 or mode != "none"
 
 
-def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: Options) -> Rows:
-    """Spread what the loss needs over rows ``[N]``, with the mask of the rows that are looked at."""
+def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: Options) -> Unmade:
+    """Check what the loss needs beside log-probs, and which rows are looked at."""
     layout, poison = call.layout, call.layout.poison
     if config.reduction == "seq_mean_token_sum_norm" and config.norm_length is None:
         raise ValueError(
@@ -148,23 +156,27 @@ def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: O
     def counted() -> Tensor:
         return call.given.counted(layout)
 
-    fields = {}
-    for name in ("old_log_probs", "ref_log_probs"):
+    fields = call.given.copy()
+    for name, place in PER_TOKEN:
         value = getattr(given, name)
-        fields[name] = rows.per_token(None if value is None else layout.per_token(name, value, "floating"))
-    for name in ("advantages", "rollout_weights"):
+        if value is not None:
+            fields.put(place, layout.per_token(name, value, "floating"))
+    for name, place in PER_TOKEN_OR_SEQUENCE:
         value = getattr(given, name)
-        if value is not None or name == "advantages":
-            fields[name], sound = layout.field(name, value, "real", counted)
+        if value is not None or place == rows.ADVANTAGES:
+            (values, kind), sound = layout.field(name, value, "real", counted)
+            assert values is not None
+            fields.put(place, values, kind)
             if sound is not None:
                 poison = sound if poison is None else poison * sound
-    counts = Counts(
-        check_count("num_tokens", options.num_tokens, layout.device, counted),
-        check_count("num_sequences", options.num_sequences, layout.device, counted),
-    )
+    counts = NO_COUNTS
+    if options.num_tokens is not None or options.num_sequences is not None:
+        counts = Counts(
+            check_count("num_tokens", options.num_tokens, layout.device, counted),
+            check_count("num_sequences", options.num_sequences, layout.device, counted),
+        )
     active = check_choice("metrics", options.metrics, ("all", "active", "none")) != "all"
-    made = call.given._replace(**fields)
-    return rows.make_rows(made, layout, call.dtype, call.backend, config, counts, poison, active)
+    return Unmade(fields, layout, call.dtype, config, counts, poison, active)
 
 
 def shaped_log_probs(call: Call, return_entropy: bool) -> TokenLogProbs:
@@ -189,7 +201,7 @@ def loss_of_groups(call: Call, given: Constants, grouping: Grouping, recipe: Rec
     grouped = advantages_of_groups(
         grouping.groups,
         rewards,
-        PerToken(old, entropy, grouping.entropy_mask, call.given.mask.values, call.given.tokens.values),
+        PerToken(old, entropy, grouping.entropy_mask, *call.given.tensors[: rows.TOKENS + 1]),
         grouping.correct,
         layout,
         config,
@@ -210,7 +222,7 @@ def loss_of_tokens(
     ``found`` are log-probs of the same source that were already needed for something else.
     """
     assert call.source is not None
-    made = loss_rows(call, given, config, options)
+    unmade = loss_rows(call, given, config, options)
     scale = check_number("grad_scale", options.grad_scale, low=0.0, high=float("inf"), open_low=True)
     assert scale is not None
     differentiated = torch.is_grad_enabled() and call.source.requires_grad
@@ -219,11 +231,12 @@ def loss_of_tokens(
     late = config.pools or config.reduction == "none" or unscaled or call.backend == "reference"
     entropy = wants_entropy(config, options.metrics)
     if found is not None or late or not differentiated:
+        made = unmade.made(call.backend)
         if found is None:
             found = call.source.log_probs(call, made, entropy, config.entropy_coef != 0)
         return loss_from_log_probs(call, made, config, options, found)
-    loss, vector = call.source.loss(call, made, config, scale, entropy, options.metrics != "none")
-    return LossOutput(loss, _named(vector, made, config, options, entropy))
+    loss, vector = call.source.loss(call, unmade, config, scale, entropy, options.metrics != "none")
+    return LossOutput(loss, _named(vector, given.ref_log_probs is not None, config, options, entropy))
 
 
 def loss_from_log_probs(
@@ -235,9 +248,7 @@ def loss_from_log_probs(
         # A gradient of zeros would have the source differentiate an entropy that is only reported.
         found = found._replace(entropy=found.entropy.detach())
     if call.backend == "reference":
-        loss, vector = reference.policy_loss(
-            *found, made, rows.segments_of(layout), config, call.vocab, per_token, reported
-        )
+        loss, vector = reference.policy_loss(*found, made, layout.segments, config, call.vocab, per_token, reported)
     else:
         loss, vector = autograd.PolicyLoss.apply(
             *found,
@@ -251,13 +262,14 @@ def loss_from_log_probs(
             *made,
         )
     loss = loss.view(layout.shape) if per_token else loss
-    return LossOutput(loss, _named(vector, made, config, options, found.entropy is not None))
+    with_kl = made.ref_log_probs is not None
+    return LossOutput(loss, _named(vector, with_kl, config, options, found.entropy is not None))
 
 
-def _named(vector: Tensor, made: Rows, config: PolicyLossConfig, options: Options, has_entropy: bool) -> Metrics:
+def _named(vector: Tensor, with_kl: bool, config: PolicyLossConfig, options: Options, has_entropy: bool) -> Metrics:
     if options.metrics == "none":
         return {}
-    without: tuple[str, ...] = () if made.ref_log_probs is not None else ("policy/ref_kl", "policy/loss/kl")
+    without: tuple[str, ...] = () if with_kl else ("policy/ref_kl", "policy/loss/kl")
     without += () if has_entropy else ("policy/entropy",)
     without += () if config.entropy_coef != 0 else ("policy/loss/entropy",)
     return metrics.named(vector, metrics.TOKEN, without)

@@ -23,7 +23,9 @@ from egpo_kernels.engine.operator import (
     operator,
     policy_config,
 )
+from egpo_kernels.engine.row_ops import made_rows
 from egpo_kernels.formulas import metrics
+from egpo_kernels.formulas.rows import Purpose
 from egpo_kernels.inputs import validation
 from egpo_kernels.inputs.segments import Segments
 
@@ -160,8 +162,12 @@ def policy_loss_gradient(
 
 def _loss_and_gradient(
     logits: Tensor,
-    rows: OptionalTensors,
+    given: OptionalTensors,
+    kinds: list[int],
+    size: list[int],
+    numbers: list[float],
     config: str,
+    only_active: bool,
     scalars: list[float],
     want_entropy: bool,
     reported: bool,
@@ -169,10 +175,12 @@ def _loss_and_gradient(
     gradient: Tensor,
 ) -> Tensors2:
     package, settings, vocab = implementation(backend), policy_config(config), logits.shape[-1]
-    checked = checked_rows(rows, vocab)
-    log_probs, entropy = package.logits_loss_gradient(logits, checked, settings, *scalars, want_entropy, gradient)
-    segments = Segments(log_probs.shape[0], 1)  # no token's loss depends on its sequence here
-    return package.policy_loss(log_probs, entropy, checked, segments, settings, vocab, False, reported)
+    purpose = Purpose(settings, compute_dtype(logits.dtype), only_active)
+    rows = made_rows(given, kinds, size, numbers, purpose, backend)
+    validation.check_rows(rows, vocab)
+    log_probs, entropy = package.logits_loss_gradient(logits, rows, settings, *scalars, want_entropy, gradient)
+    segments = Segments(size[0], 1)  # no token's loss depends on its sequence here
+    return package.policy_loss(log_probs, entropy, rows, segments, settings, vocab, False, reported)
 
 
 def _fake_one_pass(logits: Tensor, *others: Any) -> Tensors2:
@@ -183,31 +191,42 @@ def _fake_one_pass(logits: Tensor, *others: Any) -> Tensors2:
 @operator(lambda *arguments: (*_fake_one_pass(*arguments), _fake_gradient(*arguments)))
 def logits_policy_loss(
     logits: Tensor,
-    rows: OptionalTensors,
+    given: OptionalTensors,
+    kinds: list[int],
+    size: list[int],
+    numbers: list[float],
     config: str,
+    only_active: bool,
     scalars: list[float],
     want_entropy: bool,
     reported: bool,
     backend: str,
 ) -> Tensors3:
-    """Loss, metrics vector, gradient ``[B, T, V]``; ``scalars`` are temperature and grad_scale."""
+    """Loss, metrics vector, gradient ``[B, T, V]``; ``scalars`` are temperature and grad_scale, for the others see
+    `egpo_kernels.engine.row_ops.token_rows`.
+    """
     gradient = _new_gradient(logits)
-    found = _loss_and_gradient(logits, rows, config, scalars, want_entropy, reported, backend, gradient)
-    return *found, gradient
+    arguments = (given, kinds, size, numbers, config, only_active, scalars, want_entropy, reported, backend)
+    return *_loss_and_gradient(logits, *arguments, gradient), gradient
 
 
 @operator(_fake_one_pass, mutates="logits")
 def logits_policy_loss_(
     logits: Tensor,
-    rows: OptionalTensors,
+    given: OptionalTensors,
+    kinds: list[int],
+    size: list[int],
+    numbers: list[float],
     config: str,
+    only_active: bool,
     scalars: list[float],
     want_entropy: bool,
     reported: bool,
     backend: str,
 ) -> Tensors2:
     """As `logits_policy_loss`, the gradient written over ``logits``."""
-    return _loss_and_gradient(logits, rows, config, scalars, want_entropy, reported, backend, logits)
+    arguments = (given, kinds, size, numbers, config, only_active, scalars, want_entropy, reported, backend)
+    return _loss_and_gradient(logits, *arguments, logits)
 
 
 @operator(lambda *_: None, mutates="gradient")

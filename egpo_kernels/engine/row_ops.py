@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from egpo_kernels.config.settings import Rows
 from egpo_kernels.engine.dispatch import implementation
 from egpo_kernels.engine.operator import (
     OptionalTensors,
@@ -21,9 +22,12 @@ from egpo_kernels.engine.operator import (
     policy_config,
 )
 from egpo_kernels.formulas import metrics
-from egpo_kernels.formulas.rows import Counts, Measured, Wanted
+from egpo_kernels.formulas.rows import Counts, Measured, Purpose
 from egpo_kernels.inputs import validation
 from egpo_kernels.inputs.segments import Segments
+
+How = tuple[list[int], list[int], list[float], str, bool]
+"""Kinds, size, numbers, config and whether only active rows are looked at: see `token_rows`."""
 
 
 def _fake_offsets(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
@@ -49,50 +53,69 @@ def read_either_way(by_sequence: Tensor, by_token: Tensor, inside: Tensor, name:
     return torch.where(same.all(), 1.0, torch.nan)
 
 
-def _fake_rows(given: OptionalTensors, kinds: list[int], offsets: OptionalTensors, *others: Any) -> Tensors:
-    (num_rows, _), _, _, config, dtype, only_active, _ = others
-    like = next(tensor for tensor in given if tensor is not None)
-    wanted = Wanted(policy_config(config) if config else None, dtype, only_active)
-    made = wanted.made(tuple(given), kinds, offsets[0] is not None)
+def purpose_of(config: str, dtype: torch.dtype, only_active: bool) -> Purpose:
+    """What rows are made for, from what operators are given; no ``config`` is ""."""
+    return Purpose(policy_config(config) if config else None, dtype, only_active)
+
+
+def made_rows(
+    given: OptionalTensors,
+    kinds: list[int],
+    size: list[int],
+    numbers: list[float],
+    purpose: Purpose,
+    backend: str,
+) -> Rows:
+    """All rows, inside an operator; see `token_rows`."""
+    *fields, offsets, poison, num_tokens, num_sequences = given
+    tokens, sequences = numbers
+    counts = Counts(
+        num_tokens if num_tokens is not None else None if math.isnan(tokens) else tokens,
+        num_sequences if num_sequences is not None else None if math.isnan(sequences) else sequences,
+    )
+    device = next(tensor for tensor in fields if tensor is not None).device
+    segments = Segments(size[0], size[1], offsets)
+    return implementation(backend).token_rows(fields, kinds, segments, poison, counts, purpose, device)
+
+
+def _fake_rows(given: OptionalTensors, kinds: list[int], size: list[int], _: list[float], *others: Any) -> Tensors:
+    config, only_active, dtype, _ = others
+    fields, offsets = given[: len(kinds)], given[len(kinds)]
+    like = next(tensor for tensor in fields if tensor is not None)
+    made = purpose_of(config, dtype, only_active).made(fields, kinds, offsets is not None)
     dtypes = (torch.bool, torch.long, *[dtype] * 6)
-    return [like.new_empty(num_rows, dtype=each) for each, fresh in zip(dtypes, made, strict=True) if fresh]
+    return [like.new_empty(size[0], dtype=each) for each, fresh in zip(dtypes, made, strict=True) if fresh]
 
 
 @operator(_fake_rows)
 def token_rows(
     given: OptionalTensors,
     kinds: list[int],
-    offsets: OptionalTensors,
     size: list[int],
-    counts: OptionalTensors,
     numbers: list[float],
     config: str,
-    dtype: torch.dtype,
     only_active: bool,
+    dtype: torch.dtype,
     backend: str,
 ) -> Tensors:
-    """Those of the rows that must be made, see `egpo_kernels.formulas.rows.Wanted`.
+    """Those of the rows that must be made, see `egpo_kernels.formulas.rows.Purpose`.
 
-    ``given`` and ``kinds`` are in the order of `Rows`; ``offsets`` are those of sequences and what is NaN where they
-    are not sound, ``size`` the numbers of rows and sequences, ``counts`` and ``numbers`` the global counts as tensors
-    or numbers (NaN: as neither).
+    ``given`` is in the order of `Rows`, as ``kinds`` is, then come the sequences' offsets, what is NaN where they are
+    not sound, and the global counts of tokens and sequences, which may be among ``numbers`` instead (NaN: they are
+    not). ``size`` are the numbers of rows and sequences.
     """
-    wanted = Wanted(policy_config(config) if config else None, dtype, only_active)
-    made = wanted.made(tuple(given), kinds, offsets[0] is not None)
-    known = [None if math.isnan(number) else number for number in numbers]
-    whole = Counts(*(number if tensor is None else tensor for tensor, number in zip(counts, known, strict=True)))
-    device = next(tensor for tensor in given if tensor is not None).device
-    rows = implementation(backend).token_rows(
-        tuple(given), kinds, Segments(size[0], size[1], offsets[0]), offsets[1], whole, wanted, device
-    )
-    return [_apart(row, tensor) for row, tensor, fresh in zip(rows, given, made, strict=True) if fresh]
+    purpose = purpose_of(config, dtype, only_active)
+    rows = made_rows(given, kinds, size, numbers, purpose, backend)
+    fields, offsets = given[: len(kinds)], given[len(kinds)]
+    made = purpose.made(fields, kinds, offsets is not None)
+    return [_apart(row, tensor) for row, tensor, fresh in zip(rows, fields, made, strict=True) if fresh]
 
 
-def _apart(row: Tensor, tensor: Tensor | None) -> Tensor:
+def _apart(row: Tensor | None, tensor: Tensor | None) -> Tensor:
     """A row that is no view of what was given, which no operator may return."""
-    return (
-        row.clone() if tensor is not None and row.untyped_storage()._cdata == tensor.untyped_storage()._cdata else row
-    )
+    assert row is not None
+    shared = tensor is not None and row.untyped_storage()._cdata == tensor.untyped_storage()._cdata
+    return row.clone() if shared else row
 
 
 def _fake_advantages(rewards: Tensor, *others: Any) -> Tensors5:

@@ -7,80 +7,76 @@ from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig, Rows
 from egpo_kernels.engine import row_ops
-from egpo_kernels.formulas.rows import Counts, Wanted, token_rows
-from egpo_kernels.inputs.layout import Field, Kind, Layout
-from egpo_kernels.inputs.segments import Segments, counted_rows
+from egpo_kernels.formulas.rows import Counts, Purpose, token_rows
+from egpo_kernels.inputs.layout import Kind, Layout
+from egpo_kernels.inputs.segments import counted_rows
 
-
-class Given(NamedTuple):
-    """The fields of `egpo_kernels.config.settings.Rows`, as far as they were given."""
-
-    mask: Field = Field()
-    tokens: Field = Field()
-    temperature: Field = Field()
-    advantages: Field = Field()
-    factor: Field = Field()
-    old_log_probs: Field = Field()
-    ref_log_probs: Field = Field()
-    rollout_weights: Field = Field()
-
-    def counted(self, layout: Layout) -> Tensor:
-        """Rows ``[N]`` that count."""
-        mask, tokens = self.mask.values, self.tokens.values
-        return counted_rows(mask, tokens, layout.known_offsets, layout.num_rows, layout.device)
+MASK, TOKENS, TEMPERATURE, ADVANTAGES, _, OLD_LOG_PROBS, REF_LOG_PROBS, ROLLOUT_WEIGHTS = range(len(Rows._fields))
 
 
 NO_COUNTS = Counts()
 
 
-def per_token(values: Tensor | None) -> Field:
-    """A field of flat values."""
-    return Field() if values is None else Field(values, Kind.PER_TOKEN)
+class Given(NamedTuple):
+    """Flat tensors in the order of `egpo_kernels.config.settings.Rows`, None where not given, and the kind of each."""
+
+    tensors: list[Tensor | None]
+    kinds: list[int]
+
+    @classmethod
+    def nothing(cls) -> "Given":
+        """To be filled."""
+        return cls([None] * len(Rows._fields), [0] * len(Rows._fields))
+
+    def copy(self) -> "Given":
+        """Another, to be filled further."""
+        return Given(list(self.tensors), list(self.kinds))
+
+    def put(self, place: int, values: Tensor, kind: Kind = Kind.PER_TOKEN) -> None:
+        """Fill in a tensor, which is a constant to every loss."""
+        self.tensors[place] = _constant(values)
+        self.kinds[place] = int(kind)
+
+    def counted(self, layout: Layout) -> Tensor:
+        """Rows ``[N]`` that count."""
+        mask, tokens = self.tensors[MASK], self.tensors[TOKENS]
+        return counted_rows(mask, tokens, layout.known_offsets, layout.num_rows, layout.device)
 
 
-def segments_of(layout: Layout) -> Segments:
-    """How rows belong to sequences."""
-    return Segments(layout.num_rows, layout.num_sequences, layout.known_offsets)
+class Unmade(NamedTuple):
+    """What rows are made of, for an operator that makes them on its way; without a ``config`` for log-probs alone."""
+
+    given: Given
+    layout: Layout
+    dtype: torch.dtype
+    config: PolicyLossConfig | None = None
+    counts: Counts = NO_COUNTS
+    poison: Tensor | None = None
+    only_active: bool = False
+
+    def tensors(self) -> list[Tensor | None]:
+        """The operators' argument ``given``."""
+        counts = [_constant(count) if isinstance(count, Tensor) else None for count in self.counts]
+        return [*self.given.tensors, self.layout.known_offsets, self.poison, *counts]
+
+    def how(self) -> row_ops.How:
+        """The operators' arguments beside tensors."""
+        numbers = [torch.nan if count is None or isinstance(count, Tensor) else float(count) for count in self.counts]
+        size = [self.layout.num_rows, self.layout.num_sequences]
+        return self.given.kinds, size, numbers, "" if self.config is None else self.config.json, self.only_active
+
+    def made(self, backend: str) -> Rows:
+        """The rows, by one operator, or none where all is there already."""
+        given, layout = self.given, self.layout
+        purpose = Purpose(self.config, self.dtype, self.only_active)
+        if backend == "reference":
+            return token_rows(*given, layout.segments, self.poison, self.counts, purpose, layout.device)
+        fresh = purpose.made(given.tensors, given.kinds, layout.known_offsets is not None)
+        new = iter(row_ops.token_rows(self.tensors(), *self.how(), self.dtype, backend) if any(fresh) else ())
+        mask, *others = (next(new) if own else old for own, old in zip(fresh, given.tensors, strict=True))
+        assert mask is not None
+        return Rows(mask, *others)
 
 
-def make_rows(
-    given: Given,
-    layout: Layout,
-    dtype: torch.dtype,
-    backend: str,
-    config: PolicyLossConfig | None = None,
-    counts: Counts = NO_COUNTS,
-    poison: Tensor | None = None,
-    only_active: bool = False,
-) -> Rows:
-    """Rows for a loss, or without a ``config`` for log-probs; one operator, or none where all is there already."""
-    tensors = tuple(_constant(field.values) for field in given)
-    kinds = [int(field.kind) for field in given]
-    wanted = Wanted(config, dtype, only_active)
-    if backend == "reference":
-        return token_rows(tensors, kinds, segments_of(layout), poison, counts, wanted, layout.device)
-    made = wanted.made(tensors, kinds, layout.known_offsets is not None)
-    if not any(made):
-        return Rows(*tensors)  # type: ignore[arg-type]
-    device_counts = [_constant(count) if isinstance(count, Tensor) else None for count in counts]
-    numbers = [torch.nan if count is None or isinstance(count, Tensor) else float(count) for count in counts]
-    found = row_ops.token_rows(
-        list(tensors),
-        kinds,
-        [layout.known_offsets, poison],
-        [layout.num_rows, layout.num_sequences],
-        device_counts,
-        numbers,
-        "" if config is None else config.json,
-        dtype,
-        only_active,
-        backend,
-    )
-    new = iter(found)
-    mask, *others = (next(new) if fresh else tensor for fresh, tensor in zip(made, tensors, strict=True))
-    assert mask is not None
-    return Rows(mask, *others)
-
-
-def _constant(values: Tensor | None) -> Tensor | None:
-    return values.detach() if values is not None and values.requires_grad else values
+def _constant(values: Tensor) -> Tensor:
+    return values.detach() if values.requires_grad else values

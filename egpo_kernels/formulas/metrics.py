@@ -48,6 +48,11 @@ class Table(NamedTuple):
         return self.sums + self.maxima
 
     @property
+    def size(self) -> int:
+        """How many metrics are reported."""
+        return len(self.metrics)
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """Names of the reported metrics, in order."""
         return tuple(metric.key for metric in self.metrics)

@@ -11,11 +11,11 @@ from egpo_kernels.formulas.reduction import reduction_factor
 from egpo_kernels.inputs.layout import Kind
 from egpo_kernels.inputs.segments import Segments, counted_rows
 
-Given = tuple[Tensor | None, ...]
+Given = Sequence[Tensor | None]
 """What the caller gave in the order of `Rows`, flat, of any dtype; nothing for the factor."""
 
 
-class Wanted(NamedTuple):
+class Purpose(NamedTuple):
     """What rows are made for: a loss, or (None) log-probs alone; the numbers' dtype, and which rows it looks at."""
 
     config: PolicyLossConfig | None
@@ -54,7 +54,7 @@ def token_rows(
     segments: Segments,
     poison: Tensor | None,
     counts: Counts,
-    wanted: Wanted,
+    purpose: Purpose,
     device: torch.device,
 ) -> Rows:
     """Rows in the dtypes that kernels read; ``poison`` (0-d, NaN where the layout is not sound) is in the factor."""
@@ -64,18 +64,18 @@ def token_rows(
     def spread(values: Tensor | None, kind: int) -> Tensor | None:
         if values is None:
             return None
-        values = values.to(wanted.dtype)
+        values = values.to(purpose.dtype)
         if kind == Kind.PER_SEQUENCE:
             return segments.spread(values)
         return values.expand(segments.num_rows) if kind == Kind.FOR_ALL else values
 
     heats, advantages, _, *others = map(spread, numbers, kinds[2:])
     rows = Rows(counted, None if tokens is None else tokens.long(), heats, advantages, None, *others)
-    if wanted.config is None:
+    if purpose.config is None:
         return rows
-    factor = reduction_factor(counted, segments, wanted.config, counts.tokens, counts.sequences, wanted.dtype)
-    rows = rows._replace(factor=factor if poison is None else factor * poison.to(wanted.dtype))
-    return rows._replace(mask=_active(rows, segments, wanted.config)) if wanted.drops else rows
+    factor = reduction_factor(counted, segments, purpose.config, counts.tokens, counts.sequences, purpose.dtype)
+    rows = rows._replace(factor=factor if poison is None else factor * poison.to(purpose.dtype))
+    return rows._replace(mask=_active(rows, segments, purpose.config)) if purpose.drops else rows
 
 
 def _active(rows: Rows, segments: Segments, config: PolicyLossConfig) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.config.fields import check_number, entries, plain
-from egpo_kernels.inputs.segments import counted_rows, even_offsets, per_row, segment_index
+from egpo_kernels.inputs.segments import Segments, counted_rows, even_offsets, per_row, segment_index
 from egpo_kernels.inputs.validation import check_complete, check_dense, check_tensor, check_whole
 
 
@@ -48,6 +48,11 @@ class Layout(NamedTuple):
     def num_rows(self) -> int:
         """Flattened positions N, padding included."""
         return self.shape[0] * (self.shape[1] if len(self.shape) == 2 else 1)
+
+    @property
+    def segments(self) -> Segments:
+        """The same without tensors' shapes."""
+        return Segments(self.num_rows, self.num_sequences, self.known_offsets)
 
     @property
     def offsets(self) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from egpo_kernels.engine.autograd import graph_is_kept, guarded, take_gradients
 from egpo_kernels.engine.ops import rescale_
+from egpo_kernels.engine.row_ops import How
 from egpo_kernels.linear import ops
 from egpo_kernels.linear.passes import coefficients
 
@@ -107,7 +108,7 @@ class PolicyLoss(torch.autograd.Function):
         lora_b: Tensor | None,
         scalars: tuple[float, ...],
         sizes: tuple[int | None, ...],
-        config: str,
+        how: How,
         grad_scale: float,
         want_entropy: bool,
         reported: bool,
@@ -117,12 +118,12 @@ class PolicyLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.linear.ops.linear_policy_loss`.
 
-        ``fields``: an `anchor` of each tensor before, the host's mask, the rows.
+        ``fields``: an `anchor` of each tensor before, the host's mask, what rows are made of.
         """
-        origins, (host_mask, *rows) = fields[:5], fields[5:]
+        origins, (host_mask, *given) = fields[:5], fields[5:]
         loss, vector, *gradients = ops.linear_policy_loss(
-            hidden, [weight, bias, lora_a, lora_b], rows, host_mask, list(scalars), *sizes, config,
-            grad_scale, want_entropy, reported, list(wanted), backend,
+            hidden, [weight, bias, lora_a, lora_b], given, *how, host_mask, list(scalars), *sizes, grad_scale,
+            want_entropy, reported, list(wanted), backend,
         )  # fmt: skip
         ctx.options = (grad_scale, wanted, backend, len(fields))
         if torch.compiler.is_compiling():

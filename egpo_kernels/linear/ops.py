@@ -15,8 +15,11 @@ from torch import Tensor
 from egpo_kernels.config.settings import Rows, compute_dtype
 from egpo_kernels.engine.dispatch import implementation
 from egpo_kernels.engine.operator import OptionalTensors, Tensors, fake_vector, operator, policy_config
-from egpo_kernels.engine.ops import checked_rows
+from egpo_kernels.engine.ops import read_rows
+from egpo_kernels.engine.row_ops import made_rows
 from egpo_kernels.formulas import metrics
+from egpo_kernels.formulas.rows import Purpose
+from egpo_kernels.inputs import validation
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.linear import flops, passes
 from egpo_kernels.linear.chunks import too_many
@@ -43,7 +46,7 @@ def _without_autocast(function: Callable) -> Callable:
 def _read(
     hidden: Tensor,
     head: OptionalTensors,
-    rows: OptionalTensors,
+    rows: Rows,
     host_mask: Tensor | None,
     scalars: list[float],
     num_active: int | None,
@@ -62,7 +65,8 @@ def _read(
         num_active,
         max_chunk_bytes,
     )
-    cooled, temperature = layer.head.cooled(checked_rows(rows, weight.shape[0]), temperature)
+    validation.check_rows(rows, weight.shape[0])
+    cooled, temperature = layer.head.cooled(rows, temperature)
     return layer, cooled, temperature
 
 
@@ -106,7 +110,7 @@ def linear_row_statistics(
     Maximum and sum are ``[0]`` where the gradient is made, which is empty unless ``with_gradient``.
     """
     layer, cooled, temperature = _read(
-        hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
+        hidden, head, read_rows(rows), host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
     )
     surplus = too_many(cooled.mask, host_mask, num_active)
     if with_gradient:
@@ -143,7 +147,7 @@ def linear_gradient(
 ) -> Gradients:
     """Gradients from statistics (maximum, sum of exponentials, entropy; or empty) and upstream (dL/dl, dL/dEnt)."""
     layer, cooled, temperature = _read(
-        hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
+        hidden, head, read_rows(rows), host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
     )
     found = passes.gradient(layer, cooled, statistics, upstream, temperature, Wanted(*wanted))
     hidden_gradient, weight, bias, lora_a, lora_b = found
@@ -161,24 +165,33 @@ def _fake_linear_loss(hidden: Tensor, head: OptionalTensors, *others: Any) -> Lo
 def linear_policy_loss(
     hidden: Tensor,
     head: OptionalTensors,
-    rows: OptionalTensors,
+    given: OptionalTensors,
+    kinds: list[int],
+    size: list[int],
+    numbers: list[float],
+    config: str,
+    only_active: bool,
     host_mask: Tensor | None,
     scalars: list[float],
     num_active: int | None,
     max_chunk_bytes: int | None,
     logits_dtype: torch.dtype,
-    config: str,
     grad_scale: float,
     want_entropy: bool,
     reported: bool,
     wanted: list[bool],
     backend: str,
 ) -> LossAndGradients:
-    """Loss, metrics vector and gradients, times ``grad_scale`` before they are rounded."""
+    """Loss, metrics vector and gradients, times ``grad_scale`` before they are rounded.
+
+    ``given`` to ``only_active``: see `egpo_kernels.engine.row_ops.token_rows`.
+    """
+    settings = policy_config(config)
+    purpose = Purpose(settings, compute_dtype(hidden.dtype), only_active)
+    rows = made_rows(given, kinds, size, numbers, purpose, backend)
     layer, cooled, temperature = _read(
         hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
     )
-    settings = policy_config(config)
     surplus = too_many(cooled.mask, host_mask, num_active)
     if surplus is not None:
         assert cooled.factor is not None

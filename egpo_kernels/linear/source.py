@@ -11,6 +11,7 @@ from egpo_kernels.config.fields import check_number
 from egpo_kernels.config.settings import PolicyLossConfig, Rows, TokenLogProbs
 from egpo_kernels.engine import losses
 from egpo_kernels.engine.autograd import anchor
+from egpo_kernels.engine.rows import Unmade
 from egpo_kernels.inputs import layout as layouts
 from egpo_kernels.inputs.validation import check_dense, check_rows, check_tensor, check_whole
 from egpo_kernels.linear import autograd
@@ -74,7 +75,7 @@ class Linear(NamedTuple):
     def loss(
         self,
         call: losses.Call,
-        rows: Rows,
+        unmade: Unmade,
         config: PolicyLossConfig,
         scale: float,
         want_entropy: bool,
@@ -86,7 +87,7 @@ class Linear(NamedTuple):
             *tensors,
             (call.temperature, *self.head[4:7]),
             (self.num_active, self.max_chunk_bytes, self.head.logits_dtype),
-            config.json,
+            unmade.how(),
             scale,
             want_entropy,
             reported,
@@ -94,7 +95,7 @@ class Linear(NamedTuple):
             call.backend,
             *(None if tensor is None or not tensor.requires_grad else anchor(tensor) for tensor in tensors),
             self.host_mask,
-            *rows,
+            *unmade.tensors(),
         )
 
 

@@ -29,8 +29,8 @@ from egpo_kernels.triton.group_statistics import (
 )
 from egpo_kernels.triton.metrics import combine, store_maxima, store_sums
 from egpo_kernels.triton.rows import sequence_counts
-from egpo_kernels.triton.segments import as_bytes, flags_of, sequence_uncertainty
-from egpo_kernels.triton.settings import as_arguments
+from egpo_kernels.triton.segments import flags_of, sequence_uncertainty
+from egpo_kernels.triton.settings import as_arguments, blocks_of, dense
 
 LAUNCH = {"BLOCK_I": 16, "BLOCK_J": 128, "num_warps": 8}
 NUM_SUMMARIES = tl.constexpr(len(metrics.SUMMARIES))
@@ -197,7 +197,7 @@ def store_metrics(row_ptr, pointers, mine, group, rules, advantages, weights, in
 
 @triton.jit(do_not_specialize=["num_sequences", "members", "group_size"])
 def group_advantages_kernel(
-    pointers, partials_ptr, numbers, choices, num_sequences, members, group_size, BLOCK_I: tl.constexpr,
+    pointers, partials_ptr, numbers, choices: tl.constexpr, num_sequences, members, group_size, BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Advantages (Eq. 11) of a block of sequences; ``group_size`` 0 stands for any."""
@@ -223,7 +223,14 @@ def group_advantages_kernel(
 
 @triton.jit(do_not_specialize=["num_sequences", "members"])
 def unscaled_base_kernel(
-    pointers, compared_ptr, numbers, choices, num_sequences, members, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
+    pointers,
+    compared_ptr,
+    numbers,
+    choices: tl.constexpr,
+    num_sequences,
+    members,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):
     """Base advantages of a block of sequences as the batch's scale is made of them, and where there is one."""
     settings = read_settings(numbers, pointers.rewards_ptr.dtype.element_ty)
@@ -247,7 +254,7 @@ def _settings_of(config: AdvantageConfig, tolerance: float, dtype: torch.dtype) 
 @functools.lru_cache(maxsize=256)
 def _choices_of(config: AdvantageConfig) -> Choices:
     """Choices as a kernel argument, made once for each config."""
-    return Choices(*(tl.constexpr(getattr(config, name)) for name in Choices._fields))
+    return Choices(*(getattr(config, name) for name in Choices._fields))
 
 
 def _with_batch_scale(
@@ -263,8 +270,8 @@ def _with_batch_scale(
     compared = torch.ones_like(rewards, dtype=torch.bool)
     if lengths is not None:
         count = rewards.shape[0]
-        grid = (triton.cdiv(count, LAUNCH["BLOCK_I"]),)
-        unscaled_base_kernel[grid](pointers, as_bytes(compared), numbers, choices, count, members, **LAUNCH)
+        grid = (blocks_of(count, LAUNCH["BLOCK_I"]),)
+        unscaled_base_kernel[grid](pointers, dense(compared), numbers, choices, count, members, **LAUNCH)
     scale = torch.stack(batch_scale(base, compared, rewards, lengths, config))
     return pointers._replace(batch_ptr=scale)
 
@@ -276,12 +283,12 @@ def group_advantages(
     """Advantages, weights, base advantages, uncertainty ``[S]`` and the metrics vector, empty unless ``reported``."""
     count = rewards.shape[0]
     advantages, weights, base = (torch.empty_like(rewards) for _ in range(3))
-    partials = rewards.new_empty(triton.cdiv(count, LAUNCH["BLOCK_I"]), len(metrics.GROUP.slots))
+    partials = rewards.new_empty(blocks_of(count, LAUNCH["BLOCK_I"]), len(metrics.GROUP.slots))
     uncertainty = counts = None
     if count:
         if measured.values is not None:
             uncertainty, counts = sequence_uncertainty(measured, segments, rewards.dtype)
-        inputs = (None if ids is None else ids.contiguous(), rewards.contiguous(), as_bytes(correct))
+        inputs = (None if ids is None else ids.contiguous(), rewards.contiguous(), dense(correct))
         pointers = Pointers(*inputs, uncertainty, counts, None, advantages, weights, base)
         numbers = _settings_of(config, tolerance, rewards.dtype)
         choices = _choices_of(config)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 ACCESS_BYTES = 16
 """What a thread loads or stores at once."""
@@ -184,7 +183,7 @@ def _registers(warps: int) -> dict[str, int]:
 
 
 def _launched(made: Sequence[Any], extent: Extent, options: dict[str, int], programs: int) -> Launched:
-    return Launched(Launch(*(tl.constexpr(value) for value in made)), extent, options, programs)
+    return Launched(Launch(*made), extent, options, programs)
 
 
 def _ring_block(ring: Ring, itemsize: int) -> int:

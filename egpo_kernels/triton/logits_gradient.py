@@ -15,7 +15,7 @@ from egpo_kernels.triton.strips import write_zeros
 @triton.jit(do_not_specialize=["length", "out_length", "num_rows"])
 def logits_gradient_kernel(
     logits, out, rows, maximum_ptr, sum_exp_ptr, entropy_ptr, slope_ptr, bonus_ptr, numbers,
-    length, out_length, num_rows, extent, launch, DTYPE: tl.constexpr,
+    length, out_length, num_rows, extent, launch: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every num_programs-th row; one that nothing flows into is zeroed without being read."""
     settings = read_temperature(numbers, DTYPE)

@@ -36,8 +36,9 @@ def row_derivatives(rows, row, log_prob, settings, choices, SURROGATE: tl.conste
 
 @triton.jit(do_not_specialize=["length", "out_length", "num_rows"])
 def logits_policy_loss_kernel(
-    logits, out, rows, log_probs_ptr, entropy_ptr, numbers, choices, length, out_length, num_rows,
-    extent, launch, SURROGATE: tl.constexpr, DTYPE: tl.constexpr, ENTROPY: tl.constexpr, TILTED: tl.constexpr,
+    logits, out, rows, log_probs_ptr, entropy_ptr, numbers, choices: tl.constexpr, length, out_length,
+    num_rows, extent, launch: tl.constexpr, SURROGATE: tl.constexpr, DTYPE: tl.constexpr, ENTROPY: tl.constexpr,
+    TILTED: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every num_programs-th row: two sweeps, the second meant to be served by the cache.
 
@@ -72,7 +73,7 @@ def logits_policy_loss_kernel(
 
 def kernel_of(launch: Launch) -> Any:
     """The kernel that a launch is for. Gluon is imported only where it is used: it is a part of triton still moving."""
-    if launch.slots.value == 0:
+    if launch.slots == 0:
         return logits_policy_loss_kernel
     from egpo_kernels.triton import ring
 

@@ -11,38 +11,50 @@ from egpo_kernels.formulas.metrics import Table, runs_of
 from egpo_kernels.triton.arithmetic import divide
 
 LOSS = "policy/loss/sum"
+# Kinds of metrics as a kernel sees them.
+KINDS = ("sum", "mean", "min", "max", "gap")
+SUM, MEAN, MIN, GAP = (tl.constexpr(KINDS.index(kind)) for kind in ("sum", "mean", "min", "gap"))
 
 
-class Run(NamedTuple):
-    """`egpo_kernels.formulas.metrics.Run` inside a kernel: where slots, counts and results begin, by what they go on.
-
-    Of a gap, ``first`` and ``count`` are those of the mean that is subtracted from, the steps those of the other.
+class Runs(NamedTuple):
+    """`egpo_kernels.formulas.metrics.Run` inside a kernel, a tuple of each column: where slots, counts and results of a
+    run begin, by what they go on. Of a gap, first and count are those of the mean that is subtracted from, the steps
+    those of the other.
     """
 
-    kind: Any
-    place: Any
-    length: Any
-    first: Any
-    step: Any
-    count: Any
-    count_step: Any
+    kinds: Any
+    places: Any
+    lengths: Any
+    firsts: Any
+    steps: Any
+    counts: Any
+    count_steps: Any
 
 
 @functools.cache
-def _runs(table: Table) -> tuple[Run, ...]:
-    made: list[Run] = []
+def _runs(table: Table) -> Runs:
+    made: list[tuple[int, ...]] = []
     for run in runs_of(table):
-        place = made[-1].place + made[-1].length if made else 0
+        place = made[-1][1] + made[-1][2] if made else 0
         if run.kind == "gap":
-            (upper, at), (lower, below) = ((made[part], offset) for part, offset in (run.slots, run.counts))
-            ends = (upper.first + at * upper.step, lower.first + below * lower.step)
-            counts = (upper.count + at * upper.count_step, lower.count + below * lower.count_step)
-            made.append(Run("gap", place, 1, ends[0], ends[1], counts[0], counts[1]))
+            ends = [(made[part][3] + at * made[part][4], made[part][5] + at * made[part][6]) for part, at in run[1:]]
+            (first, count), (other, other_count) = ends
+            made.append((KINDS.index("gap"), place, 1, first, other, count, other_count))
         else:
             length = len(range(run.slots.start, run.slots.stop, run.slots.step))
-            steps = (run.slots.step, run.counts.step if run.counts.stop - run.counts.start > 1 else 0)
-            made.append(Run(run.kind, place, length, run.slots.start, steps[0], run.counts.start, steps[1]))
-    return tuple(Run(*(tl.constexpr(value) for value in run)) for run in made)
+            count_step = run.counts.step if run.counts.stop - run.counts.start > 1 else 0
+            begin, count = run.slots.start, run.counts.start
+            made.append((KINDS.index(run.kind), place, length, begin, run.slots.step, count, count_step))
+    return Runs(*zip(*made, strict=True))
+
+
+@functools.cache
+def _sizes(table: Table) -> dict[str, Any]:
+    """What is known of a table when the kernel is compiled."""
+    block = triton.next_power_of_2(len(table.slots))
+    loss = table.slots.index(LOSS) if LOSS in table.slots else 0
+    sizes = {"NUM_SUMS": len(table.sums), "NUM_SLOTS": len(table.slots), "LOSS_SLOT": loss}
+    return {"RUNS": _runs(table), **sizes, "BLOCK": 2048 // block, "BLOCK_SLOTS": block}
 
 
 @triton.jit
@@ -67,30 +79,34 @@ def store_maxima(slot_ptr, values):
 
 
 @triton.jit
-def finish_run(raw_ptr, vector_ptr, run, BLOCK: tl.constexpr):
+def finish_run(raw_ptr, vector_ptr, RUNS: tl.constexpr, NUMBER: tl.constexpr, BLOCK: tl.constexpr):
     """Metrics of one kind from their slots; a mean, minimum or maximum over nothing is NaN."""
-    if run.kind == "gap":
-        upper = divide(tl.load(raw_ptr + run.first), tl.load(raw_ptr + run.count))
-        lower = divide(tl.load(raw_ptr + run.step), tl.load(raw_ptr + run.count_step))
-        tl.store(vector_ptr + run.place, upper - lower)
+    kind: tl.constexpr = RUNS.kinds[NUMBER]
+    first, step = RUNS.firsts[NUMBER], RUNS.steps[NUMBER]
+    count, count_step = RUNS.counts[NUMBER], RUNS.count_steps[NUMBER]
+    result_ptr = vector_ptr + RUNS.places[NUMBER]
+    if kind == GAP:
+        upper = divide(tl.load(raw_ptr + first), tl.load(raw_ptr + count))
+        lower = divide(tl.load(raw_ptr + step), tl.load(raw_ptr + count_step))
+        tl.store(result_ptr, upper - lower)
     else:
         lanes = tl.arange(0, BLOCK)
-        valid = lanes < run.length
-        values = tl.load(raw_ptr + run.first + lanes * run.step, mask=valid, other=0.0)
-        if run.kind != "sum":
-            counts = tl.load(raw_ptr + run.count + lanes * run.count_step, mask=valid, other=0.0)
-            if run.kind == "mean":
+        valid = lanes < RUNS.lengths[NUMBER]
+        values = tl.load(raw_ptr + first + lanes * step, mask=valid, other=0.0)
+        if kind != SUM:
+            counts = tl.load(raw_ptr + count + lanes * count_step, mask=valid, other=0.0)
+            if kind == MEAN:
                 values = divide(values, counts)
             else:
-                if run.kind == "min":
+                if kind == MIN:
                     values = -values
                 values = tl.where(counts > 0, values, float("nan"))
-        tl.store(vector_ptr + run.place + lanes, values, mask=valid)
+        tl.store(result_ptr + lanes, values, mask=valid)
 
 
 @triton.jit(do_not_specialize=["num_partials"])
 def combine_kernel(
-    partials_ptr, raw_ptr, vector_ptr, loss_ptr, num_partials, runs, NUM_SUMS: tl.constexpr, NUM_SLOTS: tl.constexpr,
+    partials_ptr, raw_ptr, vector_ptr, loss_ptr, num_partials, RUNS: tl.constexpr, NUM_SUMS: tl.constexpr, NUM_SLOTS: tl.constexpr,
     LOSS_SLOT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Merge partial raw metrics: the first ``NUM_SUMS`` slots add up, of the others the largest stays; then report."""
@@ -113,28 +129,21 @@ def combine_kernel(
         tl.store(raw_ptr + slots, tl.where(slots < NUM_SUMS, sums, highest(best)), mask=slots < NUM_SLOTS)
         # Other threads read the slots than those that wrote them.
         tl.debug_barrier()
-        for number in tl.static_range(len(runs)):
-            finish_run(raw_ptr, vector_ptr, runs[number], BLOCK_SLOTS)
+        for number in tl.static_range(len(RUNS.kinds)):
+            finish_run(raw_ptr, vector_ptr, RUNS, number, BLOCK_SLOTS)
 
 
 def combine(partials: Tensor, table: Table, loss: Tensor | None, reported: bool) -> Tensor:
     """Merge ``partials [programs, K]`` to the reported vector of ``table`` (empty unless so); fill ``loss``, 0-d."""
     num_partials, num_slots = partials.shape
-    vector, raw = partials.new_empty(len(table.keys) if reported else 0), None
-    if reported:
-        raw = partials.new_empty(num_slots)
-    block_slots = triton.next_power_of_2(num_slots)
+    vector = partials.new_empty(table.size if reported else 0)
+    raw = partials.new_empty(num_slots) if reported else None
     combine_kernel[(1,)](
         partials,
         raw,
         vector if reported else None,
         loss,
         num_partials,
-        _runs(table),
-        NUM_SUMS=len(table.sums),
-        NUM_SLOTS=num_slots,
-        LOSS_SLOT=table.slots.index(LOSS) if LOSS in table.slots else 0,
-        BLOCK=2048 // block_slots,
-        BLOCK_SLOTS=block_slots,
+        **_sizes(table),
     )
     return vector

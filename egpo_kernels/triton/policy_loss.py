@@ -12,8 +12,16 @@ from egpo_kernels.formulas import metrics
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide, exponential
 from egpo_kernels.triton.metrics import combine, store_maxima, store_sums
-from egpo_kernels.triton.segments import as_bytes, bounds_of, sequence_of
-from egpo_kernels.triton.settings import Choices, choices_of, read_settings, row_pointers, settings_of
+from egpo_kernels.triton.segments import bounds_of, sequence_of
+from egpo_kernels.triton.settings import (
+    Choices,
+    blocks_of,
+    choices_of,
+    dense,
+    read_settings,
+    row_pointers,
+    settings_of,
+)
 from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_log_ratio, token_terms
 
 LAUNCH = {"BLOCK": 256, "num_warps": 8}
@@ -67,8 +75,9 @@ def row_terms(
 
 @triton.jit(do_not_specialize=["length", "upstream_stride"])
 def sequence_kernel(
-    rows, scores, upstream_ptr, numbers, choices, length, upstream_stride, SURROGATE: tl.constexpr, BLOCK: tl.constexpr
-):
+    rows, scores, upstream_ptr, numbers, choices: tl.constexpr, length, upstream_stride, SURROGATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """One sequence per program: mean log-ratio (GSPO, arXiv 2507.18071, Eq. 7) and, if asked for, its slope."""
     sequence = tl.program_id(0)
     start, stop = bounds_of(scores.offsets_ptr, sequence, length)
@@ -122,7 +131,7 @@ def outside_vocab(tokens_ptr, offs, counted, vocab):
 
 @triton.jit(do_not_specialize=["num_rows", "vocab", "num_sequences", "length"])
 def policy_loss_kernel(
-    rows, scores, losses_ptr, partials_ptr, numbers, choices, num_rows, vocab, num_sequences, length,
+    rows, scores, losses_ptr, partials_ptr, numbers, choices: tl.constexpr, num_rows, vocab, num_sequences, length,
     SURROGATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Losses of a block of tokens and its partial metrics."""
@@ -168,7 +177,7 @@ def policy_loss_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_sequences", "length", "upstream_stride"])
 def policy_loss_gradient_kernel(
-    rows, scores, upstream_ptr, slopes_ptr, bonus_ptr, numbers, choices, num_rows, num_sequences, length,
+    rows, scores, upstream_ptr, slopes_ptr, bonus_ptr, numbers, choices: tl.constexpr, num_rows, num_sequences, length,
     upstream_stride, SURROGATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of token losses with respect to log-prob (slopes) and entropy (bonus)."""
@@ -223,7 +232,7 @@ def _prepare(
         count = segments.num_sequences
         spread = upstream is not None and config.ratio != "sequence_token"
         shared = [log_probs.new_empty(count) if wanted else None for wanted in (True, spread)]
-        scores = Scores(*scores[:2], as_bytes(segments.offsets), *shared)
+        scores = Scores(*scores[:2], dense(segments.offsets), *shared)
         if count:
             launch = options | SEQUENCE_LAUNCH[log_probs.dtype]
             given, stride = (None, 0) if upstream is None else upstream
@@ -245,7 +254,7 @@ def policy_loss(
     num_rows = log_probs.shape[0]
     losses = torch.empty_like(log_probs, memory_format=torch.contiguous_format) if per_token else None
     loss = None if per_token else log_probs.new_empty(())
-    partials = log_probs.new_empty(triton.cdiv(num_rows, LAUNCH["BLOCK"]), len(metrics.TOKEN.slots))
+    partials = log_probs.new_empty(blocks_of(num_rows, LAUNCH["BLOCK"]), len(metrics.TOKEN.slots))
     if num_rows:
         made = _prepare(log_probs, entropy, rows, segments, config, None)
         policy_loss_kernel[(partials.shape[0],)](
@@ -279,7 +288,7 @@ def policy_loss_gradient(
     if num_rows:
         given = Upstream(upstream, upstream.stride(0) if upstream.dim() else 0)
         made = _prepare(log_probs, None, rows, segments, config, given)
-        policy_loss_gradient_kernel[(triton.cdiv(num_rows, LAUNCH["BLOCK"]),)](
+        policy_loss_gradient_kernel[(blocks_of(num_rows, LAUNCH["BLOCK"]),)](
             made.rows,
             made.scores,
             upstream,

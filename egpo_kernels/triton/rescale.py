@@ -6,7 +6,7 @@ from torch import Tensor
 
 from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.triton.arithmetic import divide
-from egpo_kernels.triton.settings import as_arguments, read_number, triton_dtype
+from egpo_kernels.triton.settings import as_arguments, blocks_of, read_number, triton_dtype
 
 BLOCK = 4096
 MAX_PROGRAMS = 2048
@@ -50,7 +50,7 @@ def rescale_(gradient: Tensor, upstream: Tensor, expected: float) -> None:
     missing = 3 - gradient.dim()
     outer, inner, width = (1,) * missing + tuple(gradient.shape)
     outer_stride, inner_stride, _ = (0,) * missing + gradient.stride()
-    num_chunks = outer * inner * triton.cdiv(width, BLOCK)
+    num_chunks = outer * inner * blocks_of(width, BLOCK)
     dtype = compute_dtype(gradient.dtype)
     rescale_kernel[(min(num_chunks, MAX_PROGRAMS),)](
         gradient,

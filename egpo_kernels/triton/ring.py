@@ -180,8 +180,9 @@ def put_zeros(out_ptr, extent, launch):
 
 @gluon.jit(do_not_specialize=["length", "out_length", "num_rows"])
 def ring_policy_loss_kernel(
-    logits, out, rows, log_probs_ptr, entropy_ptr, numbers, choices, length, out_length, num_rows,
-    extent, launch, SURROGATE: tl.constexpr, DTYPE: tl.constexpr, ENTROPY: tl.constexpr, TILTED: tl.constexpr,
+    logits, out, rows, log_probs_ptr, entropy_ptr, numbers, choices: gl.constexpr, length, out_length,
+    num_rows, extent, launch: gl.constexpr, SURROGATE: gl.constexpr, DTYPE: gl.constexpr, ENTROPY: gl.constexpr,
+    TILTED: gl.constexpr,
 ):  # fmt: skip
     """`logits_policy_loss_kernel` for rows of 16 bits that are whole numbers of accesses and start one."""
     settings = read_settings(numbers, DTYPE)

@@ -21,7 +21,7 @@ from egpo_kernels.triton.softmax import (
 @triton.jit(do_not_specialize=["length"])
 def row_statistics_kernel(
     logits, rows, log_probs_ptr, entropy_ptr, maximum_ptr, sum_exp_ptr, numbers, length, extent,
-    launch, DTYPE: tl.constexpr, ENTROPY: tl.constexpr,
+    launch: tl.constexpr, DTYPE: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """One program a row; rows outside the mask are not read and get 0."""
     row = tl.program_id(0)

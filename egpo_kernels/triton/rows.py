@@ -10,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig, Rows
-from egpo_kernels.formulas.rows import Counts, Given, Wanted
+from egpo_kernels.formulas.rows import Counts, Given, Purpose
 from egpo_kernels.inputs.layout import Kind
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide
 from egpo_kernels.triton.launch import processors
-from egpo_kernels.triton.segments import Flags, as_bytes, bounds_of, counted_rows, flags_of, sequence_of
-from egpo_kernels.triton.settings import as_arguments, read_number, triton_dtype
+from egpo_kernels.triton.segments import Flags, bounds_of, counted_rows, flags_of, sequence_of
+from egpo_kernels.triton.settings import as_arguments, blocks_of, dense, read_number, triton_dtype
 
 LAUNCH = {"BLOCK": 1024, "BLOCK_COUNT": 8192, "num_warps": 8}
 SEQUENCE = {"BLOCK": 1024, "num_warps": 8}
@@ -83,8 +83,9 @@ def is_active(given, kinds, offs, sequence, counted, DTYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length"])
 def sequence_counts_kernel(
-    flags, given, kinds, offsets_ptr, lengths_ptr, actives_ptr, length, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+    flags, given, kinds: tl.constexpr, offsets_ptr, lengths_ptr, actives_ptr, length, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """One sequence per program: its counted tokens and, if asked for, those of them whose gradient is not 0."""
     sequence = tl.program_id(0)
     start, stop = bounds_of(offsets_ptr, sequence, length)
@@ -156,8 +157,8 @@ def factor_of(whole, divisor, sequence, counted, choices, DTYPE: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["num_rows", "num_sequences", "length"])
 def token_rows_kernel(
-    flags, given, kinds, made, mask_ptr, tokens_ptr, ids_ptr, offsets_ptr, whole, numbers, choices,
-    num_rows, num_sequences, length, DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_COUNT: tl.constexpr,
+    flags, given, kinds: tl.constexpr, made, mask_ptr, tokens_ptr, ids_ptr, offsets_ptr, whole, numbers,
+    choices: tl.constexpr, num_rows, num_sequences, length, DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_COUNT: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every num_programs-th block of rows; what needs not be made has no pointer."""
     stop = tl.cast(num_rows, tl.int64)
@@ -207,7 +208,7 @@ def _sequence_counts(
             flags,
             given,
             kinds,
-            as_bytes(segments.offsets),
+            dense(segments.offsets),
             lengths,
             actives,
             segments.length,
@@ -220,12 +221,7 @@ def _sequence_counts(
 @functools.lru_cache(maxsize=256)
 def _choices_of(config: PolicyLossConfig | None, known: bool, drops: bool) -> Choices:
     reduction = "" if config is None else config.reduction
-    return Choices(*(tl.constexpr(value) for value in (reduction, reduction in ("sum", "none"), known, drops)))
-
-
-@functools.cache
-def _kinds_of(kinds: tuple[int, ...]) -> Numbers:
-    return Numbers(*map(tl.constexpr, kinds))
+    return Choices(reduction, reduction in ("sum", "none"), known, drops)
 
 
 def token_rows(
@@ -234,12 +230,12 @@ def token_rows(
     segments: Segments,
     poison: Tensor | None,
     counts: Counts,
-    wanted: Wanted,
+    purpose: Purpose,
     device: torch.device,
 ) -> Rows:
     """Rows in the dtypes that kernels read; ``poison`` (0-d, NaN where the layout is not sound) is in the factor."""
-    num_rows, config, dtype = segments.num_rows, wanted.config, wanted.dtype
-    fresh = wanted.made(given, kinds, segments.offsets is not None)
+    num_rows, config, dtype = segments.num_rows, purpose.config, purpose.dtype
+    fresh = purpose.made(given, kinds, segments.offsets is not None)
     dtypes = (torch.bool, torch.long, *[dtype] * 6)
     made = [
         torch.empty(num_rows, dtype=each, device=device) if new else None
@@ -249,22 +245,22 @@ def token_rows(
     assert mask is not None
     if num_rows == 0:
         return Rows(mask, *others)
-    flags, numbers = flags_of(given[0], given[1]), Numbers(*map(as_bytes, given[2:]))
-    places = _kinds_of(tuple(kinds[2:]))
-    whole, known = _whole(flags, numbers, places, segments, poison, counts, wanted, device)
+    flags, numbers = flags_of(given[0], given[1]), Numbers(*map(dense, given[2:]))
+    places = Numbers(*kinds[2:])
+    whole, known = _whole(flags, numbers, places, segments, poison, counts, purpose, device)
     values = [0.0 if known is None else known, (config and config.norm_length) or 0.0]
-    token_rows_kernel[(min(triton.cdiv(num_rows, LAUNCH["BLOCK"]), processors(device)),)](
+    token_rows_kernel[(min(blocks_of(num_rows, LAUNCH["BLOCK"]), processors(device)),)](
         flags,
         numbers,
         places,
         Numbers(*made[2:]),
-        as_bytes(made[0]),
-        as_bytes(given[1]) if fresh[1] else None,
+        dense(made[0]),
+        dense(given[1]) if fresh[1] else None,
         made[1],
-        as_bytes(segments.offsets),
+        dense(segments.offsets),
         whole,
         as_arguments(values, dtype),
-        _choices_of(config, known is not None, wanted.drops),
+        _choices_of(config, known is not None, purpose.drops),
         num_rows,
         segments.num_sequences,
         segments.length,
@@ -281,19 +277,19 @@ def _whole(
     segments: Segments,
     poison: Tensor | None,
     counts: Counts,
-    wanted: Wanted,
+    purpose: Purpose,
     device: torch.device,
 ) -> tuple[Whole, float | None]:
     """What the reduction divides by, and the global count where it is a number; counts sequences where it must."""
-    config = wanted.config
+    config = purpose.config
     if config is None:
         return Whole(None, None, None, None), None
     of_sequences = config.reduction.startswith("seq_mean")
     count = counts.sequences if of_sequences else counts.tokens
     lengths = actives = None
-    pooled = wanted.drops and config.pools
+    pooled = purpose.drops and config.pools
     if pooled or (of_sequences and (count is None or config.reduction == "seq_mean_token_mean")):
-        lengths, actives = _sequence_counts(flags, given, kinds, segments, wanted.dtype, device, pooled)
+        lengths, actives = _sequence_counts(flags, given, kinds, segments, purpose.dtype, device, pooled)
     if isinstance(count, Tensor):
         return Whole(count, lengths, actives, poison), None
     return Whole(None, lengths, actives, poison), count

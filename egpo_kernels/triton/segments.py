@@ -14,6 +14,7 @@ from egpo_kernels.formulas.rows import Measured
 from egpo_kernels.inputs import segments
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide
+from egpo_kernels.triton.settings import dense
 
 IGNORED = tl.constexpr(segments.IGNORED)
 # Fewer warps, and the float64 kernel spills on a B200.
@@ -30,15 +31,7 @@ class Flags(NamedTuple):
 
 def flags_of(mask: Tensor | None, tokens: Tensor | None, entropy_mask: Tensor | None = None) -> Flags:
     """Tensors as a kernel reads them."""
-    return Flags(as_bytes(mask), as_bytes(tokens) if mask is None else None, as_bytes(entropy_mask))
-
-
-def as_bytes(flags: Tensor | None) -> Tensor | None:
-    """A contiguous tensor, bools as bytes."""
-    if flags is None:
-        return None
-    flags = flags.contiguous()
-    return flags.view(torch.uint8) if flags.dtype == torch.bool else flags
+    return Flags(dense(mask), dense(tokens) if mask is None else None, dense(entropy_mask))
 
 
 @triton.jit
@@ -114,7 +107,7 @@ def sequence_uncertainty(measured: Measured, rows: Segments, dtype: torch.dtype)
     segment_mean_kernel[(rows.num_sequences,)](
         values.contiguous(),
         flags,
-        as_bytes(rows.offsets),
+        dense(rows.offsets),
         uncertainty,
         counts,
         rows.length,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig, Rows
 
@@ -49,8 +50,7 @@ class Choices(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def choices_of(config: PolicyLossConfig) -> Choices:
     """Choices as a kernel argument, made once for each config."""
-    values = (config.kl, config.kl_times_ratio, config.trims)
-    return Choices(*(tl.constexpr(value) for value in values))
+    return Choices(config.kl, config.kl_times_ratio, config.trims)
 
 
 class RowPointers(NamedTuple):
@@ -66,10 +66,19 @@ class RowPointers(NamedTuple):
     rollout_weights_ptr: Any
 
 
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """A contiguous tensor, as kernels without strides read it."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def blocks_of(count: int, size: int) -> int:
+    """How many blocks of a size hold so many; `triton.cdiv` takes a host ten times as long."""
+    return -(-count // size)
+
+
 def row_pointers(rows: Rows) -> RowPointers:
-    """Row tensors as kernel arguments: contiguous, the mask as bytes."""
-    dense = [None if field is None else field.contiguous() for field in rows]
-    return RowPointers(rows.mask.contiguous().view(torch.uint8), *dense[1:])
+    """Row tensors as kernel arguments."""
+    return RowPointers(*map(dense, rows))
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

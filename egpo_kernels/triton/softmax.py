@@ -90,10 +90,12 @@ def load_token(rows, row, row_ptr, vocab, live, DTYPE: tl.constexpr):
 def start_statistics(launch, DTYPE: tl.constexpr):
     """Statistics of nothing: a number for each thread, in an odd row for each of its elements in a strip."""
     lowest: tl.constexpr = START_FLOAT64 if DTYPE == tl.float64 else START
+    threads: tl.constexpr = launch.threads
+    width: tl.constexpr = launch.width
     if launch.odd:
-        zeros = tl.zeros((launch.threads, launch.width), DTYPE)
+        zeros = tl.zeros((threads, width), DTYPE)
     else:
-        zeros = tl.zeros((launch.threads,), DTYPE)
+        zeros = tl.zeros((threads,), DTYPE)
     return RowStatistics(zeros + lowest, zeros, zeros)
 
 

@@ -39,7 +39,9 @@ def strip_offsets(launch, STRIPS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def block_places(launch, STRIPS: tl.constexpr):
     """Offsets of a block's elements in the shape of a block."""
-    return tl.reshape(strip_offsets(launch, STRIPS, launch.width), (STRIPS, launch.threads, launch.width))
+    threads: tl.constexpr = launch.threads
+    width: tl.constexpr = launch.width
+    return tl.reshape(strip_offsets(launch, STRIPS, width), (STRIPS, threads, width))
 
 
 @triton.jit
@@ -103,8 +105,10 @@ def write_zeros(out_ptr, vocab, launch):
     first, start_ptr = first_access(out_ptr, launch)
     whole = whole_accesses(first, vocab, launch)
     strips: tl.constexpr = launch.gradient_strips
-    block: tl.constexpr = strips * launch.threads * launch.width
-    zeros = tl.zeros((strips, launch.threads, launch.width), out_ptr.dtype.element_ty)
+    threads: tl.constexpr = launch.threads
+    width: tl.constexpr = launch.width
+    block: tl.constexpr = strips * threads * width
+    zeros = tl.zeros((strips, threads, width), out_ptr.dtype.element_ty)
     full = whole // block * block
     for start in range(0, full, block):
         store_block(start_ptr + start, zeros, None, launch, strips)
