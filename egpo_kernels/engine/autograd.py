@@ -41,11 +41,6 @@ def guarded(backend: str, gradient: Tensor, *parents: Tensor | None) -> Tensor:
     return _RefuseBackward.apply(backend, gradient.detach().requires_grad_(), *parents)
 
 
-def anchor(logits: Tensor) -> Tensor | None:
-    """What is kept of logits whose gradient is already made: where they came from, for `guarded`; none of them."""
-    return None if torch.compiler.is_compiling() else torch.slice_copy(logits, -1, 0, 0)
-
-
 class TokenLogProbs(torch.autograd.Function):
     """Log-prob and entropy of each row; the gradient is made in backward, from the logits read once more."""
 
@@ -150,7 +145,6 @@ class LogitsPolicyLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
-        origin: Tensor | None,
         how: How,
         temperature: float,
         grad_scale: float,
@@ -172,7 +166,7 @@ class LogitsPolicyLoss(torch.autograd.Function):
         if torch.compiler.is_compiling():
             ctx.save_for_backward(gradient)
         else:
-            ctx.save_for_backward(origin)
+            ctx.save_for_backward(loss)  # which leads to the logits, for `guarded`, and keeps none of them
             ctx.gradients = [gradient]
         ctx.mark_non_differentiable(vector)
         return loss, vector
@@ -182,12 +176,17 @@ class LogitsPolicyLoss(torch.autograd.Function):
         """Gradient with respect to the logits only."""
         grad_scale, inplace, backend, num_given = ctx.options
         if torch.compiler.is_compiling():
-            (gradient,), origin = ctx.saved_tensors, None
+            (gradient,) = ctx.saved_tensors
             gradient = (gradient * (upstream / grad_scale)).to(gradient.dtype)
         else:
-            (gradient,), (origin,) = take_gradients(ctx, inplace), ctx.saved_tensors
+            (gradient,) = take_gradients(ctx, inplace)
             ops.rescale_(gradient, upstream.detach(), grad_scale, backend)
-        return guarded(backend, gradient, origin, upstream), *[None] * (8 + num_given)
+        return guarded(backend, gradient, *parents_of(ctx, upstream)), *[None] * (7 + num_given)
+
+
+def parents_of(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
+    """The loss, which leads to all that it was made of, and the upstream gradient: `guarded` needs them if anything."""
+    return (*ctx.saved_tensors, upstream) if torch.is_grad_enabled() and not torch.compiler.is_compiling() else ()
 
 
 def take_gradients(ctx: Any, inplace: bool = False) -> list[Tensor]:

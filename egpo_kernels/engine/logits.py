@@ -60,7 +60,6 @@ class Logits(NamedTuple):
         """See `egpo_kernels.engine.losses.Source`."""
         return autograd.LogitsPolicyLoss.apply(
             self.tensor,
-            autograd.anchor(self.tensor),
             unmade.how(),
             call.temperature,
             scale,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.engine.autograd import graph_is_kept, guarded, take_gradients
+from egpo_kernels.engine.autograd import graph_is_kept, guarded, parents_of, take_gradients
 from egpo_kernels.engine.ops import rescale_
 from egpo_kernels.engine.row_ops import How
 from egpo_kernels.linear import ops
@@ -118,9 +118,9 @@ class PolicyLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.linear.ops.linear_policy_loss`.
 
-        ``fields``: an `anchor` of each tensor before, the host's mask, what rows are made of.
+        ``fields``: the host's mask, what rows are made of.
         """
-        origins, (host_mask, *given) = fields[:5], fields[5:]
+        host_mask, *given = fields
         loss, vector, *gradients = ops.linear_policy_loss(
             hidden, [weight, bias, lora_a, lora_b], given, *how, host_mask, list(scalars), *sizes, grad_scale,
             want_entropy, reported, list(wanted), backend,
@@ -129,7 +129,7 @@ class PolicyLoss(torch.autograd.Function):
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*gradients)
         else:
-            ctx.save_for_backward(*origins)
+            ctx.save_for_backward(loss)  # which leads to all of them, for `guarded`, and keeps none
             ctx.gradients = gradients
         ctx.mark_non_differentiable(vector)
         return loss, vector
@@ -139,10 +139,9 @@ class PolicyLoss(torch.autograd.Function):
         """Gradients of hidden states and head."""
         grad_scale, wanted, backend, num_fields = ctx.options
         if torch.compiler.is_compiling():
-            gradients, origins = ctx.saved_tensors, ()
-            gradients = [(gradient * (upstream / grad_scale)).to(gradient.dtype) for gradient in gradients]
+            gradients = [(gradient * (upstream / grad_scale)).to(gradient.dtype) for gradient in ctx.saved_tensors]
         else:
-            gradients, origins = take_gradients(ctx), ctx.saved_tensors
+            gradients = take_gradients(ctx)
             for gradient in gradients:
                 rescale_(gradient, upstream.detach(), grad_scale, backend)
-        return *_answers(backend, gradients, wanted, (*origins, upstream)), *[None] * (8 + num_fields)
+        return *_answers(backend, gradients, wanted, parents_of(ctx, upstream)), *[None] * (8 + num_fields)

@@ -10,7 +10,6 @@ from egpo_kernels import reference
 from egpo_kernels.config.fields import check_number
 from egpo_kernels.config.settings import PolicyLossConfig, Rows, TokenLogProbs
 from egpo_kernels.engine import losses
-from egpo_kernels.engine.autograd import anchor
 from egpo_kernels.engine.rows import Unmade
 from egpo_kernels.inputs import layout as layouts
 from egpo_kernels.inputs.validation import check_dense, check_rows, check_tensor, check_whole
@@ -82,9 +81,9 @@ class Linear(NamedTuple):
         reported: bool,
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.engine.losses.Source`."""
-        tensors = (self.hidden, *self.head[:4])
         return autograd.PolicyLoss.apply(
-            *tensors,
+            self.hidden,
+            *self.head[:4],
             (call.temperature, *self.head[4:7]),
             (self.num_active, self.max_chunk_bytes, self.head.logits_dtype),
             unmade.how(),
@@ -93,7 +92,6 @@ class Linear(NamedTuple):
             reported,
             self.wanted,
             call.backend,
-            *(None if tensor is None or not tensor.requires_grad else anchor(tensor) for tensor in tensors),
             self.host_mask,
             *unmade.tensors(),
         )

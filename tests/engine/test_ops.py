@@ -35,10 +35,9 @@ def padded_rows(dtype=torch.float32):
     return batch.logits, list(rows)
 
 
-def given_rows(dtype, backend):
+def given_rows(dtype=torch.float32):
     """Of every kind, none of which is there already: some for all, some per sequence, some of another dtype."""
-    batch = make_batch(dtype=dtype)
-    half = torch.bfloat16
+    batch, half = make_batch(dtype=dtype), torch.bfloat16
     given = [
         batch.mask.flatten().long(),
         batch.tokens.flatten().int(),
@@ -46,15 +45,15 @@ def given_rows(dtype, backend):
         batch.advantages,
         None,
         batch.old_log_probs.flatten().to(half),
-        None,
+        batch.ref_log_probs.flatten(),
         torch.ones(4, device=DEVICE, dtype=half),
+        OFFSETS,
+        torch.ones((), device=DEVICE),
+        torch.tensor(9, device=DEVICE),
+        None,
     ]
-    kinds = [Kind.PER_TOKEN, Kind.PER_TOKEN, Kind.FOR_ALL, Kind.PER_SEQUENCE, 0, Kind.PER_TOKEN, 0, Kind.PER_SEQUENCE]
-    layout = [OFFSETS, torch.ones((), device=DEVICE)]
-    whole = torch.tensor(9, device=DEVICE)
-    return (
-        given, list(map(int, kinds)), layout, [16, 4], [whole, None], [math.nan, 3.0], SEQUENCE.json, dtype, True, backend,
-    )  # fmt: skip
+    one, each, for_all = int(Kind.PER_TOKEN), int(Kind.PER_SEQUENCE), int(Kind.FOR_ALL)
+    return given, [one, one, for_all, each, 0, one, one, each], [16, 4], [math.nan, 3.0]
 
 
 def arguments(name, backend, dtype=torch.float32):
@@ -67,14 +66,14 @@ def arguments(name, backend, dtype=torch.float32):
     return {
         "sequence_offsets": (torch.tensor([0, 3, 7], device=DEVICE), 9),
         "read_either_way": (entropy, log_probs * 2, torch.zeros(16, dtype=torch.bool, device=DEVICE), "advantages"),
-        "token_rows": given_rows(wide, backend),
+        "token_rows": (*given_rows(wide), SEQUENCE.json, True, wide, backend),
         "row_statistics": (logits, rows, 0.7, True, backend),
         "logits_gradient": (logits, rows, statistics, upstream, 1.0, backend),
         "logits_gradient_": (logits, rows, statistics, upstream, 1.0, backend),
         "policy_loss": (log_probs, entropy, rows, None, 4, CONFIG.json, 37, False, True, backend),
         "policy_loss_gradient": (log_probs, rows, OFFSETS, 4, SEQUENCE.json, entropy, True, backend),
-        "logits_policy_loss": (logits, rows, CONFIG.json, scalars, True, True, backend),
-        "logits_policy_loss_": (logits, rows, CONFIG.json, scalars, True, True, backend),
+        "logits_policy_loss": (logits, *given_rows(wide), CONFIG.json, False, scalars, True, True, backend),
+        "logits_policy_loss_": (logits, *given_rows(wide), CONFIG.json, True, scalars, True, True, backend),
         "group_advantages": (
             torch.tensor([1.0, 0, 1, 0], device=DEVICE),
             [torch.tensor([4, 4, 1, 1], device=DEVICE), None, log_probs, rows[0], None, None, OFFSETS],
@@ -97,12 +96,13 @@ def linear_arguments(backend, dtype, rows, statistics, upstream):
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, 4, 5), (37, 5), (37,), (2, 5), (37, 2))
     hidden, *head = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
-    first = (hidden, head, rows, None, [0.7, 0.5, 1.5, 9.0], 16, 1000, dtype)
-    wanted = [True, True, True, False, False]
+    scalars = (None, [0.7, 0.5, 1.5, 9.0], 16, 1000, dtype)
+    first, wanted = (hidden, head, rows, *scalars), [True, True, True, False, False]
+    given = (hidden, head, *given_rows(compute_dtype(dtype)), CONFIG.json, False)
     return {
         "linear_row_statistics": (*first, True, True, backend),
         "linear_gradient": (*first, statistics, upstream, wanted, backend),
-        "linear_policy_loss": (*first, CONFIG.json, 2.0, True, True, wanted, backend),
+        "linear_policy_loss": (*given, *scalars, 2.0, True, True, wanted, backend),
     }
 
 
