@@ -53,6 +53,11 @@ class Table(NamedTuple):
         return len(self.metrics)
 
     @property
+    def num_slots(self) -> int:
+        """How many raw slots there are."""
+        return len(self.sums) + len(self.maxima)
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """Names of the reported metrics, in order."""
         return tuple(metric.key for metric in self.metrics)

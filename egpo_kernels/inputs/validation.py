@@ -38,16 +38,14 @@ def check_dense(name: str, value: Any, kind: str) -> Tensor:
     return value
 
 
-def _plain(value: Tensor) -> Tensor:
-    """Return ``value``, or a copy of a view that is still to be negated, which operators refuse beside a None."""
-    return value if torch.compiler.is_compiling() else value.resolve_neg()
-
-
-def _savable(value: Tensor) -> Tensor:
-    """Return ``value``, or a copy of one made under inference_mode, which autograd does not save."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+def _ready(value: Tensor) -> Tensor:
+    """Return ``value``, or a copy where operators refuse it (a view still to be negated) or autograd does not save it
+    (made under inference_mode).
+    """
+    if torch.compiler.is_compiling():
         return value
-    return value.clone() if value.is_inference() else value
+    value = value.resolve_neg()
+    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
 
 
 def check_tensor(name: str, value: Any, kind: str, shapes: Shapes, device: torch.device) -> Tensor:
@@ -58,7 +56,7 @@ def check_tensor(name: str, value: Any, kind: str, shapes: Shapes, device: torch
     if shapes and all(value.shape != shape for shape in shapes.values()):
         wanted = " or ".join(f"{text} = {list(shape)}" for text, shape in shapes.items())
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be {wanted}")
-    return _savable(_plain(value))
+    return _ready(value)
 
 
 def check_rewards(rewards: Any) -> Tensor:
@@ -89,7 +87,7 @@ def check_logits(name: str, logits: Any, packed: bool) -> Tensor:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} along the vocabulary; it must be 1: pass logits.contiguous()"
         )
-    return _plain(logits)
+    return logits if torch.compiler.is_compiling() else logits.resolve_neg()
 
 
 def check_not_overlapping(logits: Tensor) -> None:

@@ -27,12 +27,13 @@ from egpo_kernels.triton.group_statistics import (
     meet,
     read_settings,
 )
+from egpo_kernels.triton.launcher import Launches, lie
 from egpo_kernels.triton.metrics import combine, store_maxima, store_sums
 from egpo_kernels.triton.rows import sequence_counts
 from egpo_kernels.triton.segments import flags_of, sequence_uncertainty
 from egpo_kernels.triton.settings import as_arguments, blocks_of, dense
 
-LAUNCH = {"BLOCK_I": 16, "BLOCK_J": 128, "num_warps": 8}
+BLOCK_I, BLOCK_J, OPTIONS = 16, 128, {"num_warps": 8}
 NUM_SUMMARIES = tl.constexpr(len(metrics.SUMMARIES))
 NUM_SUMS = tl.constexpr(len(metrics.GROUP.sums))
 NUM_SLOTS = tl.constexpr(len(metrics.GROUP.slots))
@@ -258,6 +259,7 @@ def _choices_of(config: AdvantageConfig) -> Choices:
 
 
 def _with_batch_scale(
+    launches: Launches,
     pointers: Pointers,
     lengths: Tensor | None,
     members: int,
@@ -270,8 +272,8 @@ def _with_batch_scale(
     compared = torch.ones_like(rewards, dtype=torch.bool)
     if lengths is not None:
         count = rewards.shape[0]
-        grid = (blocks_of(count, LAUNCH["BLOCK_I"]),)
-        unscaled_base_kernel[grid](pointers, dense(compared), numbers, choices, count, members, **LAUNCH)
+        arguments = (pointers, compared, numbers, choices, count, members, BLOCK_I, BLOCK_J)
+        launches(unscaled_base_kernel, blocks_of(count, BLOCK_I), arguments, OPTIONS)
     scale = torch.stack(batch_scale(base, compared, rewards, lengths, config))
     return pointers._replace(batch_ptr=scale)
 
@@ -283,25 +285,28 @@ def group_advantages(
     """Advantages, weights, base advantages, uncertainty ``[S]`` and the metrics vector, empty unless ``reported``."""
     count = rewards.shape[0]
     advantages, weights, base = (torch.empty_like(rewards) for _ in range(3))
-    partials = rewards.new_empty(blocks_of(count, LAUNCH["BLOCK_I"]), len(metrics.GROUP.slots))
+    partials = rewards.new_empty(blocks_of(count, BLOCK_I), metrics.GROUP.num_slots)
     uncertainty = counts = None
+    inputs = (dense(ids), rewards.contiguous(), dense(correct))
+    launches = Launches(
+        rewards.device, rewards.dtype, config.json, lie(inputs), measured.values is None, count >> 31, reported
+    )
     if count:
         if measured.values is not None:
             uncertainty, counts = sequence_uncertainty(measured, segments, rewards.dtype)
-        inputs = (None if ids is None else ids.contiguous(), rewards.contiguous(), dense(correct))
         pointers = Pointers(*inputs, uncertainty, counts, None, advantages, weights, base)
-        numbers = _settings_of(config, tolerance, rewards.dtype)
-        choices = _choices_of(config)
+        numbers, choices = _settings_of(config, tolerance, rewards.dtype), _choices_of(config)
         if config.of_batch:
             lengths = None
             if config.scale == "batch_whiten":
                 flags = flags_of(measured.mask, measured.tokens)
                 lengths = sequence_counts(flags, segments, rewards.device)
-            pointers = _with_batch_scale(pointers, lengths, members, numbers, choices, config)
-        group_advantages_kernel[(partials.shape[0],)](
-            pointers, partials if reported else None, numbers, choices, count, members, group_size or 0, **LAUNCH
-        )
+            pointers = _with_batch_scale(launches, pointers, lengths, members, numbers, choices, config)
+        reported_to = partials if reported else None
+        sizes = (count, members, group_size or 0)
+        arguments = (pointers, reported_to, numbers, choices, *sizes, BLOCK_I, BLOCK_J)
+        launches(group_advantages_kernel, partials.shape[0], arguments, OPTIONS)
     if uncertainty is None:
         uncertainty = torch.full_like(rewards, torch.nan)
-    vector = combine(partials, metrics.GROUP, None, True) if reported else rewards.new_empty(0)
+    vector = combine(launches, partials, metrics.GROUP, None, True) if reported else rewards.new_empty(0)
     return advantages, weights, base, uncertainty, vector

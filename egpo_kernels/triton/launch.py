@@ -110,6 +110,11 @@ class Launched(NamedTuple):
     options: dict[str, int]
     programs: int
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What of it kernels are compiled for."""
+        return self.launch, self.extent, *self.options.values()
+
 
 @functools.cache
 def architecture(device: torch.device) -> str:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from egpo_kernels.config.settings import Rows, compute_dtype
 from egpo_kernels.triton.launch import launch_for, num_programs
+from egpo_kernels.triton.launcher import Launches, lie
 from egpo_kernels.triton.settings import read_temperature, row_pointers, temperature_of, triton_dtype
 from egpo_kernels.triton.softmax import RowStatistics, load_token, matrix, row_inverse_temperature, row_pointer
 from egpo_kernels.triton.softmax_gradient import sweep_gradient
@@ -62,19 +63,14 @@ def logits_gradient(
     dtype = compute_dtype(logits.dtype)
     where, length = matrix(logits)
     target, out_length = matrix(out)
-    launched = launch_for("logits_gradient_kernel", logits, out)
-    logits_gradient_kernel[(num_programs(launched, num_rows, logits.device),)](
-        where,
-        target,
-        row_pointers(rows),
-        *statistics,
-        *upstream,
-        temperature_of(temperature, dtype),
-        length,
-        out_length,
-        num_rows,
-        launched.extent,
-        launched.launch,
-        DTYPE=triton_dtype(dtype),
-        **launched.options,
-    )
+    launched, pointers = launch_for("logits_gradient_kernel", logits, out), row_pointers(rows)
+    given = (*statistics, *upstream)
+    launches = Launches(
+        logits.device, logits.dtype, launched.key, where.key, target.key, lie(pointers), lie(given), length >> 31,
+        out_length >> 31, num_rows >> 31,
+    )  # fmt: skip
+    numbers, sizes = temperature_of(temperature, dtype), (length, out_length, num_rows)
+    constants = (launched.launch, triton_dtype(dtype))
+    arguments = (where, target, pointers, *given, numbers, *sizes, launched.extent, *constants)
+    programs = num_programs(launched, num_rows, logits.device)
+    launches(logits_gradient_kernel, programs, arguments, launched.options)

@@ -10,6 +10,7 @@ from torch import Tensor
 from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
 from egpo_kernels.triton.arithmetic import LOG2_E
 from egpo_kernels.triton.launch import Launch, launch_for, num_programs
+from egpo_kernels.triton.launcher import Launches, lie
 from egpo_kernels.triton.settings import choices_of, read_settings, row_pointers, settings_of, triton_dtype
 from egpo_kernels.triton.softmax import (
     load_token,
@@ -94,27 +95,25 @@ def logits_loss_gradient(
     dtype = compute_dtype(logits.dtype)
     log_probs = logits.new_empty(num_rows, dtype=dtype)
     entropy = torch.empty_like(log_probs) if want_entropy else None
-    if num_rows > 0:
-        where, length = matrix(logits)
-        target, out_length = matrix(out)
-        launched = launch_for("logits_policy_loss_kernel", logits, out, may_ring=True)
-        kernel_of(launched.launch)[(num_programs(launched, num_rows, logits.device),)](
-            where,
-            target,
-            row_pointers(rows),
-            log_probs,
-            entropy,
-            settings_of(config, temperature, grad_scale, dtype),
-            choices_of(config),
-            length,
-            out_length,
-            num_rows,
-            launched.extent,
-            launched.launch,
-            SURROGATE=SURROGATES[config.surrogate],
-            DTYPE=triton_dtype(dtype),
-            ENTROPY=want_entropy,
-            TILTED=config.entropy_coef != 0,
-            **launched.options,
-        )
+    if num_rows == 0:
+        return log_probs, entropy
+    where, length = matrix(logits)
+    target, out_length = matrix(out)
+    launched, pointers = launch_for("logits_policy_loss_kernel", logits, out, may_ring=True), row_pointers(rows)
+    launches = Launches(
+        logits.device, logits.dtype, launched.key, where.key, target.key, lie(pointers), length >> 31, out_length >> 31,
+        num_rows >> 31, config.json, want_entropy,
+    )  # fmt: skip
+    numbers = settings_of(config.json, temperature, grad_scale, dtype)
+    sizes = (length, out_length, num_rows)
+    constants = (
+        launched.launch,
+        SURROGATES[config.surrogate],
+        triton_dtype(dtype),
+        want_entropy,
+        config.entropy_coef != 0,
+    )
+    arguments = (where, target, pointers, log_probs, entropy, numbers, choices_of(config.json), *sizes, launched.extent)
+    programs = num_programs(launched, num_rows, logits.device)
+    launches(kernel_of(launched.launch), programs, (*arguments, *constants), launched.options)
     return log_probs, entropy

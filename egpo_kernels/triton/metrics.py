@@ -9,6 +9,7 @@ from torch import Tensor
 
 from egpo_kernels.formulas.metrics import Table, runs_of
 from egpo_kernels.triton.arithmetic import divide
+from egpo_kernels.triton.launcher import Launches
 
 LOSS = "policy/loss/sum"
 # Kinds of metrics as a kernel sees them.
@@ -49,12 +50,11 @@ def _runs(table: Table) -> Runs:
 
 
 @functools.cache
-def _sizes(table: Table) -> dict[str, Any]:
-    """What is known of a table when the kernel is compiled."""
+def _sizes(table: Table) -> tuple[Any, ...]:
+    """What is known of a table when the kernel is compiled, from ``RUNS`` on."""
     block = triton.next_power_of_2(len(table.slots))
     loss = table.slots.index(LOSS) if LOSS in table.slots else 0
-    sizes = {"NUM_SUMS": len(table.sums), "NUM_SLOTS": len(table.slots), "LOSS_SLOT": loss}
-    return {"RUNS": _runs(table), **sizes, "BLOCK": 2048 // block, "BLOCK_SLOTS": block}
+    return _runs(table), len(table.sums), len(table.slots), loss, 2048 // block, block
 
 
 @triton.jit
@@ -133,17 +133,11 @@ def combine_kernel(
             finish_run(raw_ptr, vector_ptr, RUNS, number, BLOCK_SLOTS)
 
 
-def combine(partials: Tensor, table: Table, loss: Tensor | None, reported: bool) -> Tensor:
+def combine(launches: Launches, partials: Tensor, table: Table, loss: Tensor | None, reported: bool) -> Tensor:
     """Merge ``partials [programs, K]`` to the reported vector of ``table`` (empty unless so); fill ``loss``, 0-d."""
     num_partials, num_slots = partials.shape
     vector = partials.new_empty(table.size if reported else 0)
     raw = partials.new_empty(num_slots) if reported else None
-    combine_kernel[(1,)](
-        partials,
-        raw,
-        vector if reported else None,
-        loss,
-        num_partials,
-        **_sizes(table),
-    )
+    reported_to = vector if reported else None
+    launches(combine_kernel, 1, (partials, raw, reported_to, loss, num_partials, *_sizes(table)))
     return vector

@@ -11,6 +11,7 @@ from egpo_kernels.config.settings import PolicyLossConfig, Rows
 from egpo_kernels.formulas import metrics
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide, exponential
+from egpo_kernels.triton.launcher import Launches, lie
 from egpo_kernels.triton.metrics import combine, store_maxima, store_sums
 from egpo_kernels.triton.segments import bounds_of, sequence_of
 from egpo_kernels.triton.settings import (
@@ -24,9 +25,9 @@ from egpo_kernels.triton.settings import (
 )
 from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_log_ratio, token_terms
 
-LAUNCH = {"BLOCK": 256, "num_warps": 8}
+BLOCK, OPTIONS = 256, {"num_warps": 8}
 # As many lanes of float64 spill.
-SEQUENCE_LAUNCH = {torch.float32: {"BLOCK": 1024, "num_warps": 8}, torch.float64: {"BLOCK": 512, "num_warps": 8}}
+SEQUENCE_LAUNCH = {torch.float32: (1024, OPTIONS), torch.float64: (512, OPTIONS)}
 
 
 class Scores(NamedTuple):
@@ -200,11 +201,12 @@ def policy_loss_gradient_kernel(
 class Prepared(NamedTuple):
     """Arguments both kernels take; with a shared ratio, what a sequence's tokens share is computed."""
 
+    launches: Launches
     rows: Any
     scores: Scores
     numbers: tuple[float, ...]
     choices: Choices
-    options: dict[str, Any]
+    surrogate: Any
 
 
 class Upstream(NamedTuple):
@@ -221,23 +223,27 @@ def _prepare(
     segments: Segments,
     config: PolicyLossConfig,
     upstream: Upstream | None,
+    *key: Any,
 ) -> Prepared:
     assert rows.advantages is not None and rows.factor is not None
-    pointers = row_pointers(rows)
-    numbers = settings_of(config, 1.0, 1.0, log_probs.dtype)
-    choices = choices_of(config)
-    options = {"SURROGATE": SURROGATES[config.surrogate], **LAUNCH}
+    pointers, numbers = row_pointers(rows), settings_of(config.json, 1.0, 1.0, log_probs.dtype)
+    choices, surrogate = choices_of(config.json), SURROGATES[config.surrogate]
     scores = Scores(log_probs.contiguous(), None if entropy is None else entropy.contiguous())
+    launches = Launches(
+        log_probs.device, log_probs.dtype, config.json, lie(pointers), lie(scores), segments.offsets is None,
+        upstream and lie(upstream[:1]), log_probs.shape[0] >> 31, segments.num_sequences >> 31, *key,
+    )  # fmt: skip
     if config.pools:
         count = segments.num_sequences
         spread = upstream is not None and config.ratio != "sequence_token"
         shared = [log_probs.new_empty(count) if wanted else None for wanted in (True, spread)]
         scores = Scores(*scores[:2], dense(segments.offsets), *shared)
         if count:
-            launch = options | SEQUENCE_LAUNCH[log_probs.dtype]
             given, stride = (None, 0) if upstream is None else upstream
-            sequence_kernel[(count,)](pointers, scores, given, numbers, choices, segments.length, stride, **launch)
-    return Prepared(pointers, scores, numbers, choices, options)
+            block, options = SEQUENCE_LAUNCH[log_probs.dtype]
+            arguments = (pointers, scores, given, numbers, choices, segments.length, stride, surrogate, block)
+            launches(sequence_kernel, count, arguments, options)
+    return Prepared(launches, pointers, scores, numbers, choices, surrogate)
 
 
 def policy_loss(
@@ -254,25 +260,25 @@ def policy_loss(
     num_rows = log_probs.shape[0]
     losses = torch.empty_like(log_probs, memory_format=torch.contiguous_format) if per_token else None
     loss = None if per_token else log_probs.new_empty(())
-    partials = log_probs.new_empty(blocks_of(num_rows, LAUNCH["BLOCK"]), len(metrics.TOKEN.slots))
+    partials = log_probs.new_empty(blocks_of(num_rows, BLOCK), metrics.TOKEN.num_slots)
+    made = _prepare(log_probs, entropy, rows, segments, config, None, vocab >> 31, per_token, reported)
     if num_rows:
-        made = _prepare(log_probs, entropy, rows, segments, config, None)
-        policy_loss_kernel[(partials.shape[0],)](
+        sizes = (num_rows, vocab, segments.num_sequences, segments.length)
+        arguments = (
             made.rows,
             made.scores,
             losses,
             partials,
             made.numbers,
             made.choices,
-            num_rows,
-            vocab,
-            segments.num_sequences,
-            segments.length,
-            **made.options,
+            *sizes,
+            made.surrogate,
+            BLOCK,
         )
+        made.launches(policy_loss_kernel, partials.shape[0], arguments, OPTIONS)
     vector = partials.new_empty(0)
     if reported or loss is not None:
-        vector = combine(partials, metrics.TOKEN, loss, reported)
+        vector = combine(made.launches, partials, metrics.TOKEN, loss, reported)
     found = losses if loss is None else loss
     assert found is not None
     return found, vector
@@ -287,19 +293,19 @@ def policy_loss_gradient(
     bonus = torch.empty_like(slopes) if want_bonus else slopes.new_empty(0)
     if num_rows:
         given = Upstream(upstream, upstream.stride(0) if upstream.dim() else 0)
-        made = _prepare(log_probs, None, rows, segments, config, given)
-        policy_loss_gradient_kernel[(blocks_of(num_rows, LAUNCH["BLOCK"]),)](
+        made = _prepare(log_probs, None, rows, segments, config, given, want_bonus)
+        sizes = (num_rows, segments.num_sequences, segments.length, given.stride)
+        results = (slopes, bonus if want_bonus else None)
+        arguments = (
             made.rows,
             made.scores,
             upstream,
-            slopes,
-            bonus if want_bonus else None,
+            *results,
             made.numbers,
             made.choices,
-            num_rows,
-            segments.num_sequences,
-            segments.length,
-            given.stride,
-            **made.options,
+            *sizes,
+            made.surrogate,
+            BLOCK,
         )
+        made.launches(policy_loss_gradient_kernel, blocks_of(num_rows, BLOCK), arguments, OPTIONS)
     return slopes, bonus

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.triton.arithmetic import divide
+from egpo_kernels.triton.launcher import Launches, lie, size
 from egpo_kernels.triton.settings import as_arguments, blocks_of, read_number, triton_dtype
 
 BLOCK = 4096
@@ -52,15 +53,11 @@ def rescale_(gradient: Tensor, upstream: Tensor, expected: float) -> None:
     outer_stride, inner_stride, _ = (0,) * missing + gradient.stride()
     num_chunks = outer * inner * blocks_of(width, BLOCK)
     dtype = compute_dtype(gradient.dtype)
-    rescale_kernel[(min(num_chunks, MAX_PROGRAMS),)](
-        gradient,
-        upstream,
-        as_arguments([expected], dtype),
-        num_chunks,
-        inner,
-        width,
-        outer_stride,
-        inner_stride,
-        DTYPE=triton_dtype(dtype),
-        BLOCK=BLOCK,
-    )
+    launches = Launches(
+        gradient.device, gradient.dtype, upstream.dtype, lie((gradient, upstream)), size(outer_stride), size(inner_stride),
+        num_chunks >> 31, inner >> 31, width >> 31,
+    )  # fmt: skip
+    sizes = (num_chunks, inner, width, outer_stride, inner_stride)
+    expected_by = as_arguments([expected], dtype)
+    arguments = (gradient, upstream, expected_by, *sizes, triton_dtype(dtype), BLOCK)
+    launches(rescale_kernel, min(num_chunks, MAX_PROGRAMS), arguments)

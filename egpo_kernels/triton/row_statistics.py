@@ -7,6 +7,7 @@ from torch import Tensor
 from egpo_kernels.config.settings import Rows, compute_dtype
 from egpo_kernels.triton.arithmetic import LOG2_E
 from egpo_kernels.triton.launch import launch_for
+from egpo_kernels.triton.launcher import Launches, lie
 from egpo_kernels.triton.settings import read_temperature, row_pointers, temperature_of, triton_dtype
 from egpo_kernels.triton.softmax import (
     load_token,
@@ -55,20 +56,11 @@ def row_statistics(
     if num_rows == 0:
         return log_probs, entropy, maximum, sum_exp
     where, length = matrix(logits)
-    launched = launch_for("row_statistics_kernel", logits)
-    row_statistics_kernel[(num_rows,)](
-        where,
-        row_pointers(rows),
-        log_probs,
-        entropy,
-        maximum,
-        sum_exp,
-        temperature_of(temperature, dtype),
-        length,
-        launched.extent,
-        launched.launch,
-        DTYPE=triton_dtype(dtype),
-        ENTROPY=want_entropy,
-        **launched.options,
-    )
-    return log_probs, entropy, maximum, sum_exp
+    pointers, launched = row_pointers(rows), launch_for("row_statistics_kernel", logits)
+    launches = Launches(logits.device, logits.dtype, launched.key, where.key, lie(pointers), length >> 31, want_entropy)
+    results = (log_probs, entropy, maximum, sum_exp)
+    numbers = temperature_of(temperature, dtype)
+    constants = (launched.launch, triton_dtype(dtype), want_entropy)
+    arguments = (where, pointers, *results, numbers, length, launched.extent, *constants)
+    launches(row_statistics_kernel, num_rows, arguments, launched.options)
+    return results

@@ -9,17 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.config.settings import Rows
 from egpo_kernels.formulas.rows import Counts, Given, Purpose
 from egpo_kernels.inputs.layout import Kind
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide
 from egpo_kernels.triton.launch import processors
+from egpo_kernels.triton.launcher import Launches, dtypes, lie
 from egpo_kernels.triton.segments import Flags, bounds_of, counted_rows, flags_of, sequence_of
 from egpo_kernels.triton.settings import as_arguments, blocks_of, dense, read_number, triton_dtype
 
-LAUNCH = {"BLOCK": 1024, "BLOCK_COUNT": 8192, "num_warps": 8}
-SEQUENCE = {"BLOCK": 1024, "num_warps": 8}
+BLOCK, BLOCK_COUNT, OPTIONS = 1024, 8192, {"num_warps": 8}
 PER_TOKEN, PER_SEQUENCE = tl.constexpr(int(Kind.PER_TOKEN)), tl.constexpr(int(Kind.PER_SEQUENCE))
 
 
@@ -200,27 +200,19 @@ def _sequence_counts(
     device: torch.device,
     active: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    count = segments.num_sequences
+    count, offsets = segments.num_sequences, dense(segments.offsets)
     lengths = torch.empty(count, dtype=torch.int32, device=device)
     actives = torch.empty_like(lengths) if active else None
     if count:
-        sequence_counts_kernel[(count,)](
-            flags,
-            given,
-            kinds,
-            dense(segments.offsets),
-            lengths,
-            actives,
-            segments.length,
-            DTYPE=triton_dtype(dtype),
-            **SEQUENCE,
-        )
+        tensors = (*flags, *given, offsets)
+        launches = Launches(device, dtype, dtypes(tensors), lie(tensors), kinds, segments.length >> 31, active)
+        arguments = (flags, given, kinds, offsets, lengths, actives, segments.length, triton_dtype(dtype), BLOCK)
+        launches(sequence_counts_kernel, count, arguments, OPTIONS)
     return lengths, actives
 
 
 @functools.lru_cache(maxsize=256)
-def _choices_of(config: PolicyLossConfig | None, known: bool, drops: bool) -> Choices:
-    reduction = "" if config is None else config.reduction
+def _choices_of(reduction: str, known: bool, drops: bool) -> Choices:
     return Choices(reduction, reduction in ("sum", "none"), known, drops)
 
 
@@ -236,10 +228,10 @@ def token_rows(
     """Rows in the dtypes that kernels read; ``poison`` (0-d, NaN where the layout is not sound) is in the factor."""
     num_rows, config, dtype = segments.num_rows, purpose.config, purpose.dtype
     fresh = purpose.made(given, kinds, segments.offsets is not None)
-    dtypes = (torch.bool, torch.long, *[dtype] * 6)
+    kept = (torch.bool, torch.long, *[dtype] * 6)
     made = [
         torch.empty(num_rows, dtype=each, device=device) if new else None
-        for each, new in zip(dtypes, fresh, strict=True)
+        for each, new in zip(kept, fresh, strict=True)
     ]
     mask, *others = (old if new is None else new for new, old in zip(made, given, strict=True))
     assert mask is not None
@@ -249,23 +241,16 @@ def token_rows(
     places = Numbers(*kinds[2:])
     whole, known = _whole(flags, numbers, places, segments, poison, counts, purpose, device)
     values = [0.0 if known is None else known, (config and config.norm_length) or 0.0]
-    token_rows_kernel[(min(blocks_of(num_rows, LAUNCH["BLOCK"]), processors(device)),)](
-        flags,
-        numbers,
-        places,
-        Numbers(*made[2:]),
-        dense(made[0]),
-        dense(given[1]) if fresh[1] else None,
-        made[1],
-        dense(segments.offsets),
-        whole,
-        as_arguments(values, dtype),
-        _choices_of(config, known is not None, purpose.drops),
-        num_rows,
-        segments.num_sequences,
-        segments.length,
-        DTYPE=triton_dtype(dtype),
-        **LAUNCH,
+    ids, offsets = dense(given[1]) if fresh[1] else None, dense(segments.offsets)
+    choices = _choices_of("" if config is None else config.reduction, known is not None, purpose.drops)
+    tensors = (*flags, *numbers, ids, offsets, *whole)
+    sizes = (num_rows, segments.num_sequences, segments.length)
+    launches = Launches(device, dtype, dtypes(tensors), lie(tensors), places, choices, fresh, num_rows >> 31)
+    arguments = (flags, numbers, places, Numbers(*made[2:]), made[0], ids, made[1], offsets, whole)
+    constants = (triton_dtype(dtype), BLOCK, BLOCK_COUNT)
+    programs = min(blocks_of(num_rows, BLOCK), processors(device))
+    launches(
+        token_rows_kernel, programs, (*arguments, as_arguments(values, dtype), choices, *sizes, *constants), OPTIONS
     )
     return Rows(mask, *others)
 

@@ -14,11 +14,12 @@ from egpo_kernels.formulas.rows import Measured
 from egpo_kernels.inputs import segments
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide
+from egpo_kernels.triton.launcher import Launches, dtypes, lie
 from egpo_kernels.triton.settings import dense
 
 IGNORED = tl.constexpr(segments.IGNORED)
 # Fewer warps, and the float64 kernel spills on a B200.
-SEGMENT = {"BLOCK": 1024, "num_warps": 8}
+BLOCK, OPTIONS = 1024, {"num_warps": 8}
 
 
 class Flags(NamedTuple):
@@ -104,14 +105,11 @@ def sequence_uncertainty(measured: Measured, rows: Segments, dtype: torch.dtype)
     uncertainty = values.new_empty(rows.num_sequences, dtype=dtype)
     counts = values.new_empty(rows.num_sequences, dtype=torch.int32)
     flags = flags_of(measured.mask, measured.tokens, measured.entropy_mask)
-    segment_mean_kernel[(rows.num_sequences,)](
-        values.contiguous(),
-        flags,
-        dense(rows.offsets),
-        uncertainty,
-        counts,
-        rows.length,
+    values, offsets = values.contiguous(), dense(rows.offsets)
+    launches = Launches(
+        values.device, values.dtype, dtype, dtypes(flags), lie((values, offsets, *flags)), rows.length >> 31,
         measured.negated,
-        **SEGMENT,
-    )
+    )  # fmt: skip
+    arguments = (values, flags, offsets, uncertainty, counts, rows.length, measured.negated, BLOCK)
+    launches(segment_mean_kernel, rows.num_sequences, arguments, OPTIONS)
     return uncertainty, counts

@@ -3,6 +3,7 @@ find unwritten or gone; no value recompiles a kernel, and float64 stays exact.
 """
 
 import functools
+import json
 import struct
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -48,8 +49,9 @@ class Choices(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def choices_of(config: PolicyLossConfig) -> Choices:
-    """Choices as a kernel argument, made once for each config."""
+def choices_of(text: str) -> Choices:
+    """Choices as a kernel argument, made once for each config's JSON, which is quicker to look up."""
+    config = PolicyLossConfig.from_dict(json.loads(text))
     return Choices(config.kl, config.kl_times_ratio, config.trims)
 
 
@@ -99,10 +101,9 @@ def as_arguments(values: Iterable[float], dtype: torch.dtype) -> tuple[float, ..
 
 
 @functools.lru_cache(maxsize=256)
-def settings_of(
-    config: PolicyLossConfig, temperature: float, grad_scale: float, dtype: torch.dtype
-) -> tuple[float, ...]:
-    """The numbers of ``config`` as a kernel argument for `read_settings`."""
+def settings_of(text: str, temperature: float, grad_scale: float, dtype: torch.dtype) -> tuple[float, ...]:
+    """The numbers of a config's JSON as a kernel argument for `read_settings`."""
+    config = PolicyLossConfig.from_dict(json.loads(text))
     inf, one = float("inf"), 0 if config.trims else 1
     values = Settings(
         ratio_low=one - config.clip_low,

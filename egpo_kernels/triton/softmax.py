@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from egpo_kernels.triton.arithmetic import divide
+from egpo_kernels.triton.launcher import lie, size
 from egpo_kernels.triton.strips import block_places, first_access, load_block
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -32,6 +33,11 @@ class Matrix(NamedTuple):
     ptr: Any
     batch_stride: Any
     row_stride: Any
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What of it kernels are compiled for, beside its dtype."""
+        return lie((self.ptr,)), size(self.batch_stride), size(self.row_stride)
 
 
 class RowStatistics(NamedTuple):

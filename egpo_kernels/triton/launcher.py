@@ -1,0 +1,59 @@
+"""Launching a kernel: the first time by Triton, which finds out what to compile it for; then what it found, at once.
+
+Triton takes 20 to 30 us of the host to find a kernel again, for it looks at every argument. Host code knows most of
+them (what it allocates is aligned, the dtypes of rows are settled): it says in a key what may differ between calls.
+"""
+
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+NOTHING: dict[str, Any] = {}
+
+# By key, then by place in the order of launches.
+_known: dict[Hashable, dict[int, Any]] = {}
+
+
+class Launches:
+    """The launches of one host function, whose order its ``key`` decides, as it must all that Triton compiles for.
+
+    That is, beside constants and options: the device, dtypes, which tensors are None, how those lie that were not
+    allocated here (`lie`), and which whole numbers are special to Triton (`size`).
+    """
+
+    __slots__ = ("known", "place")
+
+    def __init__(self, *key: Hashable) -> None:
+        known = _known.get(key)
+        if known is None:
+            known = _known.setdefault(key, {})
+        self.known, self.place = known, 0
+
+    def __call__(self, kernel: Any, programs: int, arguments: tuple, options: dict[str, Any] = NOTHING) -> None:
+        """Launch ``kernel``; ``arguments`` are all of its own, in its order, ``options`` what is compiled with."""
+        place = self.place
+        self.place = place + 1
+        compiled = self.known.get(place)
+        if compiled is not None:
+            compiled[(programs, 1, 1)](*arguments)
+            return
+        compiled = kernel[(programs,)](*arguments, **options)
+        # Interpreted, there is none.
+        if compiled is not None:
+            self.known[place] = compiled
+
+
+def lie(tensors: Iterable[Tensor | None]) -> tuple[bool | None, ...]:
+    """Which tensors start 16 bytes, which Triton compiles for; None where there is none."""
+    return tuple([None if tensor is None else not tensor.data_ptr() & 15 for tensor in tensors])
+
+
+def dtypes(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+    """Of tensors that may be of several; None where there is none."""
+    return tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+
+
+def size(number: int) -> tuple[bool, bool, int]:
+    """What Triton compiles for of a whole number that it may specialise: 1, a multiple of 16, more than 31 bits."""
+    return number == 1, not number & 15, number >> 31
