@@ -12,6 +12,9 @@ import torch
 
 Config = TypeVar("Config", bound="Checked")
 
+# Of float32: the smallest that can be divided by, and the largest.
+TINY, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 def choice(*values: str) -> Any:
     """A field that holds one of ``values``, the first by default."""
@@ -36,9 +39,8 @@ def renamed(error: Exception, names: Mapping[str, str]) -> str:
 
 def fits_float32(value: float) -> bool:
     """Whether float32 holds the number: it neither overflows nor becomes 0, or too small to divide by."""
-    limits = torch.finfo(torch.float32)
     # Not math.isfinite: a traced call has symbolic numbers. An int may be larger than any float.
-    return value == 0 or limits.tiny <= abs(value) <= limits.max
+    return value == 0 or TINY <= abs(value) <= LARGEST
 
 
 def check_number(
@@ -47,13 +49,12 @@ def check_number(
     """Return ``value`` as a float, or raise naming what it must be."""
     if value is None and optional:
         return None
-    wanted = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
-    wanted += " that float32 holds" + (" or None" if optional else "")
     value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {shown(value)}; it must be {wanted}")
-    if not (low <= value <= high and fits_float32(value)) or (open_low and value == low):
-        raise ValueError(f"{name} is {shown(value)}; it must be {wanted}")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not (low <= value <= high and fits_float32(value)) or (open_low and value == low):
+        wanted = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
+        wanted += " that float32 holds" + (" or None" if optional else "")
+        raise (ValueError if is_number else TypeError)(f"{name} is {shown(value)}; it must be {wanted}")
     return float(value)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from egpo_kernels.config.settings import PolicyLossConfig, Rows
 from egpo_kernels.engine import row_ops
 from egpo_kernels.formulas.rows import Counts, Purpose, token_rows
-from egpo_kernels.inputs.layout import Kind, Layout
+from egpo_kernels.inputs.layout import PER_TOKEN, Layout
 from egpo_kernels.inputs.segments import counted_rows
 
 MASK, TOKENS, TEMPERATURE, ADVANTAGES, _, OLD_LOG_PROBS, REF_LOG_PROBS, ROLLOUT_WEIGHTS = range(len(Rows._fields))
@@ -32,10 +32,10 @@ class Given(NamedTuple):
         """Another, to be filled further."""
         return Given(list(self.tensors), list(self.kinds))
 
-    def put(self, place: int, values: Tensor, kind: Kind = Kind.PER_TOKEN) -> None:
+    def put(self, place: int, values: Tensor, kind: int = PER_TOKEN) -> None:
         """Fill in a tensor, which is a constant to every loss."""
         self.tensors[place] = _constant(values)
-        self.kinds[place] = int(kind)
+        self.kinds[place] = kind
 
     def counted(self, layout: Layout) -> Tensor:
         """Rows ``[N]`` that count."""

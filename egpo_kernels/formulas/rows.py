@@ -8,7 +8,7 @@ from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig, Rows
 from egpo_kernels.formulas.reduction import reduction_factor
-from egpo_kernels.inputs.layout import Kind
+from egpo_kernels.inputs.layout import FOR_ALL, PER_SEQUENCE, PER_TOKEN
 from egpo_kernels.inputs.segments import Segments, counted_rows
 
 Given = Sequence[Tensor | None]
@@ -28,7 +28,7 @@ class Purpose(NamedTuple):
         masked = mask is not None and mask.dtype == torch.bool and not packed and not self.drops
         ids = tokens is not None and tokens.dtype != torch.long
         spread = [
-            values is not None and (kind != Kind.PER_TOKEN or values.dtype != self.dtype)
+            values is not None and (kind != PER_TOKEN or values.dtype != self.dtype)
             for values, kind in zip(numbers, kinds[2:], strict=True)
         ]
         spread[2] = self.config is not None
@@ -65,9 +65,9 @@ def token_rows(
         if values is None:
             return None
         values = values.to(purpose.dtype)
-        if kind == Kind.PER_SEQUENCE:
+        if kind == PER_SEQUENCE:
             return segments.spread(values)
-        return values.expand(segments.num_rows) if kind == Kind.FOR_ALL else values
+        return values.expand(segments.num_rows) if kind == FOR_ALL else values
 
     heats, advantages, _, *others = map(spread, numbers, kinds[2:])
     rows = Rows(counted, None if tokens is None else tokens.long(), heats, advantages, None, *others)

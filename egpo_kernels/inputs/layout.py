@@ -1,6 +1,5 @@
 """From what callers hold (padded or packed, per sequence or per token) to flat rows `[N]`."""
 
-import enum
 import uuid
 from collections.abc import Callable
 from reprlib import repr as shown
@@ -14,21 +13,15 @@ from egpo_kernels.config.fields import check_number, entries, plain
 from egpo_kernels.inputs.segments import Segments, counted_rows, even_offsets, per_row, segment_index
 from egpo_kernels.inputs.validation import check_complete, check_dense, check_tensor, check_whole
 
-
-class Kind(enum.IntEnum):
-    """How many numbers a tensor holds: none, one for each token, for each sequence, or one for all."""
-
-    ABSENT = 0
-    PER_TOKEN = 1
-    PER_SEQUENCE = 2
-    FOR_ALL = 3
+# How many numbers a tensor holds: none, one for each token, for each sequence, or one for all.
+ABSENT, PER_TOKEN, PER_SEQUENCE, FOR_ALL = range(4)
 
 
 class Field(NamedTuple):
     """A checked tensor of a caller's, flat: ``[N]``, ``[S]`` or ``[1]`` by its kind."""
 
     values: Tensor | None = None
-    kind: Kind = Kind.ABSENT
+    kind: int = ABSENT
 
 
 class Layout(NamedTuple):
@@ -91,16 +84,16 @@ class Layout(NamedTuple):
         Beside it a 0-d 1.0 where its shape can be read both ways, NaN where they differ in the rows of ``counts``
         and a device may not be asked; else None.
         """
-        shapes = {"[S]": (self.num_sequences,), "[S, 1]": (self.num_sequences, 1)}
-        value = check_tensor(name, value, kind, {**shapes, **self._token_shapes()}, self.device)
+        shapes = {"[S]": (self.num_sequences,), "[S, 1]": (self.num_sequences, 1), **self._token_shapes()}
+        value = check_tensor(name, value, kind, shapes, self.device)
         flat = value.reshape(-1)
-        if all(value.shape != shape for shape in shapes.values()):
-            return Field(flat, Kind.PER_TOKEN), None
+        if value.shape not in (shapes["[S]"], shapes["[S, 1]"]):
+            return Field(flat, PER_TOKEN), None
         if value.shape != self.shape or len(self.shape) == 2:
-            return Field(flat, Kind.PER_SEQUENCE), None
+            return Field(flat, PER_SEQUENCE), None
         rows = per_row(flat, self.sequence)
         sound = torch.ops.egpo_kernels.read_either_way(rows.detach(), flat.detach(), counts(), name)
-        return Field(rows, Kind.PER_TOKEN), sound
+        return Field(rows, PER_TOKEN), sound
 
     def per_token_or_sequence(
         self, name: str, value: Any, kind: str, counts: Tensor | None = None
@@ -108,7 +101,7 @@ class Layout(NamedTuple):
         """As `field`, spread over rows ``[N]``; without ``counts`` every row in a sequence does."""
         (values, found), sound = self.field(name, value, kind, lambda: self.inside() if counts is None else counts)
         assert values is not None
-        return per_row(values, self.sequence) if found == Kind.PER_SEQUENCE else values, sound
+        return per_row(values, self.sequence) if found == PER_SEQUENCE else values, sound
 
     def _token_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"[S, T]" if len(self.shape) == 2 else "[N]": self.shape}
@@ -150,7 +143,7 @@ def temperature_field(temperature: Any, layout: Layout, counts: Callable[[], Ten
         return heat or 1.0, Field()
     if temperature.dim() == 0:
         number = check_tensor("temperature", temperature, "real", {}, layout.device)
-        return 1.0, Field(number.detach().reshape(1), Kind.FOR_ALL)
+        return 1.0, Field(number.detach().reshape(1), FOR_ALL)
     (values, kind), sound = layout.field("temperature", temperature, "real", counts)
     assert values is not None
     values = values.detach()

@@ -26,10 +26,10 @@ _KINDS = {
 
 def check_dense(name: str, value: Any, kind: str) -> Tensor:
     """Return ``value`` when it is a tensor of that kind whose elements lie in strided memory."""
-    wanted = f"an {kind}" if kind == "integer" else f"a {kind}"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}; it must be {wanted} torch.Tensor")
-    if value.dtype not in _KINDS[kind]:
+    if not isinstance(value, Tensor) or value.dtype not in _KINDS[kind]:
+        wanted = f"an {kind}" if kind == "integer" else f"a {kind}"
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is {type(value).__name__}; it must be {wanted} torch.Tensor")
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _KINDS[kind])
         raise TypeError(f"{name} has dtype {value.dtype}; it must be {wanted} tensor ({names})")
     if value.layout != torch.strided or value.is_nested:
@@ -53,7 +53,7 @@ def check_tensor(name: str, value: Any, kind: str, shapes: Shapes, device: torch
     check_dense(name, value, kind)
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}; it must be on {device} like the other tensors: move it there")
-    if shapes and all(value.shape != shape for shape in shapes.values()):
+    if shapes and value.shape not in shapes.values():
         wanted = " or ".join(f"{text} = {list(shape)}" for text, shape in shapes.items())
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be {wanted}")
     return _ready(value)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from egpo_kernels.config.settings import Rows
 from egpo_kernels.formulas.rows import Counts, Given, Purpose
-from egpo_kernels.inputs.layout import Kind
+from egpo_kernels.inputs import layout
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide
 from egpo_kernels.triton.launch import processors
@@ -20,7 +20,7 @@ from egpo_kernels.triton.segments import Flags, bounds_of, counted_rows, flags_o
 from egpo_kernels.triton.settings import as_arguments, blocks_of, dense, read_number, triton_dtype
 
 BLOCK, BLOCK_COUNT, OPTIONS = 1024, 8192, {"num_warps": 8}
-PER_TOKEN, PER_SEQUENCE = tl.constexpr(int(Kind.PER_TOKEN)), tl.constexpr(int(Kind.PER_SEQUENCE))
+PER_TOKEN, PER_SEQUENCE = tl.constexpr(layout.PER_TOKEN), tl.constexpr(layout.PER_SEQUENCE)
 
 
 class Numbers(NamedTuple):
@@ -230,8 +230,7 @@ def token_rows(
     fresh = purpose.made(given, kinds, segments.offsets is not None)
     kept = (torch.bool, torch.long, *[dtype] * 6)
     made = [
-        torch.empty(num_rows, dtype=each, device=device) if new else None
-        for each, new in zip(kept, fresh, strict=True)
+        torch.empty(num_rows, dtype=each, device=device) if new else None for each, new in zip(kept, fresh, strict=True)
     ]
     mask, *others = (old if new is None else new for new, old in zip(made, given, strict=True))
     assert mask is not None

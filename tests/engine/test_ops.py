@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Rows, compute_dtype
 from egpo_kernels.engine import ops, row_ops
 from egpo_kernels.formulas import metrics
-from egpo_kernels.inputs.layout import Kind
+from egpo_kernels.inputs.layout import FOR_ALL, PER_SEQUENCE, PER_TOKEN
 from egpo_kernels.linear import ops as linear_ops
 from tests.support.batches import FAST, WAYS, assert_same, differentiate, make_batch
 from tests.support.device import DEVICE
@@ -52,7 +52,7 @@ def given_rows(dtype=torch.float32):
         torch.tensor(9, device=DEVICE),
         None,
     ]
-    one, each, for_all = int(Kind.PER_TOKEN), int(Kind.PER_SEQUENCE), int(Kind.FOR_ALL)
+    one, each, for_all = PER_TOKEN, PER_SEQUENCE, FOR_ALL
     return given, [one, one, for_all, each, 0, one, one, each], [16, 4], [math.nan, 3.0]
 
 
