@@ -36,7 +36,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 STEPS = {
     "config": ("fields", "settings", "recipes"),
     "inputs": ("validation", "segments", "layout"),
-    "formulas": ("reduction", "surrogates", "metrics", "advantages"),
+    "formulas": ("reduction", "selection", "surrogates", "metrics", "token_metrics", "advantages"),
     "engine": ("dispatch", "ops", "autograd", "groups", "losses", "logits"),
 }
 

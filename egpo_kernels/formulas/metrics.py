@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import Metrics, PolicyLossConfig, Rows
-from egpo_kernels.formulas.surrogates import TokenTerms
+from egpo_kernels.config.settings import Metrics
 from egpo_kernels.inputs.segments import accumulation_dtype
 from egpo_kernels.inputs.validation import check_dense, check_tensor
 
@@ -139,33 +138,6 @@ def summary(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     high = torch.where(where, values, NOTHING).amax()
     low = torch.where(where, -values, NOTHING).amax()
     return where.sum().to(values.dtype), total(chosen), high, low
-
-
-def token_metrics(terms: TokenTerms, log_probs: Tensor, rows: Rows, config: PolicyLossConfig, vocab: int) -> Tensor:
-    """Fill the slots of `TOKEN`, in its order; ``vocab`` is 0 where tokens are not known."""
-    assert rows.factor is not None
-    mask, factor = rows.mask, torch.where(terms.live, rows.factor, 0.0)
-    ratio = terms.log_ratio.exp()
-    invalid = torch.zeros_like(mask) if rows.tokens is None else (rows.tokens < 0) | (rows.tokens >= vocab)
-    sums = (
-        mask,
-        terms.loss(rows.factor, config),
-        factor * terms.surrogate,
-        factor * config.kl_coef * terms.kl_term,
-        -factor * config.entropy_coef * terms.entropy,
-        terms.clipped_low,
-        terms.clipped_high,
-        torch.where(mask, ratio, 0.0),
-        torch.where(mask, ratio - 1 - terms.log_ratio, 0.0),
-        terms.kl,
-        terms.entropy,
-        mask & invalid,
-        mask & ~log_probs.isfinite(),
-        terms.unscored,
-        mask & rows.factor.isnan(),
-    )
-    _, _, highest, lowest = summary(ratio, mask)
-    return torch.stack([*(total(values.to(ratio.dtype)) for values in sums), highest, lowest])
 
 
 def total(values: Tensor) -> Tensor:

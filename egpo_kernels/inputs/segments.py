@@ -103,6 +103,13 @@ class Segments(NamedTuple):
             return mask.view(self.num_sequences, self.length).sum(1)
         return counts_per_sequence(mask, self.offsets)
 
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum ``values [N]`` over each sequence to ``[S]``, as `segment_sum` does."""
+        if self.offsets is None:
+            wide = values.view(self.num_sequences, self.length).sum(1, dtype=accumulation_dtype(values.device))
+            return wide.to(values.dtype)
+        return segment_sum(values, self.offsets)
+
     def spread(self, values: Tensor) -> Tensor:
         """``values [S]`` over their rows ``[N]``."""
         if self.offsets is None:

@@ -55,15 +55,12 @@ def logits_loss_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob and entropy ``[N]`` of each row, and its gradient written to ``out`` while the row is in cache."""
     log_probs, entropy = (logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits.dtype)) for _ in range(2))
-    one = log_probs.new_ones(())
     for chunk in chunks(logits, rows, rows.mask, temperature, out):
         found = softmax(chunk, want_entropy)
-        slope, bonus = policy_loss_gradient(
-            found.log_probs, chunk.rows, Segments(found.log_probs.shape[0], 1), config, one, config.entropy_coef != 0
-        )
+        flows, alone = config.entropy_coef != 0, Segments(found.log_probs.shape[0], 1)
+        slope, bonus = policy_loss_gradient(found.log_probs, chunk.rows, alone, config, grad_scale, flows)
         log_probs[chunk.place] = torch.where(chunk.rows.mask, found.log_probs, 0.0)
         if found.entropy is not None:
             entropy[chunk.place] = torch.where(chunk.rows.mask, found.entropy, 0.0)
-        scaled_bonus = bonus * grad_scale if config.entropy_coef else None
-        write_gradient(chunk, found, slope * grad_scale, scaled_bonus)
+        write_gradient(chunk, found, slope, bonus if flows else None)
     return log_probs, entropy if want_entropy else None

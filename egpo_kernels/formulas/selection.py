@@ -1,0 +1,55 @@
+"""Rows that count, rows that live: their values selected, and what a look at a CPU tensor spares."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+class Selection(NamedTuple):
+    """Some rows: where they are ``[N]``, and integers ``[N]`` as wide as the numbers, with all bits set there."""
+
+    rows: Tensor
+    bits: Tensor
+
+    def keep(self, values: Tensor) -> Tensor:
+        """Values ``[N]`` of these rows, and 0 in the rest, whatever is there; not differentiable.
+
+        As `torch.where`, which on a CPU takes ten times as long as an addition.
+        """
+        return (values.view(self.bits.dtype) & self.bits).view(values.dtype)
+
+    def fill(self, kept: Tensor, other: float) -> Tensor:
+        """What was kept, with ``other`` in place of the 0 in the rest."""
+        filling = ~self.bits & torch.tensor(other, dtype=kept.dtype).view(self.bits.dtype)
+        return filling.bitwise_or_(kept.view(self.bits.dtype)).view(kept.dtype)
+
+
+class Standing(NamedTuple):
+    """Which rows are ``counted``, and which of those ``live``: their log-prob is not -inf.
+
+    ``calm``: a look showed that every log-ratio lies inside its bounds, so that every log-prob is finite.
+    """
+
+    counted: Selection
+    live: Selection
+    calm: bool
+
+
+def standing(log_probs: Tensor, log_ratios: Tensor, mask: Tensor, bound: float) -> Standing:
+    """Read from mask, log-probs and log-ratios ``[N]`` which rows contribute; ``bound`` is that of log-ratios.
+
+    Only on a CPU are values looked at: elsewhere that would wait for the device. Results do not depend on it.
+    """
+    counted = _selection(mask, log_probs.dtype)
+    if log_ratios.device.type == "cpu" and log_ratios.numel():
+        least, largest = log_ratios.aminmax()
+        if least >= -bound and largest <= bound:
+            return Standing(counted, counted, True)
+    return Standing(counted, _selection(mask & (log_probs != -torch.inf), log_probs.dtype), False)
+
+
+def _selection(rows: Tensor, dtype: torch.dtype) -> Selection:
+    return Selection(rows, rows.to(BITS[dtype]).neg_())
