@@ -6,21 +6,28 @@ from torch import Tensor
 from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.portable.policy_loss import policy_loss_gradient
-from egpo_kernels.portable.softmax import chunks, softmax, write_gradient
+from egpo_kernels.portable.softmax import chunks, exponentials, heats, own_logits, read_off, softmax, write_gradient
 
 
 def row_statistics(
     logits: Tensor, rows: Rows, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials ``[N]``; 0 outside the mask."""
-    results = [logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits.dtype)) for _ in range(4)]
+    maximum, sum_exp, sum_x = (
+        logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits.dtype)) for _ in range(3)
+    )
     for chunk in chunks(logits, rows, rows.mask, temperature):
-        found = softmax(chunk, want_entropy)
-        for result, values in zip(results, found[:4], strict=True):
-            if values is not None:
-                result[chunk.place] = torch.where(chunk.rows.mask, values, 0.0)
-    log_probs, entropy, maximum, sum_exp = results
-    return log_probs, entropy if want_entropy else entropy[:0].clone(), maximum, sum_exp
+        maximum[chunk.place], sum_exp[chunk.place], weighted = exponentials(chunk, want_entropy)
+        if weighted is not None:
+            sum_x[chunk.place] = weighted
+    # Once for all rows: a small operation on each chunk takes as long as some thousand logits.
+    own, heat = own_logits(logits, rows)[1], heats(rows, temperature)
+    found = read_off(own, heat, maximum, sum_exp, sum_x if want_entropy else None)
+    empty = maximum.new_empty(0)
+    log_probs, entropy, maximum, sum_exp = (
+        empty if values is None else torch.where(rows.mask, values, 0.0) for values in found
+    )
+    return log_probs, entropy, maximum, sum_exp
 
 
 def logits_gradient(
@@ -33,7 +40,7 @@ def logits_gradient(
 ) -> None:
     """Write dL/dlogits to ``out`` (which may be ``logits``) from ``upstream`` (dL/dl, dL/dEnt), ``[N]`` each.
 
-    The softmax is made again, as in `logits_loss_gradient`, rather than from ``statistics``: same bits either way.
+    All is made again, as in `logits_loss_gradient`, rather than from ``statistics``: same bits either way.
     """
     grad_log_probs, grad_entropy = upstream
     assert grad_log_probs is not None

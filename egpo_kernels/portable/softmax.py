@@ -1,4 +1,4 @@
-"""A chunk of rows: softmax, statistics, and the gradient of the logits.
+"""A chunk of rows: exponentials, statistics, and the gradient of the logits.
 
 With ``x = (z - max z) / temperature``, ``s = sum e^x``, ``p = e^x / s``, upstream ``a = dL/dl`` and ``c = dL/dEnt``:
 ``Ent = log s - sum p x`` and ``dz = (a onehot - (a + c (Ent - log s)) p - c p x) / temperature``.
@@ -19,20 +19,20 @@ DEVICE_CHUNK_BYTES = 256 << 20
 
 
 def scratch_bytes(logits: Tensor) -> int:
-    """What a walk over rows holds beside logits and gradient: ``spare``, and ``p`` unless the gradient can hold it."""
+    """What a walk over rows holds beside logits and gradient: ``x``, and ``power`` unless the gradient can hold it."""
     return 2 * (CPU_CHUNK_BYTES if logits.device.type == "cpu" else DEVICE_CHUNK_BYTES)
 
 
 class Chunk(NamedTuple):
-    """Consecutive rows: ``logits`` and ``out`` ``[R, V]`` where they lie; in the compute dtype ``p``, which is ``out``
-    where that can hold it, and scratch ``spare``; ``rows`` of those ``[R]``, the logits of their tokens, their
-    temperatures; and where they stand among all.
+    """Consecutive rows: ``logits`` and ``out`` ``[R, V]`` where they lie; memory in the compute dtype for ``x`` and for
+    its ``power`` e^x, which is ``out`` where that can hold it; ``rows`` of those ``[R]``, the logits of their tokens,
+    their temperatures; and where they stand among all.
     """
 
     logits: Tensor
     out: Tensor
-    p: Tensor
-    spare: Tensor
+    power: Tensor
+    x: Tensor
     rows: Rows
     own: Tensor
     column: Tensor
@@ -41,16 +41,12 @@ class Chunk(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What a row's logits say, ``[R]`` each; entropy is None unless it was asked for.
-
-    ``total`` is what ``Chunk.p`` sums to: not quite 1, since torch.softmax adds up a large vocabulary carelessly.
-    """
+    """What a row's logits say, ``[R]`` each; entropy is None unless it was asked for."""
 
     log_probs: Tensor
     entropy: Tensor | None
     maximum: Tensor
     sum_exp: Tensor
-    total: Tensor
 
 
 def chunks(logits: Tensor, rows: Rows, live: Tensor, temperature: float, out: Tensor | None = None) -> Iterator[Chunk]:
@@ -61,16 +57,16 @@ def chunks(logits: Tensor, rows: Rows, live: Tensor, temperature: float, out: Te
     batch, length, vocab = logits.shape
     dtype, on_cpu = compute_dtype(logits.dtype), logits.device.type == "cpu"
     size = max(1, (CPU_CHUNK_BYTES if on_cpu else DEVICE_CHUNK_BYTES) // (vocab * dtype.itemsize))
-    column, own = _own_logits(logits, rows)
-    heat = None if rows.temperature is None else torch.where(rows.temperature > 0, rows.temperature, torch.nan)
+    column, own = own_logits(logits, rows)
+    heat = heats(rows, temperature)
     # Not a view: writing to it, empty as it is, would mark the logits as changed.
     out = logits.new_empty((batch, length, 0)) if out is None else out
     if _merges(logits) and _merges(out):
         batch, length = 1, batch * length
         logits, out = (tensor.as_strided((1, length, tensor.shape[-1]), _steps(tensor)) for tensor in (logits, out))
     size = min(size, max(length, 1))
-    spare = torch.empty((size, vocab), dtype=dtype, device=logits.device)
-    p = None if out.dtype == dtype and out.shape == logits.shape else torch.empty_like(spare)
+    x = torch.empty((size, vocab), dtype=dtype, device=logits.device)
+    power = None if out.dtype == dtype and out.shape == logits.shape else torch.empty_like(x)
     for number in range(batch):
         for start in range(0, length, size):
             stop = min(start + size, length)
@@ -82,23 +78,28 @@ def chunks(logits: Tensor, rows: Rows, live: Tensor, temperature: float, out: Te
             yield Chunk(
                 logits[number, start:stop],
                 target,
-                target if p is None else p[: stop - start],
-                spare[: stop - start],
+                target if power is None else power[: stop - start],
+                x[: stop - start],
                 Rows(counted, *(None if field is None else field[place] for field in rows[1:])),
                 own[place],
                 column[place],
-                temperature if heat is None else heat[place],
+                heat[place] if isinstance(heat, Tensor) else heat,
                 place,
             )
 
 
-def _own_logits(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+def own_logits(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """Token ids ``[N, 1]`` that may be used as indices, and the tokens' logits ``[N]``, NaN where an id is none."""
     assert rows.tokens is not None
     valid = (rows.tokens >= 0) & (rows.tokens < logits.shape[-1])
     column = torch.where(valid, rows.tokens, 0)[:, None]
     own = logits.gather(-1, column.view(*logits.shape[:2], 1)).view(-1).to(compute_dtype(logits.dtype))
     return column, torch.where(valid, own, torch.nan)
+
+
+def heats(rows: Rows, temperature: float) -> Tensor | float:
+    """The temperature of all rows, or of each ``[N]``, NaN where it is none."""
+    return temperature if rows.temperature is None else torch.where(rows.temperature > 0, rows.temperature, torch.nan)
 
 
 def _merges(tensor: Tensor) -> bool:
@@ -111,27 +112,35 @@ def _steps(tensor: Tensor) -> tuple[int, int, int]:
     return 0, tensor.stride(0) if tensor.shape[1] == 1 else tensor.stride(1), tensor.stride(2)
 
 
-def softmax(chunk: Chunk, want_entropy: bool) -> Statistics:
-    """Fill ``chunk.p`` with the probabilities (and ``chunk.spare`` with p x); return the rows' statistics."""
-    scaled, p, heat = chunk.logits, chunk.p, chunk.heat
-    heated = isinstance(heat, Tensor) or heat != 1
-    if scaled.dtype != p.dtype:
-        scaled = chunk.spare.copy_(scaled)
-    maximum = scaled.amax(-1)
-    if heated or want_entropy or scaled.data_ptr() == p.data_ptr():
-        scaled = torch.sub(scaled, maximum[:, None], out=chunk.spare)
-    if heated:
-        scaled.div_(heat[:, None] if isinstance(heat, Tensor) else heat)
-    torch.softmax(scaled, -1, out=p)
-    # The largest probability is exp(0) / s, for torch's s.
-    total = _row_sums(p)
-    sum_exp = total / p.amax(-1)
+def exponentials(chunk: Chunk, want_entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Fill ``chunk.power`` with e^x (and ``chunk.x`` with x e^x); return maximum, sum e^x (and sum x e^x) ``[R]``.
+
+    Not torch.softmax: it goes over a row more often, and adds up a large vocabulary carelessly.
+    """
+    logits, heat = chunk.logits, chunk.heat
+    # What nobody reads again is written over: it is in cache.
+    x = chunk.x if want_entropy else chunk.power
+    if logits.dtype != x.dtype:
+        logits = x.copy_(logits)
+    maximum = logits.amax(-1)
+    torch.sub(logits, maximum[:, None], out=x)
+    if isinstance(heat, Tensor) or heat != 1:
+        x.div_(heat[:, None] if isinstance(heat, Tensor) else heat)
+    sum_exp = _row_sums(torch.exp(x, out=chunk.power))
+    return maximum, sum_exp, _sum_of_exponents(chunk) if want_entropy else None
+
+
+def read_off(own: Tensor, heat: Tensor | float, maximum: Tensor, sum_exp: Tensor, sum_x: Tensor | None) -> Statistics:
+    """Log-prob and entropy of rows ``[R]``, from their tokens' logits, their temperatures and their `exponentials`."""
     log_sum = sum_exp.log()
-    log_probs = torch.where(chunk.own == -torch.inf, -torch.inf, (chunk.own - maximum) / heat - log_sum)
-    entropy = None
-    if want_entropy:
-        entropy = torch.where(maximum == -torch.inf, 0.0, log_sum - _sum_of_exponents(chunk) / total)
-    return Statistics(log_probs, entropy, maximum, sum_exp, total)
+    log_probs = torch.where(own == -torch.inf, -torch.inf, (own - maximum) / heat - log_sum)
+    entropy = None if sum_x is None else torch.where(maximum == -torch.inf, 0.0, log_sum - sum_x / sum_exp)
+    return Statistics(log_probs, entropy, maximum, sum_exp)
+
+
+def softmax(chunk: Chunk, want_entropy: bool) -> Statistics:
+    """What the chunk's rows say, with `exponentials` left in its memory."""
+    return read_off(chunk.own, chunk.heat, *exponentials(chunk, want_entropy))
 
 
 def _row_sums(matrix: Tensor) -> Tensor:
@@ -141,16 +150,16 @@ def _row_sums(matrix: Tensor) -> Tensor:
 
 
 def _sum_of_exponents(chunk: Chunk) -> Tensor:
-    """Turn ``chunk.spare`` from x into p x and return its row sums."""
-    found = _row_sums(chunk.spare.mul_(chunk.p))
-    # 0 * -inf is NaN where a probability is 0; looking for it is free on a CPU. A row that is NaN stays so by its p.
-    if chunk.spare.device.type != "cpu" or found.isnan().any():
-        found = _row_sums(chunk.spare.nan_to_num_(0.0))
+    """Turn ``chunk.x`` from x into x e^x and return its row sums."""
+    found = _row_sums(chunk.x.mul_(chunk.power))
+    # 0 * -inf is NaN where a probability is 0; looking for it is free on a CPU. A row that is NaN stays so by its sum.
+    if chunk.x.device.type != "cpu" or found.isnan().any():
+        found = _row_sums(chunk.x.nan_to_num_(0.0))
     return found
 
 
 def write_gradient(chunk: Chunk, found: Statistics, grad_log_probs: Tensor, grad_entropy: Tensor | None) -> None:
-    """Turn ``chunk.p`` into dz and write it to ``chunk.out``; rows with nothing upstream get exact zeros."""
+    """Turn ``chunk.power`` into dz and write it to ``chunk.out``; rows with nothing upstream get exact zeros."""
     live = chunk.rows.mask & (grad_log_probs != 0)
     slope, tilt = grad_log_probs / chunk.heat, None
     level = -slope
@@ -158,13 +167,13 @@ def write_gradient(chunk: Chunk, found: Statistics, grad_log_probs: Tensor, grad
         live = live | (chunk.rows.mask & (grad_entropy != 0))
         tilt = -grad_entropy / chunk.heat
         level = level + tilt * (found.entropy - found.sum_exp.log())
-        tilt = tilt / found.total
+        tilt = tilt / found.sum_exp
     live = live & (found.log_probs != -torch.inf)
-    level = level / found.total
-    gradient = chunk.out if chunk.out.dtype == chunk.p.dtype and tilt is None else chunk.p
-    torch.mul(chunk.p, level[:, None], out=gradient)
+    level = level / found.sum_exp
+    gradient = chunk.out if chunk.out.dtype == chunk.power.dtype and tilt is None else chunk.power
+    torch.mul(chunk.power, level[:, None], out=gradient)
     if tilt is not None:
-        gradient.addcmul_(chunk.spare, tilt[:, None])
+        gradient.addcmul_(chunk.x, tilt[:, None])
     gradient.scatter_add_(-1, chunk.column, slope[:, None])
     if gradient is not chunk.out:
         chunk.out.copy_(gradient)
