@@ -61,7 +61,7 @@ def token_metrics(
 def wide_sum(values: Tensor) -> Tensor:
     """Sum of ``values [N]``, 0-d float64 where the device has it; blocks are added up in the values' own dtype.
 
-    To convert them all first takes longer than everything else that is done to them.
+    That loses up to two eps, as converting them all first would not: but it takes a tenth of the time.
     """
     whole, wide = values.shape[0] // BLOCK * BLOCK, accumulation_dtype(values.device)
     found = values[:whole].view(-1, BLOCK).sum(-1).sum(dtype=wide)
