@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+INFINITY = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
+"""The bits of inf."""
 
 
 class Selection(NamedTuple):
@@ -21,10 +23,10 @@ class Selection(NamedTuple):
         """
         return (values.view(self.bits.dtype) & self.bits).view(values.dtype)
 
-    def fill(self, kept: Tensor, other: float) -> Tensor:
-        """What was kept, with ``other`` in place of the 0 in the rest."""
-        filling = ~self.bits & torch.tensor(other, dtype=kept.dtype).view(self.bits.dtype)
-        return filling.bitwise_or_(kept.view(self.bits.dtype)).view(kept.dtype)
+    def least(self, kept: Tensor) -> Tensor:
+        """The least of what was kept, 0-d; inf where nothing was."""
+        rest = (~self.bits).bitwise_and_(INFINITY[kept.dtype])
+        return rest.bitwise_or_(kept.view(self.bits.dtype)).view(kept.dtype).amin()
 
 
 class Standing(NamedTuple):

@@ -80,7 +80,7 @@ def test_an_upstream_gradient_of_rows_that_do_not_count_goes_nowhere(options):
 
 @pytest.mark.parametrize("count", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 1000 * BLOCK + 7])
 def test_a_wide_sum_loses_no_more_than_its_blocks(count):
-    """As many as there are: in float32 alone equal numbers lose more the more they are."""
+    """Equal numbers, whose roundings all go one way: however many there are, two eps are enough."""
     values = torch.full((count,), 0.1, device=DEVICE)
     exact = values.double().sum().cpu()
     found = wide_sum(values).cpu()
