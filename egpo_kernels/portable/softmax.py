@@ -67,12 +67,13 @@ def chunks(logits: Tensor, rows: Rows, live: Tensor, temperature: float, out: Te
     size = min(size, max(length, 1))
     x = torch.empty((size, vocab), dtype=dtype, device=logits.device)
     power = None if out.dtype == dtype and out.shape == logits.shape else torch.empty_like(x)
+    gaps = on_cpu and not live.all()
     for number in range(batch):
         for start in range(0, length, size):
             stop = min(start + size, length)
             place = slice(number * length + start, number * length + stop)
             counted, target = live[place], out[number, start:stop]
-            if on_cpu and not counted.any():
+            if gaps and not counted.any():
                 target.zero_()
                 continue
             yield Chunk(
