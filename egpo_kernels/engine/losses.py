@@ -1,5 +1,6 @@
 """Token level behind the public functions: from checked inputs to a loss, along the cheapest path that is right."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -172,11 +173,19 @@ def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: O
     counts = NO_COUNTS
     if options.num_tokens is not None or options.num_sequences is not None:
         counts = Counts(
-            check_count("num_tokens", options.num_tokens, layout.device, counted),
-            check_count("num_sequences", options.num_sequences, layout.device, counted),
+            _count("num_tokens", options.num_tokens, call, counted),
+            _count("num_sequences", options.num_sequences, call, counted),
         )
     active = check_choice("metrics", options.metrics, ("all", "active", "none")) != "all"
     return Unmade(fields, layout, call.dtype, config, counts, poison, active)
+
+
+def _count(name: str, value: Any, call: Call, counted: Callable[[], Tensor]) -> Tensor | float | None:
+    """A checked global count; a traced call has it in a tensor, since operators' numbers are constants there."""
+    found = check_count(name, value, call.layout.device, counted)
+    if not torch.compiler.is_compiling() or found is None or isinstance(found, Tensor):
+        return found
+    return torch.full((), found, dtype=call.dtype, device=call.layout.device)
 
 
 def shaped_log_probs(call: Call, return_entropy: bool) -> TokenLogProbs:

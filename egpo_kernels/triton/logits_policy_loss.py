@@ -104,7 +104,7 @@ def logits_loss_gradient(
         logits.device, logits.dtype, launched.key, where.key, target.key, lie(pointers), length >> 31, out_length >> 31,
         num_rows >> 31, config.json, want_entropy,
     )  # fmt: skip
-    numbers = settings_of(config.json, temperature, grad_scale, dtype)
+    numbers = settings_of(config, temperature, grad_scale, dtype)
     sizes = (length, out_length, num_rows)
     constants = (
         launched.launch,
@@ -113,7 +113,7 @@ def logits_loss_gradient(
         want_entropy,
         config.entropy_coef != 0,
     )
-    arguments = (where, target, pointers, log_probs, entropy, numbers, choices_of(config.json), *sizes, launched.extent)
+    arguments = (where, target, pointers, log_probs, entropy, numbers, choices_of(config), *sizes, launched.extent)
     programs = num_programs(launched, num_rows, logits.device)
     launches(kernel_of(launched.launch), programs, (*arguments, *constants), launched.options)
     return log_probs, entropy

@@ -226,8 +226,8 @@ def _prepare(
     *key: Any,
 ) -> Prepared:
     assert rows.advantages is not None and rows.factor is not None
-    pointers, numbers = row_pointers(rows), settings_of(config.json, 1.0, 1.0, log_probs.dtype)
-    choices, surrogate = choices_of(config.json), SURROGATES[config.surrogate]
+    pointers, numbers = row_pointers(rows), settings_of(config, 1.0, 1.0, log_probs.dtype)
+    choices, surrogate = choices_of(config), SURROGATES[config.surrogate]
     scores = Scores(log_probs.contiguous(), None if entropy is None else entropy.contiguous())
     launches = Launches(
         log_probs.device, log_probs.dtype, config.json, lie(pointers), lie(scores), segments.offsets is None,

@@ -48,10 +48,8 @@ class Choices(NamedTuple):
     trims: Any
 
 
-@functools.lru_cache(maxsize=256)
-def choices_of(text: str) -> Choices:
-    """Choices as a kernel argument, made once for each config's JSON, which is quicker to look up."""
-    config = PolicyLossConfig.from_dict(json.loads(text))
+def choices_of(config: PolicyLossConfig) -> Choices:
+    """Choices as a kernel argument."""
     return Choices(config.kl, config.kl_times_ratio, config.trims)
 
 
@@ -100,9 +98,16 @@ def as_arguments(values: Iterable[float], dtype: torch.dtype) -> tuple[float, ..
     return tuple(float(part) for word in words for part in (word >> 42, word >> 21 & 0x1FFFFF, word & 0x1FFFFF))
 
 
+def settings_of(
+    config: PolicyLossConfig, temperature: float, grad_scale: float, dtype: torch.dtype
+) -> tuple[float, ...]:
+    """The numbers of ``config`` as a kernel argument for `read_settings`."""
+    # By its JSON, which is quicker to look up than all its fields.
+    return _settings_of(config.json, temperature, grad_scale, dtype)
+
+
 @functools.lru_cache(maxsize=256)
-def settings_of(text: str, temperature: float, grad_scale: float, dtype: torch.dtype) -> tuple[float, ...]:
-    """The numbers of a config's JSON as a kernel argument for `read_settings`."""
+def _settings_of(text: str, temperature: float, grad_scale: float, dtype: torch.dtype) -> tuple[float, ...]:
     config = PolicyLossConfig.from_dict(json.loads(text))
     inf, one = float("inf"), 0 if config.trims else 1
     values = Settings(

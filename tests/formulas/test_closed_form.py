@@ -7,6 +7,7 @@ from egpo_kernels import portable, reference
 from egpo_kernels.config.settings import PolicyLossConfig, Rows
 from egpo_kernels.formulas.metrics import TOKEN
 from egpo_kernels.formulas.token_metrics import BLOCK, wide_sum
+from egpo_kernels.inputs.segments import Segments
 from tests.support.device import DEVICE
 
 KL = {"kl_coef": 0.3, "kl_max": 0.5}
@@ -36,8 +37,7 @@ def drawn():
     log_probs = log_probs.clone()
     log_probs[9] = -torch.inf
     offsets = torch.tensor((0, *LENGTHS), device=DEVICE).cumsum(0)
-    index = torch.arange(len(LENGTHS), device=DEVICE).repeat_interleave(torch.tensor(LENGTHS, device=DEVICE))
-    return log_probs, entropy.abs(), rows, [offsets, torch.nn.functional.pad(index, (0, 1), value=len(LENGTHS) - 1)]
+    return log_probs, entropy.abs(), rows, Segments(len(log_probs), len(LENGTHS), offsets)
 
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["one upstream", "upstream per token"])
@@ -49,7 +49,7 @@ def test_loss_metrics_and_gradients_are_those_of_autograd(options, per_token):
         torch.linspace(-1, 2, len(log_probs), dtype=torch.float64, device=DEVICE) if per_token else rows.factor[3]
     )
     leaves = [log_probs.clone().requires_grad_(), entropy.clone().requires_grad_()]
-    losses, vector = reference.policy_loss(*leaves, rows, segments[0], config, 0)
+    losses, vector = reference.policy_loss(*leaves, rows, segments, config, 0, True, True)
     wanted = torch.autograd.grad((losses * upstream).sum(), leaves)
     assert all((gradient != 0).any() and gradient.isfinite().all() for gradient in wanted)
 

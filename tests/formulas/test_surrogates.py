@@ -45,7 +45,7 @@ def surrogate_kernel(
 
 
 @triton.jit
-def kl_kernel(log_probs_ptr, ref_ptr, out_ptr, numbers, choices, BLOCK: tl.constexpr):
+def kl_kernel(log_probs_ptr, ref_ptr, out_ptr, numbers, choices: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     value, slope = triton_side.kl_estimate(
         tl.load(log_probs_ptr + offs), tl.load(ref_ptr + offs), read_settings(numbers, tl.float64), choices
