@@ -36,8 +36,13 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 STEPS = {
     "config": ("fields", "settings", "recipes"),
     "inputs": ("validation", "segments", "layout"),
-    "formulas": ("reduction", "selection", "surrogates", "metrics", "token_metrics", "advantages"),
-    "engine": ("dispatch", "ops", "autograd", "groups", "losses", "logits"),
+    "formulas": (
+        "arrays", "tables", "lazy", "reduction", "rows", "selection", "surrogates", "metrics", "token_metrics",
+        "advantages", "groups",
+    ),  # fmt: skip
+    "engine": (
+        "dispatch", "operator", "row_ops", "rows", "ops", "autograd", "groups", "losses", "logits",
+    ),  # fmt: skip
 }
 
 

@@ -75,4 +75,4 @@ def policy_config(text: str) -> PolicyLossConfig:
 
 def fake_vector(like: Tensor, table: Table, reported: bool) -> Tensor:
     """The metrics vector of an operator's fake."""
-    return like.new_empty(table.size if reported else 0, dtype=compute_dtype(like.dtype))
+    return like.new_empty(len(table.keys) if reported else 0, dtype=compute_dtype(like.dtype))

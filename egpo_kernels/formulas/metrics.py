@@ -1,11 +1,11 @@
 """What is reported: raw slots summed (or maximised) over a batch, and the named 0-d tensors made of them.
 
-Every backend fills the raw slots of a table below, in this order: sums first, then maxima. A minimum travels as the
-maximum of the negated values, so that any two raw vectors merge slot by slot.
+Every backend fills the raw slots of a table of `tables`, in its order.
 """
 
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from reprlib import repr as shown
 from typing import Any, NamedTuple
@@ -15,113 +15,12 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.config.settings import Metrics
-from egpo_kernels.inputs.segments import accumulation_dtype
+from egpo_kernels.formulas.arrays import at_hand
+from egpo_kernels.formulas.arrays import total as total
+from egpo_kernels.formulas.lazy import LazyMetrics, Part, unread
+from egpo_kernels.formulas.tables import GROUP, NOTHING, TOKEN, Table
+from egpo_kernels.formulas.tables import SUMMARIES as SUMMARIES
 from egpo_kernels.inputs.validation import check_dense, check_tensor
-
-NOTHING = float("-inf")
-
-
-class Metric(NamedTuple):
-    """A reported number: ``sum`` / ``max`` of a slot, ``mean`` over a count, ``min`` of a negated slot, or ``gap``.
-
-    ``slot`` names the raw slot; for a gap, the mean subtracted from. ``over`` names the slot of its count; for a
-    gap, the mean that is subtracted.
-    """
-
-    key: str
-    kind: str
-    slot: str
-    over: str
-
-
-class Table(NamedTuple):
-    """The raw slots of one vector and the metrics made of them."""
-
-    sums: tuple[str, ...]
-    maxima: tuple[str, ...]
-    metrics: tuple[Metric, ...]
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """Names of the raw slots, in order."""
-        return self.sums + self.maxima
-
-    @property
-    def size(self) -> int:
-        """How many metrics are reported."""
-        return len(self.metrics)
-
-    @property
-    def num_slots(self) -> int:
-        """How many raw slots there are."""
-        return len(self.sums) + len(self.maxima)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Names of the reported metrics, in order."""
-        return tuple(metric.key for metric in self.metrics)
-
-
-def _metric(key: str, count: str, slot: str = "") -> Metric:
-    return Metric(key, key.rsplit("/", 1)[1], slot or key, count)
-
-
-def _keys(prefix: str, *names: str) -> tuple[str, ...]:
-    return tuple(f"{prefix}/{name}" for name in names)
-
-
-_TOKEN_SUMS = _keys("policy", "tokens/sum", "loss/sum", "loss/surrogate/sum", "loss/kl/sum", "loss/entropy/sum")
-_TOKEN_MEANS = _keys("policy", "clip_low/mean", "clip_high/mean", "ratio/mean", "approx_kl/mean", "ref_kl/mean")
-_TOKEN_MEANS += _keys("policy", "entropy/mean")
-_TOKEN_COUNTS = _keys("policy", "invalid_tokens/sum", "nonfinite_rows/sum", "unscored_tokens/sum")
-_TOKEN_COUNTS += _keys("policy", "uncounted_tokens/sum")
-_TOKEN_MAXIMA = _keys("policy", "ratio/max", "ratio/min")
-
-TOKEN = Table(
-    sums=_TOKEN_SUMS + _TOKEN_MEANS + _TOKEN_COUNTS,
-    maxima=_TOKEN_MAXIMA,
-    metrics=tuple(
-        _metric(key, "policy/tokens/sum") for key in _TOKEN_SUMS + _TOKEN_MEANS + _TOKEN_COUNTS + _TOKEN_MAXIMA
-    ),
-)
-
-SUMMARIES: tuple[str, ...] = ("uncertainty", "uncertainty/correct", "uncertainty/incorrect")
-SUMMARIES += ("weight", "weight/correct", "weight/incorrect", "advantage")
-_SHARES = ("egpo/weight/at_lower/mean", "egpo/weight/at_one/mean", "egpo/weight/at_upper/mean")
-_GROUP_COUNTS = tuple(
-    f"egpo/{name}/sum"
-    for name in (
-        "empty_sequences",
-        "invalid_rewards",
-        "incomplete_groups",
-        "groups",
-        "groups/single",
-        "groups/unusable",
-        "groups/all_wrong",
-        "groups/all_correct",
-        "groups/no_correct",
-        "groups/mixed",
-    )
-)
-
-GROUP = Table(
-    sums=tuple(f"egpo/{name}/{part}/sum" for name in SUMMARIES for part in ("count", "total"))
-    + _SHARES
-    + _GROUP_COUNTS,
-    maxima=tuple(f"egpo/{name}/{part}" for name in SUMMARIES for part in ("max", "min")),
-    metrics=(
-        _metric("egpo/sequences/sum", "", "egpo/weight/count/sum"),
-        _metric("egpo/correct/sum", "", "egpo/weight/correct/count/sum"),
-        _metric("egpo/incorrect/sum", "", "egpo/weight/incorrect/count/sum"),
-        *(_metric(f"egpo/{name}/count/sum", "") for name in SUMMARIES),
-        *(_metric(f"egpo/{name}/mean", f"egpo/{name}/count/sum", f"egpo/{name}/total/sum") for name in SUMMARIES),
-        *(_metric(f"egpo/{name}/{part}", f"egpo/{name}/count/sum") for part in ("min", "max") for name in SUMMARIES),
-        Metric("egpo/uncertainty/gap/mean", "gap", "egpo/uncertainty/incorrect/mean", "egpo/uncertainty/correct/mean"),
-        _metric("egpo/advantage/sum", "", "egpo/advantage/total/sum"),
-        *(_metric(key, "egpo/weight/count/sum") for key in _SHARES),
-        *(_metric(key, "") for key in _GROUP_COUNTS),
-    ),
-)
 
 # The key under which the count of a mean, minimum or maximum is itself reported.
 _COUNT_KEYS = {m.key: m.over for t in (TOKEN, GROUP) for m in t.metrics if m.kind in ("mean", "min", "max")}
@@ -138,11 +37,6 @@ def summary(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     high = torch.where(where, values, NOTHING).amax()
     low = torch.where(where, -values, NOTHING).amax()
     return where.sum().to(values.dtype), total(chosen), high, low
-
-
-def total(values: Tensor) -> Tensor:
-    """Sum of all ``values``, accumulated in float64 where the device has it."""
-    return values.sum(dtype=accumulation_dtype(values.device)).to(values.dtype)
 
 
 class Run(NamedTuple):
@@ -191,8 +85,60 @@ def _slice(places: list[int]) -> slice:
     return slice(first, last + 1, max(1, (last - first) // max(1, len(places) - 1)))
 
 
+class Plan(NamedTuple):
+    """How `finish_array` makes metrics ``[M]``: from which slots, over which counts; every array is ``[M]``.
+
+    Each is ``value * clamp(count, low, high) / clamp(count, least, most)``: the bounds make both factors 1 for a sum,
+    the second the count for a mean, and for an extreme the first 1, or 0 over nothing, which times an infinity is NaN,
+    and the second its sign. ``gaps`` are the places of a gap and of its two means.
+    """
+
+    slots: Any
+    counts: Any
+    low: Any
+    high: Any
+    least: Any
+    most: Any
+    gaps: tuple[tuple[int, int, int], ...]
+
+
+# Of each kind: low, high, least, most. A gap is written over.
+_BOUNDS = {
+    "sum": (1, 1, 1, 1),
+    "mean": (1, 1, -math.inf, math.inf),
+    "max": (0, 1, 1, 1),
+    "min": (0, 1, -1, -1),
+    "gap": (1, 1, 1, 1),
+}
+
+
+@functools.cache
+def _plan(table: Table, dtype: Any) -> Plan:
+    """Work out the plan of ``table`` for arrays of ``dtype``."""
+    key, slot = table.keys.index, table.slots.index
+    slots = np.array([0 if it.kind == "gap" else slot(it.slot) for it in table.metrics])
+    counts = np.array([slot(it.over) if it.key in _COUNT_KEYS else 0 for it in table.metrics])
+    low, high, least, most = np.array([_BOUNDS[it.kind] for it in table.metrics], dtype).T.copy()
+    gaps = tuple((key(it.key), key(it.slot), key(it.over)) for it in table.metrics if it.kind == "gap")
+    return Plan(slots, counts, low, high, least, most, gaps)
+
+
+def finish_array(raw: Any, table: Table) -> Any:
+    """As `finish`, from and to a numpy array; the caller ignores what numpy says of 0 / 0."""
+    plan = _plan(table, raw.dtype)
+    counts = raw[plan.counts]
+    values = raw[plan.slots] * np.minimum(np.maximum(counts, plan.low), plan.high)
+    values /= np.minimum(np.maximum(counts, plan.least), plan.most)
+    for gap, minuend, subtrahend in plan.gaps:
+        values[gap] = values[minuend] - values[subtrahend]
+    return values
+
+
 def finish(raw: Tensor, table: Table) -> Tensor:
     """Turn a raw vector into the reported one; a mean, minimum or maximum over nothing is NaN."""
+    if at_hand(raw):
+        with np.errstate(all="ignore"):
+            return torch.from_numpy(finish_array(raw.detach().numpy(), table))
     parts: list[Tensor] = []
     for kind, slots, counts in runs_of(table):
         if kind == "gap":
@@ -209,10 +155,24 @@ def finish(raw: Tensor, table: Table) -> Tensor:
     return torch.cat(parts)
 
 
+@functools.lru_cache(maxsize=64)
+def _kept(table: Table, without: tuple[str, ...]) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Keys of ``table`` that start with none of ``without``, without values, and their places."""
+    kept = {key: place for place, key in enumerate(table.keys) if not key.startswith(without)}
+    return unread(kept), tuple(kept.values())
+
+
 def named(vector: Tensor, table: Table, without: Sequence[str] = ()) -> Metrics:
-    """Split a reported vector into its 0-d entries, leaving out keys that start with one of ``without``."""
-    entries = zip(table.keys, vector.detach().unbind(), strict=True)
-    return {key: value for key, value in entries if not key.startswith(tuple(without))}
+    """Name the 0-d entries of a reported vector, leaving out keys that start with one of ``without``.
+
+    The dict is filled when somebody looks; while torch.compile traces, at once.
+    """
+    vector, without = vector.detach(), tuple(without)
+    if torch.compiler.is_compiling():
+        entries = zip(table.keys, vector.unbind(), strict=True)
+        return {key: value for key, value in entries if not key.startswith(without)}
+    keys, places = _kept(table, without)
+    return LazyMetrics.of(Part(vector, keys, places))
 
 
 def combine_metrics(metrics: Iterable[Metrics]) -> Metrics:
@@ -272,7 +232,3 @@ def _merge(key: str, parts: list[Metrics]) -> Tensor:
     sign = -1.0 if _KNOWN[key].kind == "min" else 1.0
     best = torch.where(counts > 0, sign * values, NOTHING).amax()
     return torch.where(counts.sum() > 0, sign * best, torch.nan)
-
-
-def merged(first: Metrics, second: Metrics) -> Metrics:
-    return {**first, **second}

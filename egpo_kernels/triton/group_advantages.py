@@ -285,7 +285,7 @@ def group_advantages(
     """Advantages, weights, base advantages, uncertainty ``[S]`` and the metrics vector, empty unless ``reported``."""
     count = rewards.shape[0]
     advantages, weights, base = (torch.empty_like(rewards) for _ in range(3))
-    partials = rewards.new_empty(blocks_of(count, BLOCK_I), metrics.GROUP.num_slots)
+    partials = rewards.new_empty(blocks_of(count, BLOCK_I), len(metrics.GROUP.slots))
     uncertainty = counts = None
     inputs = (dense(ids), rewards.contiguous(), dense(correct))
     launches = Launches(

@@ -136,7 +136,7 @@ def combine_kernel(
 def combine(launches: Launches, partials: Tensor, table: Table, loss: Tensor | None, reported: bool) -> Tensor:
     """Merge ``partials [programs, K]`` to the reported vector of ``table`` (empty unless so); fill ``loss``, 0-d."""
     num_partials, num_slots = partials.shape
-    vector = partials.new_empty(table.size if reported else 0)
+    vector = partials.new_empty(len(table.keys) if reported else 0)
     raw = partials.new_empty(num_slots) if reported else None
     reported_to = vector if reported else None
     launches(combine_kernel, 1, (partials, raw, reported_to, loss, num_partials, *_sizes(table)))

@@ -260,7 +260,7 @@ def policy_loss(
     num_rows = log_probs.shape[0]
     losses = torch.empty_like(log_probs, memory_format=torch.contiguous_format) if per_token else None
     loss = None if per_token else log_probs.new_empty(())
-    partials = log_probs.new_empty(blocks_of(num_rows, BLOCK), metrics.TOKEN.num_slots)
+    partials = log_probs.new_empty(blocks_of(num_rows, BLOCK), len(metrics.TOKEN.slots))
     made = _prepare(log_probs, entropy, rows, segments, config, None, vocab >> 31, per_token, reported)
     if num_rows:
         sizes = (num_rows, vocab, segments.num_sequences, segments.length)
