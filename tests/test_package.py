@@ -37,11 +37,31 @@ STEPS = {
     "config": ("fields", "settings", "recipes"),
     "inputs": ("validation", "segments", "layout"),
     "formulas": (
-        "arrays", "tables", "lazy", "reduction", "rows", "selection", "surrogates", "metrics", "token_metrics",
-        "advantages", "groups",
+        "arrays",
+        "tables",
+        "lazy",
+        "reduction",
+        "rows",
+        "selection",
+        "surrogates",
+        "metrics",
+        "token_metrics",
+        "uncertainty",
+        "groups",
+        "group_metrics",
+        "advantages",
+        "whole_groups",
     ),  # fmt: skip
     "engine": (
-        "dispatch", "operator", "row_ops", "rows", "ops", "autograd", "groups", "losses", "logits",
+        "dispatch",
+        "operator",
+        "row_ops",
+        "rows",
+        "ops",
+        "autograd",
+        "groups",
+        "losses",
+        "logits",
     ),  # fmt: skip
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.diagnostics.extra import wanted
-from egpo_kernels.formulas.advantages import sequence_uncertainty
+from egpo_kernels.formulas.uncertainty import sequence_uncertainty
 from egpo_kernels.inputs.layout import counted, make_layout
 from egpo_kernels.inputs.validation import check_dense, check_instance, check_tensor
 
@@ -88,7 +88,7 @@ def span_uncertainty(log_probs: Tensor, span: Tensor | None = None, *, cu_seqlen
     if span is not None:
         inside = inside & (layout.per_token("span", span, "real") != 0)
     values = -log_probs.detach().reshape(-1).to(compute_dtype(log_probs.dtype))
-    return layout.poisoned(sequence_uncertainty(values, inside, layout.offsets, layout.num_sequences, values)[0])
+    return layout.poisoned(sequence_uncertainty(values, inside, layout.offsets))
 
 
 def uncertainty_gap(uncertainty: Tensor, correct: Tensor) -> UncertaintyGap:

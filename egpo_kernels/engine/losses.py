@@ -22,6 +22,7 @@ from egpo_kernels.engine.dispatch import choose_backend
 from egpo_kernels.engine.groups import PerToken, advantages_of_groups
 from egpo_kernels.engine.rows import NO_COUNTS, Given, Unmade
 from egpo_kernels.formulas import metrics
+from egpo_kernels.formulas.lazy import merged
 from egpo_kernels.formulas.rows import Counts
 from egpo_kernels.inputs import layout as layouts
 from egpo_kernels.inputs.layout import Layout
@@ -220,7 +221,7 @@ def loss_of_groups(call: Call, given: Constants, grouping: Grouping, recipe: Rec
     )
     given = given._replace(advantages=grouped.advantages[:, None])
     loss, seen = loss_of_tokens(call, given, recipe.loss, options, found)
-    return LossOutput(loss, metrics.merged(grouped.metrics, seen))
+    return LossOutput(loss, merged(grouped.metrics, seen))
 
 
 def loss_of_tokens(

@@ -1,80 +1,27 @@
 """Group level of EGPO (arXiv 2602.22751, Eq. 2, 5-13) in torch: uncertainty, weight, base advantage, advantage.
 
-Groups are segments of the sequences sorted by group id, so nothing depends on how many there are or on their order.
+Computed in float64 where the device has it, on sequences ``[S]`` that lie group by group and on groups ``[P]``; nothing
+depends on how many there are or on their order. A condition that is None holds everywhere. The formulas take tensors or
+numpy's arrays, see `arrays`.
 """
 
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from egpo_kernels.config.settings import AdvantageConfig
-from egpo_kernels.formulas import metrics
-from egpo_kernels.inputs.segments import accumulation_dtype, counts_per_sequence, segment_sum
+from egpo_kernels.formulas import group_metrics, metrics
+from egpo_kernels.formulas.arrays import Array, at_hand, clamp, floating, isfinite, maximum, total, where
+from egpo_kernels.formulas.groups import Groups, Known, Rules, both, chosen, groups_at_hand, known, make_groups
+from egpo_kernels.formulas.uncertainty import as_uncertainty, token_mean
+from egpo_kernels.inputs.segments import accumulation_dtype
 from egpo_kernels.inputs.validation import check_held
 
 WHITEN_EPS = 1e-8
 """Added to the variance that a batch is whitened by."""
-
-
-class Groups(NamedTuple):
-    """Sequences ``[S]`` sorted by group: ``order`` sorts, ``number`` is each sequence's group, ``offsets [S+1]``
-    bounds the groups in sorted order (empty ones at the end), ``first`` marks one member of each group.
-    """
-
-    order: Tensor
-    number: Tensor
-    offsets: Tensor
-    first: Tensor
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum ``values [S]`` over each sequence's group, ``[S]``."""
-        return segment_sum(values[self.order], self.offsets)[self.number]
-
-    def max(self, values: Tensor) -> Tensor:
-        """Largest of ``values [S]`` in each sequence's group, ``[S]``."""
-        best = torch.segment_reduce(
-            values[self.order], "max", offsets=self.offsets, unsafe=True, initial=metrics.NOTHING
-        )
-        return best[self.number]
-
-
-def make_groups(ids: Tensor) -> Groups:
-    """Sort sequences by their integer group ids ``[S]``, on the device and without a sync."""
-    order = torch.argsort(ids, stable=True)
-    ordered = ids[order]
-    starts = torch.ones_like(ordered, dtype=torch.bool)
-    starts[1:] = ordered[1:] != ordered[:-1]
-    running = starts.long().cumsum(0) - 1
-    number, first = torch.empty_like(running), torch.empty_like(starts)
-    number[order], first[order] = running, starts
-    offsets = torch.searchsorted(running, torch.arange(ids.shape[0] + 1, device=ids.device))
-    return Groups(order, number, offsets, first)
-
-
-def sequence_uncertainty(
-    values: Tensor | None, mask: Tensor | None, offsets: Tensor, num_sequences: int, like: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return H ``[S]`` (Eq. 5/6), NaN where a sequence has none, and counted tokens ``[S]``.
-
-    ``values [N]`` are negated log-probs of the sampled tokens, or entropies; H is their mean over ``mask``, at least 0.
-    """
-    if values is None or mask is None:
-        return like.new_full((num_sequences,), torch.nan), torch.ones_like(like, dtype=torch.long)
-    counts = counts_per_sequence(mask, offsets)
-    mean = segment_sum(torch.where(mask, values, 0.0), offsets) / counts.to(values.dtype)
-    return torch.where(mean.isfinite(), mean.clamp(min=0), torch.nan), counts
-
-
-class Base(NamedTuple):
-    """Base advantages ``[S]`` (Eq. 2, 10, 13) and which rule each sequence's group fell under."""
-
-    advantages: Tensor
-    penalised: Tensor
-    single: Tensor
-    unusable: Tensor
-    collapsed: Tensor
-    any_correct: Tensor
 
 
 def collapse_tolerance(dtype: torch.dtype) -> float:
@@ -97,123 +44,137 @@ def rewards_in(dtype: torch.dtype, rewards: Tensor) -> Tensor:
 
 def is_collapsed(rewards: Tensor, groups: Groups, tolerance: float) -> Tensor:
     """Whether the usable rewards of each sequence's group are as good as equal, ``[S]``; see `collapse_tolerance`."""
-    usable = rewards.isfinite()
-    high, low = (groups.max(torch.where(usable, sign * rewards, metrics.NOTHING)) for sign in (1, -1))
-    largest = groups.max(torch.where(usable, rewards, 0.0).abs())
-    return high + low <= tolerance * largest
+    rewards = groups.sort(rewards)
+    return groups.restore(groups.spread(_collapsed(rewards, rewards.isfinite(), groups, tolerance)))
+
+
+def _collapsed(rewards: Array, usable: Array | None, groups: Groups, tolerance: float) -> Array:
+    """As `is_collapsed`, for groups ``[P]`` of sorted rewards; one without usable rewards is."""
+    high, low = groups.high(chosen(usable, rewards, -math.inf)), groups.low(chosen(usable, rewards, math.inf))
+    return high <= low if tolerance == 0 else high - low <= tolerance * maximum(high, -low)
+
+
+def find_rules(rewards: Known, correct: Array, groups: Groups, tolerance: float, config: AdvantageConfig) -> Rules:
+    """Rules in order: group of one, fewer than two usable, collapsed, mixed; and which groups are penalised."""
+    enough = rewards.others > 0 if groups.alone or rewards.finite is not None else None
+    correct = correct if rewards.finite is None else correct & rewards.finite
+    unsolved = groups.sum(floating(correct, groups.sizes)) == 0
+    collapsed = _collapsed(rewards.values, rewards.finite, groups, tolerance)
+    penalised = None
+    if config.compares and config.all_wrong != "zero":
+        penalised = unsolved if enough is None else unsolved & enough
+        if config.all_wrong != "negative_no_correct":
+            penalised = penalised & collapsed
+    return Rules(enough, collapsed, unsolved, penalised)
 
 
 def base_advantages(
-    rewards: Tensor,
-    correct: Tensor,
-    lengths: Tensor | None,
-    groups: Groups,
-    tolerance: float,
-    config: AdvantageConfig,
-) -> Base:
-    """Rewards relative to their group; rules in order: group of one, fewer than two usable, collapsed, mixed."""
-    usable = rewards.isfinite()
-    safe = torch.where(usable, rewards, 0.0)
-    size = groups.sum(torch.ones_like(rewards))
-    count = groups.sum(usable.to(rewards.dtype))
-    collapsed = is_collapsed(rewards, groups, tolerance)
-    any_correct = groups.sum((correct & usable).to(rewards.dtype)) > 0
-    single, unusable = size == 1, (size > 1) & (count < 2)
-    penalised, compared = torch.zeros_like(single), usable
+    rewards: Known, correct: Array, lengths: Array | None, groups: Groups, rules: Rules | None, config: AdvantageConfig
+) -> Array:
+    """Base advantages ``[S]`` (Eq. 2, 10, 13): rewards relative to their group, 0 where nothing can be compared."""
+    compared = rewards.finite
     if config.compares:
-        penalised = ~any_correct & ~single & ~unusable & (config.all_wrong != "zero")
-        if config.all_wrong != "negative_no_correct":
-            penalised = penalised & collapsed
-        compared = usable & ~unusable & (~single | (config.singleton == "raw"))
-        base = torch.where(single, safe, torch.where(collapsed, 0.0, _relative(safe, usable, count, groups, config)))
+        assert rules is not None
+        base = where(groups.spread(rules.collapsed), 0.0, _relative(rewards, groups, config))
+        comparable = rules.enough
+        if config.singleton == "raw" and groups.alone:
+            single = groups.sizes == 1
+            base = where(groups.spread(single), rewards.values, base)
+            comparable = None if comparable is None else comparable | single
+        compared = compared if comparable is None else both(compared, groups.spread(comparable))
     elif config.baseline == "correctness":
-        base = torch.where(correct, torch.full_like(safe, config.positive_scale), 0.0 - config.negative_scale)
+        nothing = rewards.values * 0
+        base = where(correct, nothing + config.positive_scale, nothing - config.negative_scale)
     else:
-        base = safe
+        base = rewards.values + 0  # another array, lest a result be an argument
     if config.of_batch:
-        shift, factor = batch_scale(base, compared, rewards, lengths, config)
+        raw, everywhere = chosen(rewards.finite, rewards.values, math.nan), correct | ~correct
+        shift, factor = batch_scale(base, everywhere if compared is None else compared, raw, lengths, config)
         base = (base - shift) * factor
-    base = torch.where(penalised, -config.nsr_scale, base)
-    return Base(torch.where(compared, base, 0.0), penalised, single, unusable, collapsed, any_correct)
+    if rules is not None and rules.penalised is not None:
+        base = where(groups.spread(rules.penalised), -config.nsr_scale, base)
+    return chosen(compared, base, 0.0)
 
 
-def _relative(safe: Tensor, usable: Tensor, count: Tensor, groups: Groups, config: AdvantageConfig) -> Tensor:
-    """Usable rewards less their group's baseline, over their group's scale."""
-    mean = groups.sum(safe) / count.clamp(min=1)
-    centred = torch.where(usable, safe - mean, 0.0)
+def _relative(rewards: Known, groups: Groups, config: AdvantageConfig) -> Array:
+    """Usable rewards less their group's baseline, over their group's scale; where none compare any number or NaN."""
+    centred = chosen(rewards.finite, rewards.values - groups.spread(rewards.mean), 0.0)
     relative = centred
     if config.baseline == "leave_one_out":
-        relative = centred * (count / (count - 1).clamp(min=1))
+        relative = centred * groups.spread(rewards.number / rewards.others)
     if config.scale == "group_std":
-        return relative / ((groups.sum(centred.square()) / (count - 1).clamp(min=1)).sqrt() + config.std_eps)
+        spread = (groups.sum(centred * centred) / rewards.others) ** 0.5
+        return relative / groups.spread(spread + config.std_eps)
     if config.scale == "group_mean":
-        return torch.where(mean > 0, relative / (mean + config.std_eps), 0.0)
+        relative = relative / groups.spread(rewards.mean + config.std_eps)
+        return where(groups.spread(rewards.mean > 0), relative, 0.0)
     return relative
 
 
 def batch_scale(
-    base: Tensor, compared: Tensor, rewards: Tensor, lengths: Tensor | None, config: AdvantageConfig
-) -> tuple[Tensor, Tensor]:
+    base: Array, compared: Array, rewards: Array, lengths: Array | None, config: AdvantageConfig
+) -> tuple[Array, Array]:
     """What is subtracted from base advantages and what they are then multiplied by, 0-d each.
 
     ``batch_std``: the spread of the batch's usable rewards; ``batch_whiten``: mean and spread of the base advantages
     over the batch's counted tokens, ``lengths [S]`` of them (REINFORCE++, arXiv 2501.03262).
     """
     if lengths is None:
-        mean, variance = _moments(rewards, rewards.isfinite().to(rewards.dtype))
-        return torch.zeros_like(mean), 1 / (variance.sqrt() + config.std_eps)
-    mean, variance = _moments(base, torch.where(compared, lengths, 0).to(base.dtype))
-    return mean, (variance + WHITEN_EPS).rsqrt()
+        mean, variance = _moments(rewards, floating(isfinite(rewards), rewards))
+        return mean * 0, 1 / (variance**0.5 + config.std_eps)
+    mean, variance = _moments(base, floating(where(compared, lengths, 0), base))
+    return mean, (variance + WHITEN_EPS) ** -0.5
 
 
-def _moments(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(values: Array, counts: Array) -> tuple[Array, Array]:
     """Mean and sample variance of ``values [S]``, each of which occurs ``counts`` times."""
-    number = metrics.total(counts)
-    mean = metrics.total(torch.where(counts > 0, counts * values, 0.0)) / number.clamp(min=1)
-    squares = metrics.total(torch.where(counts > 0, counts * (values - mean).square(), 0.0))
-    return mean, squares / (number - 1).clamp(min=1)
+    number = total(counts)
+    mean = total(where(counts > 0, counts * values, 0.0)) / number.clip(1)
+    squares = total(where(counts > 0, counts * (values - mean) ** 2, 0.0))
+    return mean, squares / (number - 1).clip(1)
 
 
 def uncertainty_weights(
-    uncertainty: Tensor, correct: Tensor, groups: Groups, base: Base, config: AdvantageConfig
-) -> Tensor:
-    """Return w ``[S]``: group mean of H over own H (Eq. 7), clamped by correctness (Eq. 8), renormalised (Eq. 9)."""
-    ones = torch.ones_like(uncertainty)
-    if config.weight == "none":
-        return ones
-    valid = uncertainty.isfinite()
-    safe = torch.where(valid, uncertainty, 0.0)
-    mean = groups.sum(safe) / groups.sum(valid.to(safe.dtype)).clamp(min=1)
-    weighed = valid & (mean > config.uncertainty_eps) & ~base.single
-    weights = torch.where(weighed, mean / (safe + config.uncertainty_eps), ones)
+    uncertainty: Known, correct: Array, penalised: Array | None, groups: Groups, config: AdvantageConfig
+) -> Array:
+    """Return w ``[S]``: group mean of H over own H (Eq. 7), clamped by correctness (Eq. 8), renormalised (Eq. 9).
+
+    It is 1 in a group of one: there it starts at 1, which no clamp moves, and is its own mean.
+    """
+    mean = groups.spread(uncertainty.mean)
+    weighed = both(uncertainty.finite, mean > config.uncertainty_eps)
+    if groups.alone:
+        weighed = both(weighed, groups.spread(groups.others > 0))
+    weights = chosen(weighed, mean / (uncertainty.values + config.uncertainty_eps), 1.0)
     if config.renorm == "before":
         weights = _renormalised(weights, groups)
-    if config.clamp != "none":
-        low, high = config.weight_bounds
-        one_sided_correct = config.clamp in ("asymmetric", "positive_only")
-        one_sided_incorrect = config.clamp in ("asymmetric", "negative_only")
-        lower = torch.where(correct & one_sided_correct, ones, low)
-        upper = torch.where(~correct & one_sided_incorrect, ones, high)
-        weights = torch.minimum(torch.maximum(weights, lower), upper)
+    low, high = config.weight_bounds
+    if config.clamp == "symmetric":
+        weights = clamp(weights, low, high)
+    elif config.clamp != "none":
+        of_correct = clamp(weights, low if config.clamp == "negative_only" else 1.0, high)
+        of_incorrect = clamp(weights, low, high if config.clamp == "positive_only" else 1.0)
+        weights = where(correct, of_correct, of_incorrect)
     if config.renorm == "after":
         weights = _renormalised(weights, groups)
-    locked = base.single | base.penalised if config.lock_all_wrong else base.single
-    return torch.where(locked, ones, weights)
+    if config.lock_all_wrong and penalised is not None:
+        weights = where(groups.spread(penalised), 1.0, weights)
+    return weights
 
 
-def _renormalised(weights: Tensor, groups: Groups) -> Tensor:
+def _renormalised(weights: Array, groups: Groups) -> Array:
     total = groups.sum(weights)
-    return torch.where(total > 0, weights * groups.sum(torch.ones_like(weights)) / total, weights)
+    return where(groups.spread(total > 0), weights * groups.spread(groups.sizes / total), weights)
 
 
 class Advantages(NamedTuple):
-    """Per-sequence results ``[S]`` and the raw metrics vector."""
+    """Per-sequence results ``[S]`` and the reported vector of `metrics.GROUP`, ``[0]`` where it is not wanted."""
 
     advantages: Tensor
     weights: Tensor
     base: Tensor
     uncertainty: Tensor
-    raw_metrics: Tensor
+    vector: Tensor
 
 
 def group_advantages(
@@ -223,59 +184,81 @@ def group_advantages(
     values: Tensor | None,
     mask: Tensor | None,
     lengths: Tensor | None,
-    offsets: Tensor,
+    offsets: Tensor | None,
     tolerance: float,
     config: AdvantageConfig,
     group_size: int | None,
+    reported: bool,
+    look: bool = True,
+    negated: bool = False,
 ) -> Advantages:
-    """Advantages ``A = w * A_base`` (Eq. 11) of whole groups; groups without ``group_size`` members get NaN."""
-    groups = make_groups(ids)
-    correct = rewards > config.correct_threshold if correct is None else correct
-    uncertainty, counts = sequence_uncertainty(values, mask, offsets, ids.shape[0], rewards)
-    base = base_advantages(rewards, correct, lengths, groups, tolerance, config)
-    weights = uncertainty_weights(uncertainty, correct, groups, base, config)
-    incomplete = torch.zeros_like(correct)
-    if group_size is not None:
-        incomplete = groups.sum(torch.ones_like(rewards)) != group_size
-    advantages = torch.where(incomplete, torch.nan, weights * base.advantages)
-    raw = _raw_metrics(advantages, weights, uncertainty, counts, rewards, correct, incomplete, base, groups, config)
-    return Advantages(advantages, weights, base.advantages, uncertainty, raw)
+    """Advantages ``A = w * A_base`` (Eq. 11) of whole groups; groups without ``group_size`` members get NaN.
+
+    Args:
+        ids: Group of each sequence, ``[S]`` int64.
+        rewards: ``[S]`` float32 or float64, from `rewards_in`; the results' dtype.
+        correct: ``[S]`` bool; None: rewards above ``config.correct_threshold``.
+        values: What `token_mean` averages, ``[N]`` or, without offsets, ``[S, T]``; None: no uncertainty.
+        mask: Which of ``values`` count, bool of their shape; None, without offsets only: all of them.
+        lengths: Counted tokens ``[S]``, for ``scale="batch_whiten"``.
+        offsets: ``[S + 1]``; None: each row of ``values`` is a sequence.
+        tolerance: See `collapse_tolerance`.
+        config: Settings.
+        group_size: Members that every group must have; None: any.
+        reported: Whether the metrics vector is wanted.
+        look: Whether to compute in numpy's arrays on a CPU, which is faster for few sequences.
+        negated: Whether ``values`` are log-probs, the uncertainty their mean negated.
+    """
+    mean, counts = (None, None) if values is None else token_mean(values, mask, offsets)
+    mean = -mean if mean is not None and negated else mean
+    given = (rewards, correct, mean, counts, lengths)
+    if not look or ids.shape[0] == 0 or not (at_hand(ids) and at_hand(rewards)):
+        found, raw = _of_groups(make_groups(ids), given, tolerance, config, group_size, reported)
+        return Advantages(*found, rewards.new_empty(0) if raw is None else metrics.finish(raw, metrics.GROUP))
+    arrays = tuple(None if it is None else it.numpy() for it in given)
+    # Some of the numbers that are chosen from are made of nothing; torch does not mention that either.
+    with np.errstate(all="ignore"):
+        found, raw = _of_groups(groups_at_hand(ids.numpy()), arrays, tolerance, config, group_size, reported)
+        reports = np.empty(0, found[0].dtype) if raw is None else metrics.finish_array(raw, metrics.GROUP)
+    advantages, weights, base, uncertainty = (torch.from_numpy(it) for it in found)
+    return Advantages(advantages, weights, base, uncertainty, torch.from_numpy(reports))
 
 
-def _raw_metrics(
-    advantages: Tensor,
-    weights: Tensor,
-    uncertainty: Tensor,
-    counts: Tensor,
-    rewards: Tensor,
-    correct: Tensor,
-    incomplete: Tensor,
-    base: Base,
+def _of_groups(
     groups: Groups,
+    given: tuple[Array | None, ...],
+    tolerance: float,
     config: AdvantageConfig,
-) -> Tensor:
-    """Fill the slots of `metrics.GROUP`, in its order."""
-    valid, every = uncertainty.isfinite(), torch.ones_like(correct)
-    summaries = [metrics.summary(uncertainty, where) for where in (valid, valid & correct, valid & ~correct)]
-    summaries += [metrics.summary(weights, where) for where in (every, correct, ~correct)]
-    summaries.append(metrics.summary(advantages, every))
-    low, high = config.weight_bounds
-    rest = ~(base.single | base.unusable)
-    flags = (
-        weights == low,
-        weights == 1,
-        weights == high,
-        counts == 0,
-        ~rewards.isfinite(),
-        incomplete & groups.first,
-        groups.first,
-        base.single & groups.first,
-        base.unusable & groups.first,
-        rest & base.collapsed & ~base.any_correct & groups.first,
-        rest & base.collapsed & base.any_correct & groups.first,
-        rest & ~base.collapsed & ~base.any_correct & groups.first,
-        rest & ~base.collapsed & base.any_correct & groups.first,
-    )
-    sums = [part for count, total, _, _ in summaries for part in (count, total)]
-    maxima = [part for _, _, high_, low_ in summaries for part in (high_, low_)]
-    return torch.stack([*sums, *(flag.sum().to(advantages.dtype) for flag in flags), *maxima])
+    group_size: int | None,
+    reported: bool,
+) -> tuple[tuple[Array, Array, Array, Array], Array | None]:
+    """Advantages, weights, base advantages, uncertainty, and the raw vector of metrics if it is wanted.
+
+    ``given [S]``, all in tensors or all in arrays: rewards, correct, mean value of the counted tokens, their number,
+    counted tokens for whitening; each but the first may be None.
+    """
+    rewards, correct, mean, counts, lengths = given
+    assert rewards is not None
+    correct = groups.sort(rewards > config.correct_threshold if correct is None else correct)
+    usable = known(groups.sort(rewards), groups)
+    rules = find_rules(usable, correct, groups, tolerance, config) if config.compares or reported else None
+    lengths = None if lengths is None else groups.sort(lengths)
+    base = base_advantages(usable, correct, lengths, groups, rules, config)
+    own = None if mean is None else as_uncertainty(groups.sort(mean))
+    if own is None or config.weight == "none":
+        weights = base * 0 + 1
+    else:
+        penalised = None if rules is None else rules.penalised
+        weights = uncertainty_weights(known(own, groups), correct, penalised, groups, config)
+    advantages = weights * base
+    incomplete = None if group_size is None else groups.sizes != group_size
+    if incomplete is not None:
+        advantages = where(groups.spread(incomplete), math.nan, advantages)
+    own = weights * math.nan if own is None else own
+    results = [floating(it, rewards) for it in (advantages, weights, base, own)]
+    raw = None
+    if reported:
+        assert rules is not None
+        raw = group_metrics.raw(results, correct, counts, usable, rules, incomplete, groups, config.weight_bounds)
+    advantages, weights, base, own = (groups.restore(it) for it in results)
+    return (advantages, weights, base, own), raw

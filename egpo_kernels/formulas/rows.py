@@ -97,12 +97,9 @@ class Measured(NamedTuple):
     entropy_mask: Tensor | None = None
     negated: bool = False
 
-    def rows(self, segments: Segments, dtype: torch.dtype, counted: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def rows(self, values: Tensor, counted: Tensor, segments: Segments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Values and where they count, of the ``counted [N]``: ``[S, T]`` each, or ``[N]`` where packed."""
-        if self.values is None:
-            return None, None
-        values = self.values.to(dtype)
-        values = -values if self.negated else values
+        values = values.to(dtype)
         if self.entropy_mask is not None:
             counted = counted & (self.entropy_mask != 0)
         if segments.offsets is not None:

@@ -1,7 +1,7 @@
 """The same results anywhere torch runs: rows in cache-sized chunks, hand-written gradient of the logits."""
 
-from egpo_kernels.formulas.groups import group_advantages
 from egpo_kernels.formulas.rows import token_rows
+from egpo_kernels.formulas.whole_groups import group_advantages
 from egpo_kernels.portable.logits import logits_gradient, logits_loss_gradient, row_statistics
 from egpo_kernels.portable.policy_loss import policy_loss, policy_loss_gradient
 from egpo_kernels.portable.rescale import rescale_

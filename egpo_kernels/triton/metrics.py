@@ -106,8 +106,8 @@ def finish_run(raw_ptr, vector_ptr, RUNS: tl.constexpr, NUMBER: tl.constexpr, BL
 
 @triton.jit(do_not_specialize=["num_partials"])
 def combine_kernel(
-    partials_ptr, raw_ptr, vector_ptr, loss_ptr, num_partials, RUNS: tl.constexpr, NUM_SUMS: tl.constexpr, NUM_SLOTS: tl.constexpr,
-    LOSS_SLOT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    partials_ptr, raw_ptr, vector_ptr, loss_ptr, num_partials, RUNS: tl.constexpr, NUM_SUMS: tl.constexpr,
+    NUM_SLOTS: tl.constexpr, LOSS_SLOT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Merge partial raw metrics: the first ``NUM_SUMS`` slots add up, of the others the largest stays; then report."""
     dtype = partials_ptr.dtype.element_ty

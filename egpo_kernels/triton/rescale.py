@@ -54,8 +54,8 @@ def rescale_(gradient: Tensor, upstream: Tensor, expected: float) -> None:
     num_chunks = outer * inner * blocks_of(width, BLOCK)
     dtype = compute_dtype(gradient.dtype)
     launches = Launches(
-        gradient.device, gradient.dtype, upstream.dtype, lie((gradient, upstream)), size(outer_stride), size(inner_stride),
-        num_chunks >> 31, inner >> 31, width >> 31,
+        gradient.device, gradient.dtype, upstream.dtype, lie((gradient, upstream)), size(outer_stride),
+        size(inner_stride), num_chunks >> 31, inner >> 31, width >> 31,
     )  # fmt: skip
     sizes = (num_chunks, inner, width, outer_stride, inner_stride)
     expected_by = as_arguments([expected], dtype)

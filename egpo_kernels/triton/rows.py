@@ -158,7 +158,8 @@ def factor_of(whole, divisor, sequence, counted, choices, DTYPE: tl.constexpr, B
 @triton.jit(do_not_specialize=["num_rows", "num_sequences", "length"])
 def token_rows_kernel(
     flags, given, kinds: tl.constexpr, made, mask_ptr, tokens_ptr, ids_ptr, offsets_ptr, whole, numbers,
-    choices: tl.constexpr, num_rows, num_sequences, length, DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_COUNT: tl.constexpr,
+    choices: tl.constexpr, num_rows, num_sequences, length, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_COUNT: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every num_programs-th block of rows; what needs not be made has no pointer."""
     stop = tl.cast(num_rows, tl.int64)

@@ -190,9 +190,14 @@ def test_groups_are_of_every_kind_in_any_order():
     batch = problem.given
     ordered = sorted_groups(batch.groups)
     assert (batch.groups.diff() < 0).any() and (batch.groups.diff() > 0).any()
-    sizes = [int(size) for size in ordered.sum(torch.ones_like(batch.rewards))[ordered.first]]
+
+    def total(values):
+        """Over each sequence's group."""
+        return ordered.restore(ordered.spread(ordered.sum(ordered.sort(values))))
+
+    sizes = [int(size) for size in total(torch.ones_like(batch.rewards))[ordered.first]]
     assert sorted(sizes) == sorted(len(group) for group in GROUPS) and sizes.count(1) == 2
-    usable = ordered.sum(batch.rewards.isfinite().float())
+    usable = total(batch.rewards.isfinite().float())
     assert (usable == 1)[ordered.first].sum() == 3 and batch.rewards.isnan().any() and batch.rewards.isinf().any()
 
     def collapsed(tolerance):
@@ -200,7 +205,7 @@ def test_groups_are_of_every_kind_in_any_order():
 
     own = collapsed(collapse_tolerance(torch.float32))
     assert (collapsed(0.5) & ~own).any() and (own & ~collapsed(0.0)).sum() == 1
-    wrong = ordered.sum((batch.rewards > 0.5).float())[ordered.first] == 0
+    wrong = total((batch.rewards > 0.5).float())[ordered.first] == 0
     assert (wrong & ~own).any() and (wrong & own).any() and (~wrong & own).any() and (~wrong & ~own).any()
     different = batch.rewards.isfinite() & (batch.rewards.double() != problem.exact.rewards)
     assert different.sum() == 1 and batch.rewards[different].item() == pytest.approx(0.3, rel=1e-6)

@@ -1,0 +1,48 @@
+"""Uncertainty H of a sequence (EGPO, arXiv 2602.22751, Eq. 5/6): the mean of what its counted tokens say."""
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.formulas.arrays import Array, at_hand
+from egpo_kernels.inputs.segments import accumulation_dtype, counts_per_sequence
+
+
+def token_mean(values: Tensor, mask: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean of each sequence's counted ``values``, as far as it is one, float64 ``[S]``, and how many count, ``[S]``.
+
+    ``values [N]`` and ``mask``, or ``[S, T]`` without offsets, where ``mask`` None counts all.
+    """
+    if mask is None:
+        length = values.shape[1]
+        total = values.sum(1, dtype=accumulation_dtype(values.device))
+        return total / length, total.new_full(total.shape, length)
+    if not at_hand(values):
+        values = torch.where(mask, values, 0.0)
+        counts = mask.sum(1, dtype=torch.int32) if offsets is None else counts_per_sequence(mask, offsets)
+        return _sums(values, offsets) / counts, counts
+    # A CPU chooses by bools one by one; as whole numbers, -1 where the mask is set, it takes a vector at a time.
+    whole = torch.int64 if values.dtype == torch.float64 else torch.int32
+    bits = mask.view(torch.int8).neg().to(whole)
+    counts = -(bits.sum(1, dtype=torch.int32) if offsets is None else _sums(bits, offsets))
+    return _sums(bits.bitwise_and_(values.view(whole)).view(values.dtype), offsets) / counts, counts
+
+
+def _sums(values: Tensor, offsets: Tensor | None) -> Tensor:
+    """Sum each sequence's ``values [N]``, or rows of ``[S, T]`` without offsets, in float64 where the device has it."""
+    wide = accumulation_dtype(values.device)
+    if offsets is None:
+        return values.sum(1, dtype=wide)
+    return torch.segment_reduce(values.to(wide), "sum", offsets=offsets, unsafe=True)
+
+
+def as_uncertainty(mean: Array) -> Array:
+    """H ``[S]`` (Eq. 5/6) from a mean: at least 0, and NaN where that is not finite."""
+    return mean.clip(0) + (mean - mean)  # 0, or NaN
+
+
+def sequence_uncertainty(values: Tensor, mask: Tensor, offsets: Tensor) -> Tensor:
+    """Return H ``[S]`` of packed ``values [N]``, NaN where a sequence has none.
+
+    ``values`` are negated log-probs of the sampled tokens, or entropies; H is their mean over ``mask``, at least 0.
+    """
+    return as_uncertainty(token_mean(values, mask, offsets)[0]).to(values.dtype)
