@@ -51,7 +51,7 @@ STEPS = {
         "group_metrics",
         "advantages",
         "whole_groups",
-    ),  # fmt: skip
+    ),
     "engine": (
         "dispatch",
         "operator",
@@ -62,7 +62,7 @@ STEPS = {
         "groups",
         "losses",
         "logits",
-    ),  # fmt: skip
+    ),
 }
 
 

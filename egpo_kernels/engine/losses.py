@@ -186,7 +186,8 @@ def _count(name: str, value: Any, call: Call, counted: Callable[[], Tensor]) -> 
     found = check_count(name, value, call.layout.device, counted)
     if not torch.compiler.is_compiling() or found is None or isinstance(found, Tensor):
         return found
-    return torch.full((), found, dtype=call.dtype, device=call.layout.device)
+    # Not full, which would take a number as it is now for good.
+    return found * torch.ones((), dtype=call.dtype, device=call.layout.device)
 
 
 def shaped_log_probs(call: Call, return_entropy: bool) -> TokenLogProbs:

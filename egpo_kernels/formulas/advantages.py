@@ -250,6 +250,7 @@ def _of_groups(
     else:
         penalised = None if rules is None else rules.penalised
         weights = uncertainty_weights(known(own, groups), correct, penalised, groups, config)
+    weights, base = floating(weights, rewards), floating(base, rewards)
     advantages = weights * base
     incomplete = None if group_size is None else groups.sizes != group_size
     if incomplete is not None:

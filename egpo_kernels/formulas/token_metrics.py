@@ -37,8 +37,9 @@ def token_metrics(
     how_many, upward = wide_sum(clipped.abs()), wide_sum(clipped)
     # With no row but live ones, a factor that is NaN makes the loss NaN.
     factors_are_known = calm and not loss.isnan()
+    number = rows.mask.count_nonzero()
     sums = (
-        rows.mask.count_nonzero(),
+        number,
         loss,
         loss if plain else wide_sum(live.keep(factor * terms.surrogate)),
         none if terms.kl_term is None else config.kl_coef * wide_sum(live.keep(factor * terms.kl_term)),
@@ -54,7 +55,8 @@ def token_metrics(
         none if weights is None else (rows.mask & weights.isnan()).count_nonzero(),
         none if factors_are_known else (rows.mask & factor.isnan()).count_nonzero(),
     )
-    maxima = (ratio.amax(), -counted.least(ratio))
+    nothing = torch.where(number > 0, 0.0, NOTHING)
+    maxima = (nothing + ratio.amax(), nothing - counted.least(ratio))
     return torch.stack([value.to(ratio.dtype) for value in sums + maxima])
 
 
