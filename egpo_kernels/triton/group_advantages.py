@@ -17,6 +17,7 @@ from egpo_kernels.formulas.advantages import batch_scale
 from egpo_kernels.formulas.rows import Measured
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide, square_root
+from egpo_kernels.triton.group_metrics import NUM_SLOTS, store_metrics
 from egpo_kernels.triton.group_statistics import (
     Pointers,
     Settings,
@@ -28,15 +29,12 @@ from egpo_kernels.triton.group_statistics import (
     read_settings,
 )
 from egpo_kernels.triton.launcher import Launches, lie
-from egpo_kernels.triton.metrics import combine, store_maxima, store_sums
+from egpo_kernels.triton.metrics import combine
 from egpo_kernels.triton.rows import sequence_counts
 from egpo_kernels.triton.segments import flags_of, sequence_uncertainty
 from egpo_kernels.triton.settings import as_arguments, blocks_of, dense
 
 BLOCK_I, BLOCK_J, OPTIONS = 16, 128, {"num_warps": 8}
-NUM_SUMMARIES = tl.constexpr(len(metrics.SUMMARIES))
-NUM_SUMS = tl.constexpr(len(metrics.GROUP.sums))
-NUM_SLOTS = tl.constexpr(len(metrics.GROUP.slots))
 
 # The choices of the group level, each known when the kernel is compiled.
 Choices = namedtuple("Choices", "baseline scale weight clamp renorm all_wrong lock_all_wrong singleton")
@@ -158,42 +156,6 @@ def final_weights(mine, group, rules, total, settings, choices):
         if choices.lock_all_wrong:
             weights = tl.where(rules.penalised, 1.0, weights)
         return tl.where(rules.single, 1.0, weights)
-
-
-@triton.jit
-def store_summary(row_ptr, SUMMARY: tl.constexpr, values, where):
-    """Count, sum, maximum and maximum of the negated ``values``: the slots of one of `metrics.SUMMARIES`."""
-    store_sums(row_ptr + 2 * SUMMARY, (where, tl.where(where, values, 0.0)))
-    high, low = tl.where(where, values, float("-inf")), tl.where(where, -values, float("-inf"))
-    store_maxima(row_ptr + NUM_SUMS + 2 * SUMMARY, (high, low))
-
-
-@triton.jit
-def store_metrics(row_ptr, pointers, mine, group, rules, advantages, weights, incomplete, settings):
-    """The slots of `egpo_kernels.formulas.metrics.GROUP`, in its order."""
-    valid, right, wrong = mine.valid, mine.valid & mine.correct, mine.valid & ~mine.correct
-    store_summary(row_ptr, 0, mine.uncertainty, mine.known)
-    store_summary(row_ptr, 1, mine.uncertainty, mine.known & right)
-    store_summary(row_ptr, 2, mine.uncertainty, mine.known & wrong)
-    store_summary(row_ptr, 3, weights, valid)
-    store_summary(row_ptr, 4, weights, right)
-    store_summary(row_ptr, 5, weights, wrong)
-    store_summary(row_ptr, 6, advantages, valid)
-    if pointers.counts_ptr is None:
-        empty = valid & False
-    else:
-        empty = tl.load(pointers.counts_ptr + mine.offs, mask=valid, other=1) == 0
-    first = valid & (group.first == mine.offs)
-    rest = first & ~(rules.single | rules.unusable)
-    collapsed, solved = rules.collapsed, rules.any_correct
-    flags = (
-        valid & (weights == settings.weight_low), valid & (weights == 1),
-        valid & (weights == settings.weight_high), empty, valid & ~mine.usable,
-        first & incomplete, first, first & rules.single, first & rules.unusable,
-        rest & collapsed & ~solved, rest & collapsed & solved,
-        rest & ~collapsed & ~solved, rest & ~collapsed & solved,
-    )  # fmt: skip
-    store_sums(row_ptr + 2 * NUM_SUMMARIES, flags)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "members", "group_size"])

@@ -115,7 +115,7 @@ def test_whole_groups_of_as_many_tokens_as_sequences(backend):
     found = ek.egpo_loss(
         logits, tokens, 3, rewards, old_log_probs=old, cu_seqlens=offsets, recipe=recipe, backend=backend
     ).loss
-    advantages = ek.group_advantages(3, rewards, config=recipe.advantage).advantages
+    advantages = ek.group_advantages(3, rewards, config=recipe.advantage, backend=backend).advantages
     wanted = ek.logits_policy_loss(
         logits, tokens, advantages[:, None], old_log_probs=old, cu_seqlens=offsets, config=recipe.loss, backend=backend
     ).loss
