@@ -174,13 +174,13 @@ def _loss_and_gradient(
     backend: str,
     gradient: Tensor,
 ) -> Tensors2:
-    package, settings, vocab = implementation(backend), policy_config(config), logits.shape[-1]
+    settings = policy_config(config)
     purpose = Purpose(settings, compute_dtype(logits.dtype), only_active)
     rows = made_rows(given, kinds, size, numbers, purpose, backend)
-    validation.check_rows(rows, vocab)
-    log_probs, entropy = package.logits_loss_gradient(logits, rows, settings, *scalars, want_entropy, gradient)
-    segments = Segments(size[0], 1)  # no token's loss depends on its sequence here
-    return package.policy_loss(log_probs, entropy, rows, segments, settings, vocab, False, reported)
+    validation.check_rows(rows, logits.shape[-1])
+    return implementation(backend).logits_policy_loss(
+        logits, rows, settings, *scalars, want_entropy, reported, gradient
+    )
 
 
 def _fake_one_pass(logits: Tensor, *others: Any) -> Tensors2:

@@ -2,7 +2,7 @@
 
 from egpo_kernels.formulas.rows import token_rows
 from egpo_kernels.formulas.whole_groups import group_advantages
-from egpo_kernels.portable.logits import logits_gradient, logits_loss_gradient, row_statistics
+from egpo_kernels.portable.logits import logits_gradient, logits_loss_gradient, logits_policy_loss, row_statistics
 from egpo_kernels.portable.policy_loss import policy_loss, policy_loss_gradient
 from egpo_kernels.portable.rescale import rescale_
 from egpo_kernels.portable.softmax import scratch_bytes
@@ -11,6 +11,7 @@ __all__ = [
     "group_advantages",
     "logits_gradient",
     "logits_loss_gradient",
+    "logits_policy_loss",
     "policy_loss",
     "policy_loss_gradient",
     "rescale_",

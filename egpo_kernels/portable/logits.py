@@ -5,7 +5,7 @@ from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
 from egpo_kernels.inputs.segments import Segments
-from egpo_kernels.portable.policy_loss import policy_loss_gradient
+from egpo_kernels.portable.policy_loss import policy_loss, policy_loss_gradient
 from egpo_kernels.portable.softmax import chunks, exponentials, heats, own_logits, read_off, softmax, write_gradient
 
 
@@ -71,3 +71,20 @@ def logits_loss_gradient(
             entropy[chunk.place] = torch.where(chunk.rows.mask, found.entropy, 0.0)
         write_gradient(chunk, found, slope, bonus if flows else None)
     return log_probs, entropy if want_entropy else None
+
+
+def logits_policy_loss(
+    logits: Tensor,
+    rows: Rows,
+    config: PolicyLossConfig,
+    temperature: float,
+    grad_scale: float,
+    want_entropy: bool,
+    reported: bool,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Loss, 0-d, and the metrics vector, empty unless ``reported``; the gradient goes to ``out``, maybe ``logits``."""
+    log_probs, entropy = logits_loss_gradient(logits, rows, config, temperature, grad_scale, want_entropy, out)
+    # No token's loss depends on its sequence here.
+    segments = Segments(log_probs.shape[0], 1)
+    return policy_loss(log_probs, entropy, rows, segments, config, logits.shape[-1], False, reported)

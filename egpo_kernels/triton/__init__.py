@@ -5,7 +5,7 @@ if __name__ != "egpo_kernels.triton":
 
 from egpo_kernels.triton.group_advantages import group_advantages
 from egpo_kernels.triton.logits_gradient import logits_gradient
-from egpo_kernels.triton.logits_policy_loss import logits_loss_gradient
+from egpo_kernels.triton.logits_policy_loss import logits_loss_gradient, logits_policy_loss
 from egpo_kernels.triton.policy_loss import policy_loss, policy_loss_gradient
 from egpo_kernels.triton.rescale import rescale_
 from egpo_kernels.triton.row_statistics import row_statistics
@@ -16,6 +16,7 @@ __all__ = [
     "group_advantages",
     "logits_gradient",
     "logits_loss_gradient",
+    "logits_policy_loss",
     "policy_loss",
     "policy_loss_gradient",
     "rescale_",

@@ -144,9 +144,10 @@ def launch_for(kernel: str, logits: torch.Tensor, out: torch.Tensor | None = Non
 
     One that ``may_ring`` goes through the ring where the table has one that takes these rows.
     """
-    vocab, itemsize = logits.shape[-1], logits.element_size()
+    vocab, itemsize, shift = logits.shape[-1], logits.element_size(), _shift(logits)
     constants = constants_for(kernel, vocab, itemsize, logits.device)
-    aligned, agrees = _aligned(logits), out is None or _agree(logits, out)
+    aligned = not any(shift)
+    agrees = out is None or out is logits or _shift(out) == shift
     ring = constants.ring if may_ring and aligned and agrees else None
     if ring is not None and _fits(ring, vocab, itemsize):
         return _through_ring(ring, vocab, itemsize)
@@ -214,19 +215,13 @@ def _through_ring(ring: Ring, vocab: int, itemsize: int) -> Launched:
     return _launched(made, Extent(vocab, full, vocab), options, programs=1)
 
 
-def _aligned(tensor: torch.Tensor) -> bool:
-    """Whether every row starts a 16-byte access."""
-    return tensor.data_ptr() % ACCESS_BYTES == 0 and not any(_steps(tensor))
-
-
-def _agree(logits: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether rows of both lie alike in their 16 bytes."""
-    return (logits.data_ptr() - out.data_ptr()) % ACCESS_BYTES == 0 and _steps(logits) == _steps(out)
-
-
-def _steps(tensor: torch.Tensor) -> list[int]:
-    """By how much of 16 bytes rows are shifted from one to the next: of one row too, which is the same among others."""
-    return [stride * tensor.element_size() % ACCESS_BYTES for stride in tensor.stride()[:-1]]
+def _shift(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Where in its 16 bytes ``[B, T, V]`` begins, and by how much of them rows are shifted from one to the next, of one
+    row too, which is the same among others.
+    """
+    (batch_stride, row_stride, _), itemsize = tensor.stride(), tensor.element_size()
+    steps = (batch_stride * itemsize % ACCESS_BYTES, row_stride * itemsize % ACCESS_BYTES)
+    return tensor.data_ptr() % ACCESS_BYTES, *steps
 
 
 @functools.cache

@@ -8,10 +8,20 @@ import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
+from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import LOG2_E
 from egpo_kernels.triton.launch import Launch, launch_for, num_programs
 from egpo_kernels.triton.launcher import Launches, lie
-from egpo_kernels.triton.settings import choices_of, read_settings, row_pointers, settings_of, triton_dtype
+from egpo_kernels.triton.policy_loss import Prepared, loss_of
+from egpo_kernels.triton.sequence_ratio import Scores
+from egpo_kernels.triton.settings import (
+    RowPointers,
+    choices_of,
+    read_settings,
+    row_pointers,
+    settings_of,
+    triton_dtype,
+)
 from egpo_kernels.triton.softmax import (
     load_token,
     matrix,
@@ -91,29 +101,57 @@ def logits_loss_gradient(
     out: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob and entropy ``[N]`` of each row (0 outside the mask); its gradient goes to ``out``, maybe ``logits``."""
-    num_rows = rows.mask.shape[0]
+    found = _one_pass(logits, row_pointers(rows), config, temperature, grad_scale, want_entropy, out)
+    return found[1:]
+
+
+def logits_policy_loss(
+    logits: Tensor,
+    rows: Rows,
+    config: PolicyLossConfig,
+    temperature: float,
+    grad_scale: float,
+    want_entropy: bool,
+    reported: bool,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Loss, 0-d, and the metrics vector, empty unless ``reported``; the gradient goes to ``out``, maybe ``logits``."""
+    pointers = row_pointers(rows)
+    launches, log_probs, entropy = _one_pass(
+        logits, pointers, config, temperature, grad_scale, want_entropy, out, reported
+    )
+    numbers, surrogate = settings_of(config, 1.0, 1.0, log_probs.dtype), SURROGATES[config.surrogate]
+    made = Prepared(launches, pointers, Scores(log_probs, entropy), numbers, choices_of(config), surrogate)
+    # No token's loss depends on its sequence here.
+    return loss_of(made, log_probs, Segments(log_probs.shape[0], 1), logits.shape[-1], False, reported)
+
+
+def _one_pass(
+    logits: Tensor,
+    pointers: RowPointers,
+    config: PolicyLossConfig,
+    temperature: float,
+    grad_scale: float,
+    want_entropy: bool,
+    out: Tensor,
+    *key: bool,
+) -> tuple[Launches, Tensor, Tensor | None]:
+    num_rows = pointers.mask_ptr.shape[0]
     dtype = compute_dtype(logits.dtype)
     log_probs = logits.new_empty(num_rows, dtype=dtype)
     entropy = torch.empty_like(log_probs) if want_entropy else None
     if num_rows == 0:
-        return log_probs, entropy
+        return Launches(logits.device, dtype, "no rows", *key), log_probs, entropy
     where, length = matrix(logits)
-    target, out_length = matrix(out)
-    launched, pointers = launch_for("logits_policy_loss_kernel", logits, out, may_ring=True), row_pointers(rows)
+    target, out_length = (where, length) if out is logits else matrix(out)
+    launched = launch_for("logits_policy_loss_kernel", logits, out, may_ring=True)
     launches = Launches(
         logits.device, logits.dtype, launched.key, where.key, target.key, lie(pointers), length >> 31, out_length >> 31,
-        num_rows >> 31, config.json, want_entropy,
+        num_rows >> 31, config.json, want_entropy, *key,
     )  # fmt: skip
-    numbers = settings_of(config, temperature, grad_scale, dtype)
-    sizes = (length, out_length, num_rows)
-    constants = (
-        launched.launch,
-        SURROGATES[config.surrogate],
-        triton_dtype(dtype),
-        want_entropy,
-        config.entropy_coef != 0,
-    )
-    arguments = (where, target, pointers, log_probs, entropy, numbers, choices_of(config), *sizes, launched.extent)
-    programs = num_programs(launched, num_rows, logits.device)
-    launches(kernel_of(launched.launch), programs, (*arguments, *constants), launched.options)
-    return log_probs, entropy
+    numbers, surrogate = settings_of(config, temperature, grad_scale, dtype), SURROGATES[config.surrogate]
+    results, sizes = (log_probs, entropy), (length, out_length, num_rows)
+    constants = (launched.launch, surrogate, triton_dtype(dtype), want_entropy, config.entropy_coef != 0)
+    arguments = (where, target, pointers, *results, numbers, choices_of(config), *sizes, launched.extent, *constants)
+    launches(kernel_of(launched.launch), num_programs(launched, num_rows, logits.device), arguments, launched.options)
+    return launches, log_probs, entropy

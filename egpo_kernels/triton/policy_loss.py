@@ -190,28 +190,26 @@ def policy_loss(
     reported: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss (0-d, or reduced ``per_token [N]``) and the metrics vector, empty unless ``reported``."""
-    num_rows = log_probs.shape[0]
+    made = _prepare(log_probs, entropy, rows, segments, config, None, vocab >> 31, per_token, reported)
+    return loss_of(made, log_probs, segments, vocab, per_token, reported)
+
+
+def loss_of(
+    made: Prepared, log_probs: Tensor, segments: Segments, vocab: int, per_token: bool, reported: bool
+) -> tuple[Tensor, Tensor]:
+    """`policy_loss` of what is prepared."""
+    num_rows = segments.num_rows
     losses = torch.empty_like(log_probs, memory_format=torch.contiguous_format) if per_token else None
     loss = None if per_token else log_probs.new_empty(())
-    partials = log_probs.new_empty(blocks_of(num_rows, BLOCK), len(metrics.TOKEN.slots))
-    made = _prepare(log_probs, entropy, rows, segments, config, None, vocab >> 31, per_token, reported)
+    partials = log_probs.new_empty((blocks_of(num_rows, BLOCK), len(metrics.TOKEN.slots)))
+    launches, pointers, scores, *constants, surrogate = made
     if num_rows:
         sizes = (num_rows, vocab, segments.num_sequences, segments.length)
-        arguments = (
-            made.rows,
-            made.scores,
-            losses,
-            partials,
-            made.numbers,
-            made.choices,
-            *sizes,
-            made.surrogate,
-            BLOCK,
-        )
-        made.launches(policy_loss_kernel, partials.shape[0], arguments, OPTIONS)
+        arguments = (pointers, scores, losses, partials, *constants, *sizes, surrogate, BLOCK)
+        launches(policy_loss_kernel, partials.shape[0], arguments, OPTIONS)
     vector = partials.new_empty(0)
     if reported or loss is not None:
-        vector = combine(made.launches, partials, metrics.TOKEN, loss, reported)
+        vector = combine(launches, partials, metrics.TOKEN, loss, reported)
     found = losses if loss is None else loss
     assert found is not None
     return found, vector
@@ -227,18 +225,9 @@ def policy_loss_gradient(
     if num_rows:
         given = Upstream(upstream, upstream.stride(0) if upstream.dim() else 0)
         made = _prepare(log_probs, None, rows, segments, config, given, want_bonus)
+        launches, pointers, scores, *constants, surrogate = made
         sizes = (num_rows, segments.num_sequences, segments.length, given.stride)
         results = (slopes, bonus if want_bonus else None)
-        arguments = (
-            made.rows,
-            made.scores,
-            upstream,
-            *results,
-            made.numbers,
-            made.choices,
-            *sizes,
-            made.surrogate,
-            BLOCK,
-        )
-        made.launches(policy_loss_gradient_kernel, blocks_of(num_rows, BLOCK), arguments, OPTIONS)
+        arguments = (pointers, scores, upstream, *results, *constants, *sizes, surrogate, BLOCK)
+        launches(policy_loss_gradient_kernel, blocks_of(num_rows, BLOCK), arguments, OPTIONS)
     return slopes, bonus
