@@ -154,9 +154,10 @@ class LogitsPolicyLoss(torch.autograd.Function):
         backend: str,
         *given: Any,
     ) -> tuple[Tensor, Tensor]:
-        """See `egpo_kernels.engine.ops.logits_policy_loss`."""
+        """See `egpo_kernels.engine.ops.logits_policy_loss`; ``given`` are tensors, or a list of them."""
         gradient = logits.detach()
-        arguments = (list(given), *how, [temperature, grad_scale], want_entropy, reported, backend)
+        tensors = given[0] if isinstance(given[0], list) else list(given)
+        arguments = (tensors, *how, [temperature, grad_scale], want_entropy, reported, backend)
         if inplace:
             loss, vector = ops.logits_policy_loss_(gradient, *arguments)
         else:

@@ -58,6 +58,7 @@ class Logits(NamedTuple):
         reported: bool,
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.engine.losses.Source`."""
+        given = unmade.tensors()
         return autograd.LogitsPolicyLoss.apply(
             self.tensor,
             unmade.how(),
@@ -67,7 +68,8 @@ class Logits(NamedTuple):
             self.inplace,
             reported,
             call.backend,
-            *unmade.tensors(),
+            # A list is one argument, which costs the host less; a compiler must see what is in it.
+            *(given if torch.compiler.is_compiling() else [given]),
         )
 
 

@@ -167,7 +167,7 @@ def named(vector: Tensor, table: Table, without: Sequence[str] = ()) -> Metrics:
 
     The dict is filled when somebody looks; while torch.compile traces, at once.
     """
-    vector, without = vector.detach(), tuple(without)
+    vector, without = vector.detach() if vector.requires_grad else vector, tuple(without)
     if torch.compiler.is_compiling():
         entries = zip(table.keys, vector.unbind(), strict=True)
         return {key: value for key, value in entries if not key.startswith(without)}

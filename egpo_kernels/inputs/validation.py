@@ -26,16 +26,21 @@ _KINDS = {
 
 def check_dense(name: str, value: Any, kind: str) -> Tensor:
     """Return ``value`` when it is a tensor of that kind whose elements lie in strided memory."""
+    if _is_dense(value, kind):
+        return value
     if not isinstance(value, Tensor) or value.dtype not in _KINDS[kind]:
         wanted = f"an {kind}" if kind == "integer" else f"a {kind}"
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is {type(value).__name__}; it must be {wanted} torch.Tensor")
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _KINDS[kind])
         raise TypeError(f"{name} has dtype {value.dtype}; it must be {wanted} tensor ({names})")
-    if value.layout != torch.strided or value.is_nested:
-        what = "is nested" if value.is_nested else f"has layout {value.layout}"
-        raise ValueError(f"{name} {what}; it must be dense (torch.strided)")
-    return value
+    what = "is nested" if value.is_nested else f"has layout {value.layout}"
+    raise ValueError(f"{name} {what}; it must be dense (torch.strided)")
+
+
+def _is_dense(value: Any, kind: str) -> bool:
+    is_tensor = isinstance(value, Tensor) and value.dtype in _KINDS[kind]
+    return is_tensor and value.layout == torch.strided and not value.is_nested
 
 
 def _ready(value: Tensor) -> Tensor:
