@@ -43,15 +43,21 @@ def linear_row_statistics(
 def linear_gradient(
     hidden: Shape, head: Any, rows: Any, host_mask: Any, scalars: Any, num_active: int | None, *others: Any, **_: Any
 ) -> int:
-    """Of gradients with the logits made once more, and of a loss with its gradients."""
+    """Of gradients with the logits made once more."""
     wanted = others[-2]
+    return _products(hidden, head, num_active, wanted)
+
+
+def linear_policy_loss(hidden: Shape, head: Any, *others: Any, **_: Any) -> int:
+    """Of a loss with its gradients."""
+    *_, num_active, _max_chunk_bytes, _logits_dtype, _grad_scale, _want_entropy, _reported, wanted, _backend = others
     return _products(hidden, head, num_active, wanted)
 
 
 FORMULAS = {
     "linear_row_statistics": linear_row_statistics,
     "linear_gradient": linear_gradient,
-    "linear_policy_loss": linear_gradient,
+    "linear_policy_loss": linear_policy_loss,
 }
 
 
