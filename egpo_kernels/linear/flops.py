@@ -50,7 +50,7 @@ def linear_gradient(
 
 def linear_policy_loss(hidden: Shape, head: Any, *others: Any, **_: Any) -> int:
     """Of a loss with its gradients."""
-    *_, num_active, _max_chunk_bytes, _logits_dtype, _grad_scale, _want_entropy, _reported, wanted, _backend = others
+    num_active, wanted = others[-8], others[-2]
     return _products(hidden, head, num_active, wanted)
 
 
