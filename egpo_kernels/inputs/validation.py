@@ -43,25 +43,20 @@ def _is_dense(value: Any, kind: str) -> bool:
     return is_tensor and value.layout == torch.strided and not value.is_nested
 
 
-def _ready(value: Tensor) -> Tensor:
-    """Return ``value``, or a copy where operators refuse it (a view still to be negated) or autograd does not save it
-    (made under inference_mode).
-    """
-    if torch.compiler.is_compiling():
-        return value
-    value = value.resolve_neg()
-    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
-
-
 def check_tensor(name: str, value: Any, kind: str, shapes: Shapes, device: torch.device) -> Tensor:
     """Return ``value`` when it is a tensor of that kind, of one of the shapes (of any if none), on that device."""
-    check_dense(name, value, kind)
+    if not _is_dense(value, kind):
+        check_dense(name, value, kind)
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}; it must be on {device} like the other tensors: move it there")
     if shapes and value.shape not in shapes.values():
         wanted = " or ".join(f"{text} = {list(shape)}" for text, shape in shapes.items())
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be {wanted}")
-    return _ready(value)
+    if torch.compiler.is_compiling():
+        return value
+    # Operators refuse a view that is still to be negated, and autograd does not save what inference_mode made.
+    value = value.resolve_neg()
+    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
 
 
 def check_rewards(rewards: Any) -> Tensor:

@@ -131,12 +131,11 @@ def architecture(device: torch.device) -> str:
 def constants_for(kernel: str, vocab: int, itemsize: int, device: torch.device) -> Constants:
     """The table's constants of ``kernel``."""
     found = architecture(device)
-    return next(
-        rule.constants
-        for rule in TABLE
-        if rule.kernel in ("", kernel) and found.startswith(rule.architecture)
-        and itemsize in rule.itemsizes and vocab >= rule.vocab
-    )  # fmt: skip
+    for rule in TABLE:
+        if rule.kernel in ("", kernel) and found.startswith(rule.architecture):
+            if itemsize in rule.itemsizes and vocab >= rule.vocab:
+                return rule.constants
+    raise LookupError(f"no rule of the table fits {kernel} on {found}")
 
 
 def launch_for(kernel: str, logits: torch.Tensor, out: torch.Tensor | None = None, may_ring: bool = False) -> Launched:
