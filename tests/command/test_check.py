@@ -125,14 +125,26 @@ def raising(function):
     return wrong
 
 
+def half_as_many(function):
+    """Rows whose reduction factor is another."""
+
+    def wrong(*arguments):
+        found = function(*arguments)
+        return found if found.factor is None else found._replace(factor=2 * found.factor)
+
+    return wrong
+
+
 FAULTS = [
+    ("token_rows", half_as_many, "logits_policy_loss, one pass", "loss"),
     ("row_statistics", times(1.01), "token_log_probs", "log_probs"),
     ("row_statistics", only(0, torch.nan), "linear_token_log_probs", "log_probs"),
     ("logits_gradient", times(1.01), "token_log_probs", "gradient of logits"),
     ("logits_gradient", unwritten, "egpo_loss, on-policy", "gradient of logits"),
-    ("logits_loss_gradient", times(0.99), "logits_policy_loss, one pass", "loss"),
-    ("logits_loss_gradient", unwritten, "logits_policy_loss, in place, active rows", "gradient of logits"),
-    ("logits_loss_gradient", raising, "egpo_loss", "RuntimeError: an illegal instruction"),
+    ("logits_policy_loss", times(0.99), "logits_policy_loss, one pass", "loss"),
+    ("logits_policy_loss", unwritten, "logits_policy_loss, in place, active rows", "gradient of logits"),
+    ("logits_policy_loss", raising, "egpo_loss", "RuntimeError: an illegal instruction"),
+    ("logits_loss_gradient", times(0.99), "linear_policy_loss, head trains", "loss"),
     ("rescale_", nothing, "logits_policy_loss, on-policy, other upstream", "gradient of logits"),
     ("policy_loss", times(1.01), "policy_loss, egpo", "loss"),
     ("policy_loss_gradient", times(0.99), "policy_loss, cispo", "gradient of log_probs"),

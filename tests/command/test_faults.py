@@ -9,6 +9,7 @@ from egpo_kernels import portable
 from egpo_kernels.api import groups
 from egpo_kernels.command import checks
 from egpo_kernels.engine import losses
+from egpo_kernels.inputs.segments import Segments
 
 pytestmark = pytest.mark.cpu
 
@@ -51,8 +52,9 @@ def unlike_reference(**changes):
         backend = given["backend"] if "backend" in given else given["call"].backend
         if backend == "reference":
             return {}
-        if "options" in given:
-            return {"options": given["options"]._replace(**changes)}
+        for name in ("options", "per_token"):
+            if name in given and set(changes) <= set(given[name]._fields):
+                return {name: given[name]._replace(**changes)}
         return changes
 
     return change
@@ -73,7 +75,7 @@ def k1_falling(found, given):
 
 
 def last_masked(given):
-    mask, offsets = given["rows"].mask.clone(), given["segments"][0]
+    mask, offsets = given["rows"].mask.clone(), given["segments"].bounds(given["rows"].mask.device)
     mask[(offsets[1:] - 1)[offsets[1:] > offsets[:-1]]] = False
     return {"rows": given["rows"]._replace(mask=mask)}
 
@@ -84,7 +86,9 @@ def only_by_log_prob(given):
 
 
 def zeroed_without_slope(found, given):
-    slope, _ = portable.policy_loss_gradient(found[0], given["rows"], [], given["config"], 1.0, False)
+    log_probs = portable.row_statistics(given["logits"], given["rows"], given["temperature"], False)[0]
+    segments = Segments(len(log_probs), 1)
+    slope, _ = portable.policy_loss_gradient(log_probs, given["rows"], segments, given["config"], 1.0, False)
     given["out"].view(-1, given["out"].shape[-1])[slope == 0] = 0
     return found
 
@@ -100,7 +104,7 @@ def finite_logits(given):
 TEMPERATURE = [
     ("row_statistics", "token_log_probs", "log_probs"),
     ("logits_gradient", "token_log_probs", "gradient of logits"),
-    ("logits_loss_gradient", "logits_policy_loss, one pass", "gradient of logits"),
+    ("logits_policy_loss", "logits_policy_loss, one pass", "gradient of logits"),
     ("row_statistics", "linear_token_log_probs", "log_probs"),
 ]
 ALWAYS_1, NO_HEAT = constant(temperature=1.0), rows(lambda given: {"temperature": None})
@@ -138,9 +142,9 @@ FAULTS = [
     ("policy_loss_gradient", None, k1_falling, "policy_loss, kl k1", BOTH[1][1]),
     ("policy_loss", opposite_signs, negated, "policy_loss, gmpo", "loss"),
     ("policy_loss_gradient", opposite_signs, negated, "policy_loss, gmpo", "gradient of log_probs"),
-    ("logits_loss_gradient", UNWEIGHTED, None, "logits_policy_loss, one pass", "gradient of logits"),
+    ("logits_policy_loss", UNWEIGHTED, None, "logits_policy_loss, one pass", "gradient of logits"),
     ("logits_gradient", only_by_log_prob, None, "token_log_probs, entropy", "gradient of logits"),
-    ("logits_loss_gradient", None, zeroed_without_slope, "logits_policy_loss, KL and entropy bonus", "gradient"),
+    ("logits_policy_loss", None, zeroed_without_slope, "logits_policy_loss, KL and entropy bonus", "gradient"),
     ("row_statistics", None, never_minus_infinity, "token_log_probs", "log_probs"),
     ("row_statistics", finite_logits, None, "token_log_probs, entropy", "entropy"),
     ("group_advantages", constant(correct=None), None, "group_advantages, correct given", "advantages"),
@@ -161,7 +165,7 @@ FAULTS = [
     ),
     (
         "group_advantages",
-        lambda given: {"lengths": None if given["lengths"] is None else torch.ones_like(given["lengths"])},
+        lambda given: {"measured": given["measured"]._replace(mask=None, tokens=None)},
         None,
         "group_advantages, reinforce_pp_baseline",
         "advantages",
