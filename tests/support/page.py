@@ -51,13 +51,17 @@ def run(page: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
     return space
 
 
-def at_hand() -> dict[str, Any]:
+def at_hand(device: str = "cpu") -> dict[str, Any]:
     """Sixteen answers of six tokens in two groups, a model that is a table, and what a trainer knows of them."""
     generator = torch.Generator().manual_seed(0)
     sequences, length, vocab = 16, 6, 50
-    table = torch.randn(vocab, vocab, dtype=torch.float64, generator=generator).requires_grad_()
-    input_ids = torch.randint(0, vocab, (sequences, length), generator=generator)
-    mask = torch.rand(sequences, length, generator=generator) > 0.2
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device)
+
+    table = normal(vocab, vocab).requires_grad_()
+    input_ids = torch.randint(0, vocab, (sequences, length), generator=generator).to(device)
+    mask = (torch.rand(sequences, length, generator=generator) > 0.2).to(device)
     mask[:, 0] = True
 
     def model(ids: torch.Tensor) -> torch.Tensor:
@@ -65,10 +69,10 @@ def at_hand() -> dict[str, Any]:
 
     logits = model(input_ids).detach().requires_grad_()
     now = logits.detach().log_softmax(-1).gather(-1, input_ids[..., None])[..., 0]
-    rewards = torch.tensor([1.0, 0, 0, 0, 0, 1, 0, 1] + [0.0] * 8, dtype=torch.float64)
+    rewards = torch.tensor([1.0, 0, 0, 0, 0, 1, 0, 1] + [0.0] * 8, dtype=torch.float64, device=device)
 
     def near(spread: float) -> torch.Tensor:
-        return now + spread * torch.randn(now.shape, dtype=torch.float64, generator=generator)
+        return now + spread * normal(*now.shape)
 
     return {
         "torch": torch,
@@ -76,14 +80,14 @@ def at_hand() -> dict[str, Any]:
         "model": model,
         "optimizer": torch.optim.SGD([table], lr=0.1),
         "logits": logits,
-        "hidden": torch.randn(sequences, length, 4, dtype=torch.float64, generator=generator).requires_grad_(),
-        "lm_head": torch.nn.Linear(4, vocab, bias=False, dtype=torch.float64),
+        "hidden": normal(sequences, length, 4).requires_grad_(),
+        "lm_head": torch.nn.Linear(4, vocab, bias=False, dtype=torch.float64, device=device),
         "tokens": input_ids,
         "input_ids": input_ids,
         "response_mask": mask,
         "mask": mask,
-        "micro_batches": torch.arange(sequences).split(4),
-        "groups": torch.arange(sequences) // 8,
+        "micro_batches": torch.arange(sequences, device=device).split(4),
+        "groups": torch.arange(sequences, device=device) // 8,
         "rewards": rewards,
         "advantages": rewards - rewards.mean(),
         "old_log_probs": near(0.3),
