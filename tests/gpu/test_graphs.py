@@ -33,6 +33,14 @@ def groups_in_a_row(batch, backend, **options):
     return ek.egpo_loss(batch.logits, batch.tokens, 2, batch.rewards, backend=backend, **options)
 
 
+def in_place(batch, backend, **options):
+    """The next batch is copied over the gradient."""
+    return one_pass(batch, backend, inplace_grad=True, **options)
+
+
+PATHS = [one_pass, in_place, two_pass, groups_in_a_row, whole_groups]
+
+
 def two_batches(layout):
     """Of the same shapes, and nothing else the same."""
     first, second = make_batch(layout), make_batch(layout, seed=1)
@@ -75,7 +83,7 @@ def step_of(path, held, **options):
     return step
 
 
-@pytest.mark.parametrize("path", [one_pass, two_pass, groups_in_a_row, whole_groups], ids=lambda path: path.__name__)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.__name__)
 @EVERY_LAYOUT
 def test_a_replay_is_a_plain_call(path, layout, capture):
     first, second = two_batches(layout)
@@ -111,6 +119,23 @@ def test_metrics_are_the_newest_unless_they_were_copied(capture):
         assert_bits(named[key], new[key], key)
         assert_bits(metrics[key], new[key], key)
         assert_bits(kept, old[key], key)
+
+
+def test_replays_add_to_a_gradient_that_was_there(capture):
+    batch = make_batch()
+    held = batch._replace(logits=batch.logits.clone().requires_grad_())
+    held.logits.grad = torch.zeros_like(batch.logits)
+
+    def step():
+        one_pass(held, "triton").loss.backward()
+
+    graph, _ = capture(step)
+    held.logits.grad.zero_()
+    graph.replay()
+    graph.replay()
+    wanted = differentiate(one_pass, batch, "triton").gradient
+    assert wanted.abs().sum() > 0
+    assert_bits(held.logits.grad, 2 * wanted, "gradient")
 
 
 def test_numbers_are_those_of_the_capture(capture):
