@@ -115,11 +115,14 @@ class PolicyLoss(torch.autograd.Function):
         ctx.save_for_backward(log_probs, entropy, offsets, *rows)
         ctx.options = (num_sequences, config, backend)
         ctx.mark_non_differentiable(vector)
+        ctx.set_materialize_grads(False)  # of the vector they would be zeros, a launch
         return loss, vector
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> Any:
         """Gradients with respect to log_probs and entropy."""
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
         log_probs, entropy, offsets, *rows = ctx.saved_tensors
         num_sequences, config, backend = ctx.options
         with torch.no_grad():
@@ -170,11 +173,14 @@ class LogitsPolicyLoss(torch.autograd.Function):
             ctx.save_for_backward(loss)  # which leads to the logits, for `guarded`, and keeps none of them
             ctx.gradients = [gradient]
         ctx.mark_non_differentiable(vector)
+        ctx.set_materialize_grads(False)  # of the vector they would be zeros, a launch
         return loss, vector
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> Any:
         """Gradient with respect to the logits only."""
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
         grad_scale, inplace, backend, num_given = ctx.options
         if torch.compiler.is_compiling():
             (gradient,) = ctx.saved_tensors

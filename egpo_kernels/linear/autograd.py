@@ -132,11 +132,14 @@ class PolicyLoss(torch.autograd.Function):
             ctx.save_for_backward(loss)  # which leads to all of them, for `guarded`, and keeps none
             ctx.gradients = gradients
         ctx.mark_non_differentiable(vector)
+        ctx.set_materialize_grads(False)  # of the vector they would be zeros, a launch
         return loss, vector
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> Any:
         """Gradients of hidden states and head."""
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
         grad_scale, wanted, backend, num_fields = ctx.options
         if torch.compiler.is_compiling():
             gradients = [(gradient * (upstream / grad_scale)).to(gradient.dtype) for gradient in ctx.saved_tensors]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import egpo_kernels as ek
-from tests.support.batches import FAST, make_batch
+from tests.support.batches import EVERY_WAY, FAST, make_batch
 from tests.support.device import DEVICE
 
 LATE = ek.PolicyLossConfig(ratio="sequence")
@@ -98,3 +98,24 @@ def test_a_gradient_is_written_over_only_once_nobody_holds_it(backend, dtype):
     # Triton's interpreter holds the tensors of a launch a little longer.
     assert backend == "triton" or third.is_cuda or third.data_ptr() == free
     assert torch.equal(view, kept[0]) and torch.equal(third, kept)
+
+
+class Dropped(torch.autograd.Function):
+    """What lets no gradient through."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("backend", FAST)
+def test_no_gradient_from_upstream_is_none(path, backend):
+    batch = make_batch()
+    logits = batch.logits.clone().requires_grad_()
+    Dropped.apply(path(batch._replace(logits=logits), backend).loss).backward()
+    assert logits.grad is None or not logits.grad.any()
