@@ -59,7 +59,7 @@ def egpo_advantages(data: Any, config: Any = None) -> Any:
             "actor_rollout_ref.rollout.calculate_log_probs=True, or +algorithm.egpo.weight=none"
         )
     correct = scores > settings.correct_threshold
-    ids = group_ids(data.non_tensor_batch["uid"], len(rewards), rewards.device, None)
+    ids, _ = group_ids(data.non_tensor_batch["uid"], len(rewards), rewards.device, None)
     tokens = rewards.new_zeros(len(rewards)).index_add(0, ids, mask.sum(-1).to(rewards.dtype))
     # verl fills a batch up with groups in which nothing counts: their zeros are no part of the batch's spread.
     rewards = rewards.where(tokens[ids] > 0, torch.nan)
