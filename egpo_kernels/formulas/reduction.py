@@ -1,9 +1,11 @@
 """The factor a reduction gives each token."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig
+from egpo_kernels.formulas.arrays import at_hand
 from egpo_kernels.inputs.segments import Segments
 
 
@@ -15,26 +17,28 @@ def reduction_factor(
     num_sequences: Tensor | float | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return k ``[N]``: what each token's loss is multiplied by before everything is summed.
+    """Return k: what each token's loss is multiplied by before everything is summed; ``mask`` is of ``segments.shape``.
 
     ``token_mean`` 1/N_tokens; ``seq_mean_token_mean`` 1/(S n_i); ``seq_mean_token_sum`` 1/S;
     ``seq_mean_token_sum_norm`` 1/(S C); ``sum`` and ``none`` 1. Counts are those of the whole batch unless the
-    caller passes global ones; empty sequences do not count in S. Rows that do not count get 0; those that do, where a
-    global count says that there are none, NaN.
+    caller passes global ones; empty sequences do not count in S. Where a count says that there are none, it is NaN.
+    One number is 0-d, one for each sequence ``[S, 1]`` or packed ``[N]``; what it says of other rows means nothing.
     """
     if config.reduction in ("sum", "none"):
-        return torch.ones(mask.shape[0], dtype=dtype, device=mask.device)
+        return torch.ones((), dtype=dtype, device=mask.device)
     if config.reduction == "token_mean":
+        if num_tokens is None and at_hand(mask):
+            return torch.full((), 1 / (np.count_nonzero(mask.numpy()) or torch.nan), dtype=dtype)
         denominator = _as_count(mask.sum() if num_tokens is None else num_tokens, dtype, mask.device)
     else:
         counts = segments.counts(mask)
         denominator = _as_count((counts > 0).sum() if num_sequences is None else num_sequences, dtype, mask.device)
         if config.reduction == "seq_mean_token_mean":
-            denominator = segments.spread(denominator * counts.to(dtype))
+            denominator = segments.column(denominator * counts.to(dtype))
         elif config.norm_length is not None:
             denominator = denominator * config.norm_length
     sound = (denominator > 0) & denominator.isfinite()
-    return torch.where(mask, torch.where(sound, 1 / denominator, torch.nan), 0.0)
+    return torch.where(sound, 1 / denominator, torch.nan)
 
 
 def _as_count(count: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.formulas.arrays import at_hand
 from egpo_kernels.formulas.reduction import reduction_factor
 from egpo_kernels.inputs.layout import FOR_ALL, PER_SEQUENCE, PER_TOKEN
 from egpo_kernels.inputs.segments import Segments, counted_rows
@@ -40,6 +41,11 @@ class Purpose(NamedTuple):
         config = self.config
         return self.only_active and config is not None and config.kl_coef == 0 and config.entropy_coef == 0
 
+    @property
+    def masks(self) -> bool:
+        """Whether the factor is 0 where a row does not count, rather than 1 everywhere."""
+        return self.config is not None and self.config.reduction not in ("sum", "none")
+
 
 class Counts(NamedTuple):
     """Tokens and sequences that count in the whole batch, as the caller gave them; None: those here."""
@@ -57,20 +63,43 @@ def token_rows(
     purpose: Purpose,
     device: torch.device,
 ) -> Rows:
-    """Rows in the dtypes that kernels read; ``poison`` (0-d, NaN where the layout is not sound) is in the factor."""
+    """Rows ``[N]`` as kernels read them; ``poison`` (0-d, NaN where the layout is not sound) is in the factor."""
+    rows, shape = broad_rows(given, kinds, segments, poison, counts, purpose, device), segments.shape
+    if rows.factor is not None:
+        kept = torch.where(rows.mask, rows.factor, 0.0) if purpose.masks else rows.factor.expand(shape)
+        rows = rows._replace(factor=kept.contiguous())
+    mask, *others = (None if values is None else values.expand(shape).reshape(-1) for values in rows)
+    assert mask is not None
+    return Rows(mask, *others)
+
+
+def broad_rows(
+    given: Given,
+    kinds: Sequence[int],
+    segments: Segments,
+    poison: Tensor | None,
+    counts: Counts,
+    purpose: Purpose,
+    device: torch.device,
+) -> Rows:
+    """As `token_rows`, of ``segments.shape`` or broadcasting to it; its factor says nothing of rows that do not count.
+
+    Nothing is spread that need not be: where sequences are padded, a number for each is ``[S, 1]``.
+    """
     mask, tokens, *numbers = given
-    counted = counted_rows(mask, tokens, segments.offsets, segments.num_rows, device)
+    shape = segments.shape
+    counted = counted_rows(mask, tokens, segments.offsets, segments.num_rows, device).view(shape)
 
     def spread(values: Tensor | None, kind: int) -> Tensor | None:
         if values is None:
             return None
         values = values.to(purpose.dtype)
         if kind == PER_SEQUENCE:
-            return segments.spread(values)
-        return values.expand(segments.num_rows) if kind == FOR_ALL else values
+            return segments.column(values)
+        return values if kind == FOR_ALL else values.view(shape)
 
     heats, advantages, _, *others = map(spread, numbers, kinds[2:])
-    rows = Rows(counted, None if tokens is None else tokens.long(), heats, advantages, None, *others)
+    rows = Rows(counted, None if tokens is None else tokens.long().view(shape), heats, advantages, None, *others)
     if purpose.config is None:
         return rows
     factor = reduction_factor(counted, segments, purpose.config, counts.tokens, counts.sequences, purpose.dtype)
@@ -81,11 +110,15 @@ def token_rows(
 def _active(rows: Rows, segments: Segments, config: PolicyLossConfig) -> Tensor:
     """Counted rows whose gradient is not known to be zero before they are read."""
     assert rows.advantages is not None
-    active = rows.mask & (rows.advantages != 0)
+    active = rows.advantages != 0
     if rows.rollout_weights is not None:
         active = active & (rows.rollout_weights != 0)
+    if at_hand(active) and active.all():
+        return rows.mask
+    # A CPU combines bools four times as fast where both are whole.
+    active = rows.mask & active.expand(rows.mask.shape).contiguous()
     # A shared ratio needs every token of the sequences that have an active one.
-    return rows.mask & segments.spread(segments.counts(active) > 0) if config.pools else active
+    return rows.mask & segments.column(segments.counts(active) > 0) if config.pools else active
 
 
 class Measured(NamedTuple):

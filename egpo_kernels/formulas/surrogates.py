@@ -235,4 +235,4 @@ def _sequence_mean(values: Tensor, mask: Tensor, segments: Segments) -> Tensor:
     counts = segments.counts(mask).clamp(min=1).to(values.dtype)
     # Spread in float64, so that the gradient of 70000 tokens gathers in float64 too.
     mean = (segments.sum(values) / counts).to(accumulation_dtype(values.device))
-    return segments.spread(mean).to(values.dtype)
+    return segments.spread(mean).view(values.shape).to(values.dtype)

@@ -1,9 +1,13 @@
 """What a batch of tokens fills into the raw slots of `egpo_kernels.formulas.metrics.TOKEN`."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.formulas.arrays import at_hand
 from egpo_kernels.formulas.metrics import NOTHING, TOKEN
 from egpo_kernels.formulas.selection import Standing
 from egpo_kernels.formulas.surrogates import TokenTerms
@@ -28,43 +32,56 @@ def token_metrics(
     Nothing may require a gradient. On a CPU what a look shows to be 0 is not added up.
     """
     assert rows.factor is not None
-    (counted, live, calm), factor, none = found, rows.factor, log_probs.new_zeros(())
-    if log_probs.shape[0] == 0:
+    (counted, live, calm), factor, seen = found, rows.factor, at_hand(log_probs)
+    if log_probs.numel() == 0:
         return torch.cat([log_probs.new_zeros(len(TOKEN.sums)), log_probs.new_full((len(TOKEN.maxima),), NOTHING)])
-    plain, weights = terms.kl is None and entropy is None, rows.rollout_weights
+    none: Any = 0.0 if seen else log_probs.new_zeros(())
+
+    def told(value: Tensor) -> Any:
+        return value.detach().item() if seen else value
+
+    def total(values: Tensor) -> Any:
+        return told(wide_sum(live.keep(values)))
+
+    def number(which: Tensor) -> Any:
+        return np.count_nonzero(which.numpy()) if seen else which.count_nonzero()
+
     ratio = counted.keep(terms.ratio if calm else torch.where(live.rows, terms.ratio, 1.0))
-    clipped = live.keep(terms.clipped)
-    how_many, upward = wide_sum(clipped.abs()), wide_sum(clipped)
+    clipped, plain, weights = live.keep(terms.clipped), terms.kl is None and entropy is None, rows.rollout_weights
+    count, whole, how_many, upward = number(rows.mask), told(loss), told(wide_sum(clipped.abs())), total(clipped)
     # With no row but live ones, a factor that is NaN makes the loss NaN.
     factors_are_known = calm and not loss.isnan()
-    number = rows.mask.count_nonzero()
     sums = (
-        number,
-        loss,
-        loss if plain else wide_sum(live.keep(factor * terms.surrogate)),
-        none if terms.kl_term is None else config.kl_coef * wide_sum(live.keep(factor * terms.kl_term)),
-        none if entropy is None else -config.entropy_coef * wide_sum(live.keep(factor * entropy)),
+        count,
+        whole,
+        whole if plain else total(factor * terms.surrogate),
+        none if terms.kl_term is None else config.kl_coef * total(factor * terms.kl_term),
+        none if entropy is None else -config.entropy_coef * total(factor * entropy),
         (how_many - upward) / 2,
         (how_many + upward) / 2,
-        wide_sum(ratio),
-        wide_sum(live.keep((terms.ratio - 1).sub_(terms.log_ratio))),
-        none if terms.kl is None else wide_sum(live.keep(terms.kl)),
-        none if entropy is None else wide_sum(live.keep(entropy)),
-        none if rows.tokens is None else (rows.mask & ((rows.tokens < 0) | (rows.tokens >= vocab))).count_nonzero(),
-        none if calm else (rows.mask & ~log_probs.isfinite()).count_nonzero(),
-        none if weights is None else (rows.mask & weights.isnan()).count_nonzero(),
-        none if factors_are_known else (rows.mask & factor.isnan()).count_nonzero(),
+        told(wide_sum(ratio)),
+        total((terms.ratio - 1).sub_(terms.log_ratio)),
+        none if terms.kl is None else total(terms.kl),
+        none if entropy is None else total(entropy),
+        none if rows.tokens is None else number(rows.mask & ((rows.tokens < 0) | (rows.tokens >= vocab))),
+        none if calm else number(rows.mask & ~log_probs.isfinite()),
+        none if weights is None else number(rows.mask & weights.isnan()),
+        none if factors_are_known else number(rows.mask & factor.isnan()),
     )
-    nothing = torch.where(number > 0, 0.0, NOTHING)
-    maxima = (nothing + ratio.amax(), nothing - counted.least(ratio))
-    return torch.stack([value.to(ratio.dtype) for value in sums + maxima])
+    high, low = told(ratio.amax()), told(counted.least(ratio))
+    if seen:
+        nothing: Any = 0.0 if count else NOTHING
+        return torch.tensor((*sums, nothing + high, nothing - low), dtype=ratio.dtype)
+    nothing = torch.where(count > 0, 0.0, NOTHING)
+    return torch.stack([value.to(ratio.dtype) for value in (*sums, nothing + high, nothing - low)])
 
 
 def wide_sum(values: Tensor) -> Tensor:
-    """Sum of ``values [N]``, 0-d float64 where the device has it; blocks are added up in the values' own dtype.
+    """Sum of all ``values``, 0-d float64 where the device has it; blocks are added up in the values' own dtype.
 
     That loses up to two eps. Converting them all first, which loses nothing, takes more than twice the time.
     """
+    values = values.reshape(-1)
     wide, rest = accumulation_dtype(values.device), values.shape[0] % BLOCK
     if rest == 0:
         return values.view(-1, BLOCK).sum(-1).sum(dtype=wide)

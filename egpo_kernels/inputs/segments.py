@@ -93,18 +93,23 @@ class Segments(NamedTuple):
         """Rows of each sequence where there are as many of each."""
         return self.num_rows // max(self.num_sequences, 1)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of numbers per row, as sequences lie: ``(S, T)`` where there are as many rows of each, else ``(N,)``."""
+        return (self.num_sequences, self.length) if self.offsets is None else (self.num_rows,)
+
     def bounds(self, device: torch.device) -> Tensor:
         """``[S + 1]``: sequence i owns rows ``bounds[i] : bounds[i + 1]``."""
         return even_offsets(self.num_rows, self.num_sequences, device) if self.offsets is None else self.offsets
 
     def counts(self, mask: Tensor) -> Tensor:
-        """Counted tokens of each sequence: ``mask [N]`` to ``[S]`` int64."""
+        """Counted tokens of each sequence: ``mask [N]``, or of `shape`, to ``[S]`` int64."""
         if self.offsets is None:
             return mask.view(self.num_sequences, self.length).sum(1)
         return counts_per_sequence(mask, self.offsets)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum ``values [N]`` over each sequence to ``[S]``, as `segment_sum` does."""
+        """Sum ``values [N]``, or of `shape`, over each sequence to ``[S]``, as `segment_sum` does."""
         if self.offsets is None:
             wide = values.view(self.num_sequences, self.length).sum(1, dtype=accumulation_dtype(values.device))
             return wide.to(values.dtype)
@@ -112,6 +117,10 @@ class Segments(NamedTuple):
 
     def spread(self, values: Tensor) -> Tensor:
         """``values [S]`` over their rows ``[N]``."""
+        return self.column(values).expand(self.shape).reshape(-1)
+
+    def column(self, values: Tensor) -> Tensor:
+        """``values [S]`` as they go with numbers of `shape`: a view ``[S, 1]``, or spread over packed rows ``[N]``."""
         if self.offsets is None:
-            return values[:, None].expand(self.num_sequences, self.length).reshape(-1)
+            return values[:, None]
         return per_row(values, segment_index(self.offsets, self.num_rows))
