@@ -57,6 +57,7 @@ STEPS = {
         "operator",
         "row_ops",
         "rows",
+        "given_ops",
         "ops",
         "autograd",
         "groups",

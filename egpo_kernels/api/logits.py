@@ -129,8 +129,10 @@ def policy_loss(
     call, found = losses.read_log_probs(log_probs, entropy, mask, cu_seqlens, config, backend)
     options = losses.Options(num_tokens, num_sequences, metrics=check_choice("metrics", metrics, ("all", "none")))
     given = losses.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
-    rows = losses.loss_rows(call, given, config, options).made(call.backend)
-    return losses.loss_from_log_probs(call, rows, config, options, found)
+    rows = losses.loss_rows(call, given, config, options)
+    at_once = call.backend == "portable" and config.reduction != "none"
+    made = rows if at_once else rows.made(call.backend)
+    return losses.loss_from_log_probs(call, made, config, options, found)
 
 
 def logits_policy_loss(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.engine import ops
+from egpo_kernels.engine import given_ops, ops
 from egpo_kernels.engine.row_ops import How
 
 NO_DOUBLE = (
@@ -139,6 +139,36 @@ class PolicyLoss(torch.autograd.Function):
         parents = (log_probs, entropy, upstream)
         grad_entropy = guarded(backend, bonus, *parents) if ctx.needs_input_grad[1] else None
         return guarded(backend, slope, *parents), grad_entropy, *[None] * (7 + len(rows))
+
+
+class GivenPolicyLoss(torch.autograd.Function):
+    """Loss (0-d) of log-probs and entropy through `portable`; gradients are made in forward, of the same terms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        log_probs: Tensor,
+        entropy: Tensor | None,
+        how: How,
+        wanted: tuple[bool, bool],
+        reported: bool,
+        given: list[Tensor | None],
+    ) -> tuple[Tensor, Tensor]:
+        """See `egpo_kernels.engine.given_ops.given_policy_loss`; ``wanted`` are gradients by log-probs and entropy."""
+        values = log_probs.detach(), None if entropy is None else entropy.detach()
+        loss, vector, *gradients = given_ops.given_policy_loss(*values, given, *how, *wanted, reported)
+        ctx.save_for_backward(loss, *gradients)  # the loss leads to log-probs and entropy, for `guarded`
+        ctx.mark_non_differentiable(vector)
+        return loss, vector
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        """Gradients with respect to log_probs and entropy."""
+        loss, slope, bonus, live = ctx.saved_tensors
+        made = [slope, bonus] if ctx.needs_input_grad[1] else [slope]
+        made = given_ops.scaled_gradients(made, live, upstream.detach())
+        found = [guarded("portable", gradient, loss, upstream) for gradient in made]
+        return *found, *[None] * (6 - len(found))
 
 
 class LogitsPolicyLoss(torch.autograd.Function):

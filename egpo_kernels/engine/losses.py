@@ -251,14 +251,21 @@ def loss_of_tokens(
 
 
 def loss_from_log_probs(
-    call: Call, made: Rows, config: PolicyLossConfig, options: Options, found: TokenLogProbs
+    call: Call, made: Rows | Unmade, config: PolicyLossConfig, options: Options, found: TokenLogProbs
 ) -> LossOutput:
-    """Loss of log-probs ``[N]``, the middle step between statistics and gradient of the logits."""
+    """Loss of log-probs ``[N]``, the middle step between statistics and gradient of the logits.
+
+    Rows that are not made are for `portable` to make as it needs them, with a loss that is one number.
+    """
     layout, per_token, reported = call.layout, config.reduction == "none", options.metrics != "none"
     if found.entropy is not None and config.entropy_coef == 0:
         # A gradient of zeros would have the source differentiate an entropy that is only reported.
         found = found._replace(entropy=found.entropy.detach())
-    if call.backend == "reference":
+    if isinstance(made, Unmade):
+        wanted = tuple(torch.is_grad_enabled() and it is not None and it.requires_grad for it in found)
+        both = (any(wanted), wanted[1])
+        loss, vector = autograd.GivenPolicyLoss.apply(*found, made.how(), both, reported, made.tensors())
+    elif call.backend == "reference":
         loss, vector = reference.policy_loss(*found, made, layout.segments, config, call.vocab, per_token, reported)
     else:
         loss, vector = autograd.PolicyLoss.apply(
@@ -273,7 +280,8 @@ def loss_from_log_probs(
             *made,
         )
     loss = loss.view(layout.shape) if per_token else loss
-    with_kl = made.ref_log_probs is not None
+    fields = made.given.tensors if isinstance(made, Unmade) else made
+    with_kl = fields[rows.REF_LOG_PROBS] is not None
     return LossOutput(loss, _named(vector, with_kl, config, options, found.entropy is not None))
 
 

@@ -28,6 +28,7 @@ from egpo_kernels.inputs.segments import Segments
 
 How = tuple[list[int], list[int], list[float], str, bool]
 """Kinds, size, numbers, config and whether only active rows are looked at: see `token_rows`."""
+ReadGiven = tuple[OptionalTensors, Segments, Tensor | None, Counts]
 
 
 def _fake_offsets(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
@@ -58,6 +59,17 @@ def purpose_of(config: str, dtype: torch.dtype, only_active: bool) -> Purpose:
     return Purpose(policy_config(config) if config else None, dtype, only_active)
 
 
+def read_given(given: OptionalTensors, size: list[int], numbers: list[float]) -> ReadGiven:
+    """What the formulas take in place of an operator's arguments, see `token_rows`."""
+    *fields, offsets, poison, num_tokens, num_sequences = given
+    tokens, sequences = numbers
+    counts = Counts(
+        num_tokens if num_tokens is not None else None if math.isnan(tokens) else tokens,
+        num_sequences if num_sequences is not None else None if math.isnan(sequences) else sequences,
+    )
+    return fields, Segments(size[0], size[1], offsets), poison, counts
+
+
 def made_rows(
     given: OptionalTensors,
     kinds: list[int],
@@ -67,15 +79,9 @@ def made_rows(
     backend: str,
 ) -> Rows:
     """All rows, inside an operator; see `token_rows`."""
-    *fields, offsets, poison, num_tokens, num_sequences = given
-    tokens, sequences = numbers
-    counts = Counts(
-        num_tokens if num_tokens is not None else None if math.isnan(tokens) else tokens,
-        num_sequences if num_sequences is not None else None if math.isnan(sequences) else sequences,
-    )
+    fields, *others = read_given(given, size, numbers)
     device = next(tensor for tensor in fields if tensor is not None).device
-    segments = Segments(size[0], size[1], offsets)
-    return implementation(backend).token_rows(fields, kinds, segments, poison, counts, purpose, device)
+    return implementation(backend).token_rows(fields, kinds, *others, purpose, device)
 
 
 def _fake_rows(given: OptionalTensors, kinds: list[int], size: list[int], _: list[float], *others: Any) -> Tensors:

@@ -3,7 +3,12 @@
 from egpo_kernels.formulas.rows import token_rows
 from egpo_kernels.formulas.whole_groups import group_advantages
 from egpo_kernels.portable.logits import logits_gradient, logits_loss_gradient, logits_policy_loss, row_statistics
-from egpo_kernels.portable.policy_loss import policy_loss, policy_loss_gradient
+from egpo_kernels.portable.policy_loss import (
+    policy_loss,
+    policy_loss_and_gradient,
+    policy_loss_gradient,
+    scaled_gradients,
+)
 from egpo_kernels.portable.rescale import rescale_
 from egpo_kernels.portable.softmax import scratch_bytes
 
@@ -13,9 +18,11 @@ __all__ = [
     "logits_loss_gradient",
     "logits_policy_loss",
     "policy_loss",
+    "policy_loss_and_gradient",
     "policy_loss_gradient",
     "rescale_",
     "row_statistics",
+    "scaled_gradients",
     "scratch_bytes",
     "token_rows",
 ]

@@ -91,6 +91,11 @@ def times(factor):
     return spoil
 
 
+def each_times(factor):
+    """As `times`, of a list."""
+    return lambda function: lambda *arguments: [it * factor for it in function(*arguments)]
+
+
 def only(number, value):
     """One result of several set to a value."""
 
@@ -146,9 +151,12 @@ FAULTS = [
     ("logits_policy_loss", raising, "egpo_loss", "RuntimeError: an illegal instruction"),
     ("logits_loss_gradient", times(0.99), "linear_policy_loss, head trains", "loss"),
     ("rescale_", nothing, "logits_policy_loss, on-policy, other upstream", "gradient of logits"),
-    ("policy_loss", times(1.01), "policy_loss, egpo", "loss"),
-    ("policy_loss_gradient", times(0.99), "policy_loss, cispo", "gradient of log_probs"),
-    ("policy_loss_gradient", only(1, 0.0), "policy_loss, entropy bonus, KL", "gradient of entropy"),
+    ("policy_loss_and_gradient", times(1.01), "policy_loss, egpo", "loss"),
+    ("policy_loss_and_gradient", times(0.99), "policy_loss, cispo", "gradient of log_probs"),
+    ("policy_loss_and_gradient", only(3, 0.0), "policy_loss, entropy bonus, KL", "gradient of entropy"),
+    ("policy_loss", times(1.01), "policy_loss, reduction none", "loss"),
+    ("policy_loss_gradient", times(0.99), "policy_loss, reduction none", "gradient of log_probs"),
+    ("scaled_gradients", each_times(0.99), "policy_loss, cispo", "gradient of log_probs"),
     ("group_advantages", times(1.01), "group_advantages, egpo", "advantages"),
     ("group_advantages", only(1, torch.nan), "group_advantages, egpo_c5", "weights"),
 ]

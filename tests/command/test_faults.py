@@ -66,17 +66,20 @@ def opposite_signs(given):
 
 
 def negated(found, given):
-    return tuple(-it for it in found)
+    loss, vector, slope, *others = found
+    return -loss, vector, -slope, *others
 
 
 def k1_falling(found, given):
     """The derivative of minus the estimate."""
-    return (found[0] - 2 * given["config"].kl_coef * given["rows"].factor * given["rows"].mask, found[1])
+    loss, vector, slope, *others = found
+    return loss, vector, slope - 2 * given["config"].kl_coef * given["rows"].factor * given["rows"].mask, *others
 
 
 def last_masked(given):
-    mask, offsets = given["rows"].mask.clone(), given["segments"].bounds(given["rows"].mask.device)
-    mask[(offsets[1:] - 1)[offsets[1:] > offsets[:-1]]] = False
+    mask = given["rows"].mask.clone()
+    offsets = given["segments"].bounds(mask.device)
+    mask.view(-1)[(offsets[1:] - 1)[offsets[1:] > offsets[:-1]]] = False
     return {"rows": given["rows"]._replace(mask=mask)}
 
 
@@ -111,7 +114,10 @@ ALWAYS_1, NO_HEAT = constant(temperature=1.0), rows(lambda given: {"temperature"
 UNWEIGHTED = rows(lambda given: {"rollout_weights": None})
 NAN_IS_0 = rows(lambda given: {"rollout_weights": torch.nan_to_num(given["rows"].rollout_weights, 0.0)})
 K1_SIGN = rows(lambda given: {"ref_log_probs": 2 * given["log_probs"] - given["rows"].ref_log_probs})
-BOTH = ("policy_loss", "loss"), ("policy_loss_gradient", "gradient of log_probs")
+AT_ONCE, SLOPE = "policy_loss_and_gradient", "gradient of log_probs"
+BOTH = (AT_ONCE, "loss"), (AT_ONCE, SLOPE)
+# A loss for each token has its gradient made in backward.
+APART = ("policy_loss", "loss"), ("policy_loss_gradient", SLOPE)
 OF_LOSS = [
     ("rollout weights", UNWEIGHTED),
     ("rollout weights", NAN_IS_0),
@@ -136,12 +142,13 @@ FAULTS = [
     *((name, ALWAYS_1, None, what, output) for name, what, output in TEMPERATURE),
     *((name, NO_HEAT, None, what, output) for name, what, output in TEMPERATURE),
     *((name, change, None, f"policy_loss, {what}", out) for what, change in OF_LOSS for name, out in BOTH),
-    ("policy_loss_gradient", config(kl_times_ratio=False), None, "policy_loss, kl_times_ratio True", BOTH[1][1]),
-    ("policy_loss_gradient", config(kl_times_ratio=False), None, "policy_loss, kl_times_ratio on_policy", BOTH[1][1]),
-    ("policy_loss", K1_SIGN, None, "policy_loss, kl k1", "loss"),
-    ("policy_loss_gradient", None, k1_falling, "policy_loss, kl k1", BOTH[1][1]),
-    ("policy_loss", opposite_signs, negated, "policy_loss, gmpo", "loss"),
-    ("policy_loss_gradient", opposite_signs, negated, "policy_loss, gmpo", "gradient of log_probs"),
+    *((name, config(clip_high=1e3), None, "policy_loss, reduction none", out) for name, out in APART),
+    (AT_ONCE, config(kl_times_ratio=False), None, "policy_loss, kl_times_ratio True", SLOPE),
+    (AT_ONCE, config(kl_times_ratio=False), None, "policy_loss, kl_times_ratio on_policy", SLOPE),
+    (AT_ONCE, K1_SIGN, None, "policy_loss, kl k1", "loss"),
+    (AT_ONCE, None, k1_falling, "policy_loss, kl k1", SLOPE),
+    (AT_ONCE, opposite_signs, negated, "policy_loss, gmpo", "loss"),
+    (AT_ONCE, opposite_signs, negated, "policy_loss, gmpo", SLOPE),
     ("logits_policy_loss", UNWEIGHTED, None, "logits_policy_loss, one pass", "gradient of logits"),
     ("logits_gradient", only_by_log_prob, None, "token_log_probs, entropy", "gradient of logits"),
     ("logits_policy_loss", None, zeroed_without_slope, "logits_policy_loss, KL and entropy bonus", "gradient"),

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Rows, compute_dtype
-from egpo_kernels.engine import ops, row_ops
+from egpo_kernels.engine import given_ops, ops, row_ops
 from egpo_kernels.engine.operator import Operator
 from egpo_kernels.formulas import metrics
 from egpo_kernels.inputs.layout import FOR_ALL, PER_SEQUENCE, PER_TOKEN
@@ -73,6 +73,8 @@ def arguments(name, backend, dtype=torch.float32):
         "logits_gradient_": (logits, rows, statistics, upstream, 1.0, backend),
         "policy_loss": (log_probs, entropy, rows, None, 4, CONFIG.json, 37, False, True, backend),
         "policy_loss_gradient": (log_probs, rows, OFFSETS, 4, SEQUENCE.json, entropy, True, backend),
+        "given_policy_loss": (log_probs, entropy, *given_rows(wide), CONFIG.json, False, True, True, True),
+        "scaled_gradients": ([log_probs, entropy], rows[0], torch.tensor(2.0, device=DEVICE)),
         "logits_policy_loss": (logits, *given_rows(wide), CONFIG.json, False, scalars, True, True, backend),
         "logits_policy_loss_": (logits, *given_rows(wide), CONFIG.json, True, scalars, True, True, backend),
         "group_advantages": (
@@ -116,6 +118,8 @@ NAMES = [
     "logits_gradient_",
     "policy_loss",
     "policy_loss_gradient",
+    "given_policy_loss",
+    "scaled_gradients",
     "logits_policy_loss",
     "logits_policy_loss_",
     "group_advantages",
@@ -126,7 +130,7 @@ NAMES = [
 ]
 MADE = {
     name: value
-    for module in (ops, row_ops, linear_ops)
+    for module in (given_ops, ops, row_ops, linear_ops)
     for name, value in vars(module).items()
     if isinstance(value, Operator)
 }

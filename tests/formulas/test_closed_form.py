@@ -1,5 +1,7 @@
 """What the portable backend computes in closed form, beside autograd through the reference, in float64."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -85,3 +87,55 @@ def test_a_wide_sum_loses_no_more_than_its_blocks(count):
     exact = values.double().sum().cpu()
     found = wide_sum(values).cpu()
     assert (found.double() - exact).abs() <= 2 * torch.finfo(torch.float32).eps * exact
+
+
+LENGTH = 12
+
+
+def rectangular():
+    """As `drawn`, padded, with a number for each sequence where one may be: ``[S, T]``, ``[S, 1]`` and 0-d."""
+    log_probs, entropy, rows, _ = drawn()
+    count = len(log_probs) // LENGTH
+    log_probs, entropy, mask, old, ref = (
+        it[: count * LENGTH].view(count, LENGTH)
+        for it in (log_probs, entropy, rows.mask, rows.old_log_probs, rows.ref_log_probs)
+    )
+    mask = mask.clone()
+    mask[1, 5:] = mask[3] = False
+    advantages, weights = (it[:count, None] for it in (rows.advantages, rows.rollout_weights))
+    broad = Rows(mask, None, None, advantages, rows.factor[3], old, ref, weights)
+    return log_probs, entropy, broad, Segments(count * LENGTH, count)
+
+
+@pytest.mark.parametrize("options", CONFIGS, ids=str)
+def test_rows_that_broadcast_are_those_that_were_spread(options):
+    config = PolicyLossConfig(entropy_coef=0.1, **options)
+    log_probs, entropy, broad, segments = rectangular()
+    flat = Rows(*(None if it is None else it.expand(segments.shape).reshape(-1) for it in broad))
+    values = log_probs.reshape(-1), entropy.reshape(-1)
+    wanted = portable.policy_loss(*values, flat, segments, config, 0, False, True)
+    wanted += portable.policy_loss_gradient(values[0], flat, segments, config, 1.0, True)
+
+    found = portable.policy_loss_and_gradient(log_probs, entropy, broad, segments, config, True, True)
+    assert all((it != 0).any() for it in found)
+    for actual, expected in zip(found[:4], wanted, strict=True):
+        torch.testing.assert_close(actual.reshape(expected.shape), expected, equal_nan=True, rtol=1e-12, atol=1e-12)
+    loss, nothing, _, bonus, live = portable.policy_loss_and_gradient(
+        log_probs, entropy, broad, segments, config, False, False
+    )
+    assert torch.equal(loss, found[0]) and nothing.shape == bonus.shape == (0,)
+    assert torch.equal(live, broad.mask & (log_probs != -torch.inf))
+
+
+@pytest.mark.parametrize("upstream", [2.5, 0.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("look", [True, False])
+def test_one_upstream_reaches_live_rows_only(upstream, look, monkeypatch):
+    if not look:
+        module = importlib.import_module("egpo_kernels.portable.policy_loss")  # the package has a function of that name
+        monkeypatch.setattr(module, "at_hand", lambda values: False)
+    gradients = [torch.tensor([1.5, 0, -2, 0], device=DEVICE), torch.tensor([3.0, 1, 1, 0], device=DEVICE)]
+    live = torch.tensor([True, True, True, False], device=DEVICE)
+    found = portable.scaled_gradients(gradients, live, torch.tensor(upstream, device=DEVICE))
+    for actual, gradient in zip(found, gradients, strict=True):
+        wanted = torch.where(live, gradient * upstream, 0.0)
+        torch.testing.assert_close(actual, wanted, equal_nan=True, rtol=0, atol=0)
