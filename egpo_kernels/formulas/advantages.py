@@ -16,7 +16,7 @@ from egpo_kernels.config.settings import AdvantageConfig
 from egpo_kernels.formulas import group_metrics, metrics
 from egpo_kernels.formulas.arrays import Array, at_hand, clamp, floating, isfinite, maximum, total, where
 from egpo_kernels.formulas.groups import Groups, Known, Rules, both, chosen, groups_at_hand, known, make_groups
-from egpo_kernels.formulas.uncertainty import as_uncertainty, token_mean
+from egpo_kernels.formulas.uncertainty import as_uncertainty, token_sums
 from egpo_kernels.inputs.segments import accumulation_dtype
 from egpo_kernels.inputs.validation import check_held
 
@@ -198,7 +198,8 @@ def group_advantages(
         ids: Group of each sequence, ``[S]`` int64.
         rewards: ``[S]`` float32 or float64, from `rewards_in`; the results' dtype.
         correct: ``[S]`` bool; None: rewards above ``config.correct_threshold``.
-        values: What `token_mean` averages, ``[N]`` or, without offsets, ``[S, T]``; None: no uncertainty.
+        values: What the uncertainty is the mean of, see `token_sums`, ``[N]`` or, without offsets, ``[S, T]``; None: no
+            uncertainty.
         mask: Which of ``values`` count, bool of their shape; None, without offsets only: all of them.
         lengths: Counted tokens ``[S]``, for ``scale="batch_whiten"``.
         offsets: ``[S + 1]``; None: each row of ``values`` is a sequence.
@@ -209,16 +210,15 @@ def group_advantages(
         look: Whether to compute in numpy's arrays on a CPU, which is faster for few sequences.
         negated: Whether ``values`` are log-probs, the uncertainty their mean negated.
     """
-    mean, counts = (None, None) if values is None else token_mean(values, mask, offsets)
-    mean = -mean if mean is not None and negated else mean
-    given = (rewards, correct, mean, counts, lengths)
+    totals, counts = (None, None) if values is None else token_sums(values, mask, offsets)
+    given = (rewards, correct, totals, counts, lengths)
     if not look or ids.shape[0] == 0 or not (at_hand(ids) and at_hand(rewards)):
-        found, raw = _of_groups(make_groups(ids), given, tolerance, config, group_size, reported)
+        found, raw = _of_groups(make_groups(ids), given, negated, tolerance, config, group_size, reported)
         return Advantages(*found, rewards.new_empty(0) if raw is None else metrics.finish(raw, metrics.GROUP))
     arrays = tuple(None if it is None else it.numpy() for it in given)
     # Some of the numbers that are chosen from are made of nothing; torch does not mention that either.
     with np.errstate(all="ignore"):
-        found, raw = _of_groups(groups_at_hand(ids.numpy()), arrays, tolerance, config, group_size, reported)
+        found, raw = _of_groups(groups_at_hand(ids.numpy()), arrays, negated, tolerance, config, group_size, reported)
         reports = np.empty(0, found[0].dtype) if raw is None else metrics.finish_array(raw, metrics.GROUP)
     advantages, weights, base, uncertainty = (torch.from_numpy(it) for it in found)
     return Advantages(advantages, weights, base, uncertainty, torch.from_numpy(reports))
@@ -227,6 +227,7 @@ def group_advantages(
 def _of_groups(
     groups: Groups,
     given: tuple[Array | None, ...],
+    negated: bool,
     tolerance: float,
     config: AdvantageConfig,
     group_size: int | None,
@@ -234,17 +235,19 @@ def _of_groups(
 ) -> tuple[tuple[Array, Array, Array, Array], Array | None]:
     """Advantages, weights, base advantages, uncertainty, and the raw vector of metrics if it is wanted.
 
-    ``given [S]``, all in tensors or all in arrays: rewards, correct, mean value of the counted tokens, their number,
-    counted tokens for whitening; each but the first may be None.
+    ``given [S]``, all in tensors or all in arrays: rewards, correct, sum over the counted tokens, their number, counted
+    tokens for whitening; each but the first may be None. Uncertainty is the mean of the tokens, or that ``negated``.
     """
-    rewards, correct, mean, counts, lengths = given
+    rewards, correct, totals, counts, lengths = given
     assert rewards is not None
     correct = groups.sort(rewards > config.correct_threshold if correct is None else correct)
     usable = known(groups.sort(rewards), groups)
     rules = find_rules(usable, correct, groups, tolerance, config) if config.compares or reported else None
     lengths = None if lengths is None else groups.sort(lengths)
     base = base_advantages(usable, correct, lengths, groups, rules, config)
-    own = None if mean is None else as_uncertainty(groups.sort(mean))
+    own = None
+    if totals is not None:
+        own = as_uncertainty(groups.sort((-totals if negated else totals) / counts))
     if own is None or config.weight == "none":
         weights = base * 0 + 1
     else:

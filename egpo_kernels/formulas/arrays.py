@@ -18,7 +18,7 @@ Array = Any
 
 def at_hand(values: Tensor) -> bool:
     """Whether looking at ``values`` costs no wait: they are on a CPU, and neither traced nor fake."""
-    return type(values) is Tensor and values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return type(values) is Tensor and values.is_cpu and not torch.compiler.is_compiling()
 
 
 def where(condition: Array, values: Any, otherwise: Any) -> Array:
@@ -44,7 +44,9 @@ def clamp(values: Array, low: float, high: float) -> Array:
 
 
 def floating(values: Array, like: Array) -> Array:
-    """Return ``values`` in the dtype of ``like``."""
+    """Return ``values`` in the dtype of ``like``: themselves where they have it."""
+    if values.dtype == like.dtype:
+        return values
     return values.astype(like.dtype) if isinstance(values, np.ndarray) else values.to(like.dtype)
 
 

@@ -76,9 +76,15 @@ class Groups(NamedTuple):
     def column(self, values: tuple[float, ...], like: Array | None = None) -> Array:
         """Return whole ``values [n, 1]``, or ones in a dtype, where the groups are, without a copy to a device."""
         if self.at_hand:
-            return np.array(values, None if like is None else like.dtype)[:, None]
+            return _column(values, np.dtype(int) if like is None else like.dtype)
         dtype = torch.int64 if like is None else like.dtype
         return torch.stack([torch.full((1,), value, dtype=dtype, device=self.place.device) for value in values])
+
+
+@functools.lru_cache(maxsize=64)
+def _column(values: tuple[float, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    """Return an array ``[n, 1]``, made once; never write to it."""
+    return np.array(values, dtype)[:, None]
 
 
 def make_groups(ids: Tensor) -> Groups:

@@ -4,35 +4,43 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.formulas.arrays import Array, at_hand
+from egpo_kernels.formulas.token_metrics import BLOCK
 from egpo_kernels.inputs.segments import accumulation_dtype, counts_per_sequence
 
 
-def token_mean(values: Tensor, mask: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean of each sequence's counted ``values``, as far as it is one, float64 ``[S]``, and how many count, ``[S]``.
+def token_sums(values: Tensor, mask: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum of each sequence's counted ``values``, as far as it is one, float64 ``[S]``, and how many count, ``[S]``.
 
     ``values [N]`` and ``mask``, or ``[S, T]`` without offsets, where ``mask`` None counts all.
     """
     if mask is None:
-        length = values.shape[1]
-        total = values.sum(1, dtype=accumulation_dtype(values.device))
-        return total / length, total.new_full(total.shape, length)
+        total = _sums(values, offsets)
+        return total, total.new_full(total.shape, values.shape[1])
     if not at_hand(values):
         values = torch.where(mask, values, 0.0)
         counts = mask.sum(1, dtype=torch.int32) if offsets is None else counts_per_sequence(mask, offsets)
-        return _sums(values, offsets) / counts, counts
+        return _sums(values, offsets), counts
     # A CPU chooses by bools one by one; as whole numbers, -1 where the mask is set, it takes a vector at a time.
     whole = torch.int64 if values.dtype == torch.float64 else torch.int32
     bits = mask.view(torch.int8).neg().to(whole)
-    counts = -(bits.sum(1, dtype=torch.int32) if offsets is None else _sums(bits, offsets))
-    return _sums(bits.bitwise_and_(values.view(whole)).view(values.dtype), offsets) / counts, counts
+    counts = (bits.sum(1, dtype=torch.int32) if offsets is None else _sums(bits, offsets)).neg_()
+    return _sums(bits.bitwise_and_(values.view(whole)).view(values.dtype), offsets), counts
+
+
+def token_mean(values: Tensor, mask: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `token_sums`, with the mean in place of the sum."""
+    total, counts = token_sums(values, mask, offsets)
+    return total / counts, counts
 
 
 def _sums(values: Tensor, offsets: Tensor | None) -> Tensor:
     """Sum each sequence's ``values [N]``, or rows of ``[S, T]`` without offsets, in float64 where the device has it."""
     wide = accumulation_dtype(values.device)
-    if offsets is None:
-        return values.sum(1, dtype=wide)
-    return torch.segment_reduce(values.to(wide), "sum", offsets=offsets, unsafe=True)
+    if offsets is not None:
+        return torch.segment_reduce(values.to(wide), "sum", offsets=offsets, unsafe=True)
+    if at_hand(values) and values.shape[1] % BLOCK == 0:
+        values = values.view(values.shape[0], values.shape[1] // BLOCK, BLOCK).sum(-1)  # see `wide_sum`
+    return values.sum(1, dtype=wide)
 
 
 def as_uncertainty(mean: Array) -> Array:

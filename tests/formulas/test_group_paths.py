@@ -6,6 +6,7 @@ import torch
 import egpo_kernels as ek
 from egpo_kernels.formulas import advantages, arrays, group_metrics, metrics, uncertainty
 from egpo_kernels.formulas.tables import GROUP, TOKEN
+from egpo_kernels.formulas.token_metrics import BLOCK
 from tests.support.accuracy import assert_rounding
 
 NAMES = ("advantages", "weights", "base", "uncertainty", "vector")
@@ -161,6 +162,16 @@ def test_both_ways_to_mask(packed, dtype, monkeypatch):
     assert found[0].isnan().tolist() == wanted[0].isnan().tolist() == [place in (3, 5) for place in range(12)]
     assert found[1].tolist() == wanted[1].tolist() == mask.sum(1).tolist()
     assert torch.equal(values.nan_to_num(), before.nan_to_num())
+
+
+@pytest.mark.parametrize("length", [BLOCK - 1, BLOCK, 64 * BLOCK])
+def test_sums_of_sequences_lose_no_more_than_their_blocks(length):
+    """Equal numbers, whose roundings all go one way: however many there are, two eps are enough."""
+    values, mask = torch.full((3, length), 0.1), torch.arange(length).expand(3, -1) >= torch.tensor([[0], [1], [9]])
+    found, counts = uncertainty.token_sums(values, mask, None)
+    exact = values[0, 0].double() * counts
+    assert found.dtype == torch.float64 and counts.tolist() == [length, length - 1, length - 9]
+    assert ((found - exact).abs() <= 2 * torch.finfo(torch.float32).eps * exact).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)], ids=str)
