@@ -18,6 +18,7 @@ from egpo_kernels import (
 )
 
 OURS = "egpo_kernels"
+WITHOUT_METRICS = "egpo_kernels, no metrics"
 NATIVE = "eager, in the logits' dtype"
 GEMMS = "bare GEMMs"
 CHUNKS = {64: "cpu", 32: "cpu", 256: "cuda"}
@@ -148,6 +149,10 @@ def _log_probs_by_hand(batch: Batch, dtype: torch.dtype | None = torch.float32) 
     return {"log_probs": chosen * batch.mask, "entropy": entropy * batch.mask}
 
 
+def _only_log_probs_by_hand(batch: Batch) -> Outputs:
+    return {"log_probs": gathered(batch.logits.float(), batch.tokens) * batch.mask}
+
+
 def our_log_probs(batch: Batch, entropy: bool, **options) -> TokenLogProbs:
     """`token_log_probs`."""
     return token_log_probs(batch.logits, batch.tokens, mask=batch.mask, return_entropy=entropy, **options)
@@ -180,15 +185,24 @@ def _advantages_by_hand(batch: Batch) -> Outputs:
     return {"advantages": base.view(-1) * weight}
 
 
-def ours_advantages(batch: Batch) -> Outputs:
-    """`group_advantages`, with all its metrics."""
-    return {"advantages": group_advantages(batch.groups, batch.rewards, batch.old_log_probs, batch.mask).advantages}
+def ours_advantages(**options) -> Run:
+    """`group_advantages`."""
+
+    def run(batch: Batch) -> Outputs:
+        given = (batch.groups, batch.rewards, batch.old_log_probs, batch.mask)
+        return {"advantages": group_advantages(*given, **options).advantages}
+
+    return run
 
 
-def ours_policy_loss(batch: Batch) -> Outputs:
-    """`policy_loss`, with all its metrics."""
-    loss, _ = policy_loss(batch.log_probs, batch.old_log_probs, batch.advantages, batch.mask)
-    return answer(loss, batch)
+def ours_policy_loss(**options) -> Run:
+    """`policy_loss` and its gradient."""
+
+    def run(batch: Batch) -> Outputs:
+        given = (batch.log_probs, batch.old_log_probs, batch.advantages, batch.mask)
+        return answer(policy_loss(*given, **options).loss, batch)
+
+    return run
 
 
 def eager_policy_loss(batch: Batch) -> Outputs:
@@ -224,7 +238,7 @@ def own_providers(workload: str) -> list[Provider]:
         "logits": [
             Provider(OURS, OURS, ours_logits()),
             Provider("egpo_kernels, in place", OURS, ours_logits(inplace_grad=True), overwrites=True),
-            Provider("egpo_kernels, no metrics", OURS, ours_logits(metrics="none")),
+            Provider(WITHOUT_METRICS, OURS, ours_logits(metrics="none")),
             Provider("eager", "eager", eager_logits),
             Provider("eager, with entropy", "eager", eager_logits_and_entropy),
             Provider(NATIVE, "eager", native_logits),
@@ -236,14 +250,23 @@ def own_providers(workload: str) -> list[Provider]:
             Provider("eager", "eager", torch.no_grad()(_log_probs_by_hand)),
             Provider(NATIVE, "eager", torch.no_grad()(functools.partial(_log_probs_by_hand, dtype=None))),
             Provider("torch.compile", "torch.compile", _log_probs_by_hand, prepare=_compiled(_log_probs_by_hand)),
+            Provider(
+                "torch.compile (no entropy)",
+                "torch.compile",
+                _only_log_probs_by_hand,
+                prepare=_compiled(_only_log_probs_by_hand),
+                outputs=("log_probs",),
+            ),
         ],
         "advantages": [
-            Provider(OURS, OURS, ours_advantages),
+            Provider(OURS, OURS, ours_advantages()),
+            Provider(WITHOUT_METRICS, OURS, ours_advantages(metrics="none")),
             Provider("eager", "eager", torch.no_grad()(_advantages_by_hand)),
             Provider("torch.compile", "torch.compile", _advantages_by_hand, prepare=_compiled(_advantages_by_hand)),
         ],
         "policy-loss": [
-            Provider(OURS, OURS, ours_policy_loss),
+            Provider(OURS, OURS, ours_policy_loss()),
+            Provider(WITHOUT_METRICS, OURS, ours_policy_loss(metrics="none")),
             Provider("eager", "eager", eager_policy_loss),
             Provider(
                 "torch.compile", "torch.compile", eager_policy_loss, prepare=_compiled_loss(clipped_loss, "log_probs")
