@@ -56,7 +56,7 @@ def largest(values: Array) -> Array:
 
 
 def joined(parts: Sequence[Array]) -> Array:
-    """Join parts of one dtype along their first dimension."""
+    """Join parts along their first dimension, in a dtype that holds those of all."""
     return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else torch.cat(tuple(parts))
 
 

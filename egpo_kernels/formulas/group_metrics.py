@@ -51,19 +51,19 @@ def raw(
         bounds: Of the weights.
     """
     advantages, weights, _, uncertainty = results
-    every = correct | ~correct
     values = joined((advantages, weights, uncertainty)).reshape(3, 1, -1)
-    counted = joined((every, every, isfinite(uncertainty))).reshape(3, 1, -1)
-    counted = counted & (correct != groups.column((0, 1, 2)))
+    among = correct != groups.column((0, 1, 2))
+    nobody = ~among[2:]
     at_bounds = weights == groups.column((bounds[0], 1.0, bounds[1]), weights)
-    empty = ~every if counts is None else counts == 0
-    invalid = ~every if rewards.finite is None else ~rewards.finite
-    sequences = joined((counted.reshape(9, -1), at_bounds, empty[None], invalid[None])).sum(1)
+    empty = nobody if counts is None else (counts == 0)[None]
+    invalid = nobody if rewards.finite is None else ~rewards.finite[None]
+    flags = joined((among, among, among & isfinite(uncertainty), at_bounds, empty, invalid))
+    counted = flags[:9].reshape(3, 3, -1)
     totals = floating(where(counted, values, 0.0), groups.sizes).sum(2)
     extremes = joined((values, -values)).reshape(2, 3, 1, -1)
     extremes = largest(where(counted, extremes, NOTHING)) if len(correct) else extremes.new_full((2, 3, 3), NOTHING)
-    numbers = floating(joined((sequences, _count_groups(rules, incomplete, groups))), weights)
-    return picked(joined((numbers, floating(totals, weights).reshape(-1), extremes.reshape(-1))), _found())
+    parts = flags.sum(1), _count_groups(rules, incomplete, groups), totals.reshape(-1), extremes.reshape(-1)
+    return floating(picked(joined(parts), _found()), weights)
 
 
 def _count_groups(rules: Rules, incomplete: Array | None, groups: Groups) -> Array:
