@@ -1,5 +1,6 @@
 """From what the caller gave to the rows ``[N]`` that every backend reads: mask, reduction factor, spread values."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -110,11 +111,10 @@ def broad_rows(
 def _active(rows: Rows, segments: Segments, config: PolicyLossConfig) -> Tensor:
     """Counted rows whose gradient is not known to be zero before they are read."""
     assert rows.advantages is not None
-    active = rows.advantages != 0
-    if rows.rollout_weights is not None:
-        active = active & (rows.rollout_weights != 0)
-    if at_hand(active) and active.all():
+    factors = [rows.advantages] if rows.rollout_weights is None else [rows.advantages, rows.rollout_weights]
+    if all(at_hand(each) and each.numpy().all() for each in factors):
         return rows.mask
+    active = functools.reduce(torch.logical_and, [each != 0 for each in factors])
     # A CPU combines bools four times as fast where both are whole.
     active = rows.mask & active.expand(rows.mask.shape).contiguous()
     # A shared ratio needs every token of the sequences that have an active one.
