@@ -85,4 +85,6 @@ def wide_sum(values: Tensor) -> Tensor:
     wide, rest = accumulation_dtype(values.device), values.shape[0] % BLOCK
     if rest == 0:
         return values.view(-1, BLOCK).sum(-1).sum(dtype=wide)
-    return wide_sum(values[:-rest]) + values[-rest:].sum(dtype=wide)
+    # A whole block too, so that zeros behind the last value change no bit.
+    last = torch.nn.functional.pad(values[-rest:], (0, BLOCK - rest)).sum()
+    return wide_sum(values[:-rest]) + last.to(wide)
