@@ -19,12 +19,14 @@ import torch
 from benchmarks.counts.launches import (
     GROUP_CONFIGS,
     LOSS_CONFIGS,
+    ROW_CONFIGS,
     VOCAB,
     Size,
     launch_groups,
     launch_log_probs,
     launch_logits,
     launch_one_pass,
+    launch_rows,
     make_rows,
 )
 from benchmarks.counts.offline import Compiler
@@ -55,6 +57,9 @@ def every_option(compiler: Compiler) -> None:
         for full, config, kl in itertools.product((False, True), LOSS_CONFIGS, ("k1", "k2", "k3")):
             if kl == "k3" or (full and config.surrogate == "clip"):
                 launch_log_probs(dtype, full, dataclasses.replace(config, kl=kl))
+        launch_rows(dtype, True, None)
+        for full, config in itertools.product((False, True), ROW_CONFIGS):
+            launch_rows(dtype, full, config)
         for number, config in enumerate(GROUP_CONFIGS):
             launch_groups(dtype, config, full=number % 2 == 0)
 
@@ -77,6 +82,9 @@ def many_values(compiler: Compiler) -> None:
         for logits, dtype in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
             compiler.label = {"number": number, "dtype": str(dtype).removeprefix("torch.")}
             launch_logits(logits, True, config, size, vocab=32000, scale=0.5 * number)
+            rows = PolicyLossConfig(reduction="seq_mean_token_sum_norm", norm_length=number)
+            launch_rows(dtype, True, rows, size)
+            launch_rows(dtype, False, rows, size)
             launch_log_probs(dtype, True, gate, size)
             launch_log_probs(dtype, True, config, size)
             launch_groups(dtype, groups, True, size)

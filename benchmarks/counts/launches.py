@@ -8,8 +8,12 @@ import egpo_kernels.triton as backend
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
 from egpo_kernels.config.settings import Rows
 from egpo_kernels.formulas.advantages import collapse_tolerance
+from egpo_kernels.formulas.rows import Counts, Measured, Purpose
+from egpo_kernels.inputs.layout import PER_SEQUENCE, PER_TOKEN
+from egpo_kernels.inputs.segments import Segments
 
 VOCAB = 151936
+ADVANTAGES = Rows._fields.index("advantages")
 
 
 class Size(NamedTuple):
@@ -67,33 +71,61 @@ def launch_one_pass(dtype: torch.dtype, full: bool, config: PolicyLossConfig, vo
     backend.logits_loss_gradient(logits, rows, config, 1.0, 1.0, config.entropy_coef != 0, torch.zeros_like(logits))
 
 
+def make_segments(packed: bool, size: Size, device: str) -> Segments:
+    """Sequences as long as one another, known by their number or by their offsets."""
+    offsets = torch.arange(size.sequences + 1, device=device) * size.length if packed else None
+    return Segments(size.sequences * size.length, size.sequences, offsets)
+
+
+def launch_rows(
+    dtype: torch.dtype, full: bool, config: PolicyLossConfig | None, size: Size = SMALL, device: str = "cpu"
+) -> None:
+    """What makes rows, of a loss or (None) of log-probs alone.
+
+    With every optional tensor of other dtypes than kernels read, between offsets; or with few, which stay as they are.
+    """
+    rows, segments = make_rows(dtype, full, size, device), make_segments(full, size, device)
+    mask, tokens, *numbers = rows._replace(factor=None)
+    counts, poison, kinds = Counts(), None, [PER_TOKEN] * len(Rows._fields)
+    if full:
+        numbers = [None if values is None else values.bfloat16() for values in numbers]
+        poison = torch.ones((), device=device)
+        given = [mask.long(), tokens.int(), *numbers]
+    else:
+        given = [None, tokens, *numbers]
+    given[ADVANTAGES], kinds[ADVANTAGES] = torch.ones(size.sequences, dtype=dtype, device=device), PER_SEQUENCE
+    for only_active in (False, True):
+        backend.token_rows(given, kinds, segments, poison, counts, Purpose(config, dtype, only_active), mask.device)
+        counts = Counts(7.0, torch.tensor(3, device=device))
+
+
 def launch_log_probs(
     dtype: torch.dtype, full: bool, config: PolicyLossConfig, size: Size = SMALL, device: str = "cpu"
 ) -> None:
     """The kernels of `policy_loss`."""
-    rows = make_rows(dtype, full, size, device)
+    rows, segments = make_rows(dtype, full, size, device), make_segments(full, size, device)
     log_probs = torch.zeros_like(rows.factor)
-    index = torch.arange(size.sequences, device=device).repeat_interleave(size.length)
-    segments = [torch.arange(size.sequences + 1, device=device) * size.length, index]
     entropy = log_probs.clone() if full else None
-    backend.policy_loss(log_probs, entropy, rows, segments, config, VOCAB)
-    backend.policy_loss_gradient(log_probs, entropy, rows, segments, config)
+    backend.policy_loss(log_probs, entropy, rows, segments, config, VOCAB, per_token=not full, reported=True)
+    upstream = torch.ones((), dtype=dtype, device=device) if full else torch.ones_like(log_probs)
+    backend.policy_loss_gradient(log_probs, rows, segments, config, upstream, want_bonus=full)
 
 
 def launch_groups(
     dtype: torch.dtype, config: AdvantageConfig, full: bool, size: Size = SMALL, device: str = "cpu"
 ) -> None:
     """The kernels of `group_advantages`."""
-    count = size.sequences * size.length
-    ids = torch.zeros(size.sequences, dtype=torch.long, device=device)
     rewards = torch.ones(size.sequences, dtype=dtype, device=device)
-    values = torch.zeros(count, dtype=dtype, device=device) if full else None
-    mask = torch.ones(count, dtype=torch.bool, device=device) if full else None
-    correct = torch.ones(size.sequences, dtype=torch.bool, device=device) if full else None
-    lengths = torch.full_like(ids, size.length) if config.scale == "batch_whiten" else None
-    offsets = torch.arange(size.sequences + 1, device=device) * size.length
-    known = (correct, values, mask, lengths, offsets, collapse_tolerance(dtype))
-    backend.group_advantages(ids, rewards, *known, config, size.sequences if full else None)
+    ids = correct = group_size = None
+    measured = Measured()
+    if full:
+        mask = torch.ones(size.sequences * size.length, dtype=torch.bool, device=device)
+        measured = Measured(mask.to(dtype), mask, None, mask, negated=True)
+        ids, correct = torch.zeros(size.sequences, dtype=torch.long, device=device), rewards.bool()
+        group_size = size.sequences
+    segments = make_segments(full, size, device)
+    known = (correct, measured, segments, collapse_tolerance(dtype), config, group_size)
+    backend.group_advantages(ids, size.sequences, rewards, *known, reported=True)
 
 
 GROUP_CONFIGS = (
@@ -113,4 +145,11 @@ LOSS_CONFIGS = (
     PolicyLossConfig(surrogate="cispo"),
     PolicyLossConfig(surrogate="sapo"),
     PolicyLossConfig(surrogate="gmpo"),
+)
+ROW_CONFIGS = (
+    PolicyLossConfig(),
+    PolicyLossConfig(reduction="seq_mean_token_mean"),
+    PolicyLossConfig(reduction="seq_mean_token_sum_norm", norm_length=100),
+    PolicyLossConfig(reduction="sum"),
+    PolicyLossConfig(ratio="sequence", reduction="seq_mean_token_sum"),
 )

@@ -24,6 +24,7 @@ from benchmarks.gpu.ask import Jobs, ask, context_is_lost
 from benchmarks.gpu.candidates import CONFIG, KERNELS, Candidate, Outputs, Problem, candidates, problem_of, using
 from benchmarks.gpu.lines import Entry
 from egpo_kernels.config.settings import Rows
+from egpo_kernels.triton import launcher
 from egpo_kernels.triton.launch import processors
 
 VOCAB = {"cuda": 151936, "cpu": 1032}
@@ -111,7 +112,8 @@ def compiled() -> Iterator[dict[str, Any]]:
         usage.update(shared=getattr(kernel.metadata, "shared", None))
         return kernel
 
-    with mock.patch.object(JITFunction, "run", watched):
+    # What is remembered is not launched by Triton.
+    with mock.patch.dict(launcher._known, clear=True), mock.patch.object(JITFunction, "run", watched):
         yield usage
 
 

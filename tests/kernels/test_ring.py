@@ -138,20 +138,20 @@ def test_rows_that_the_ring_does_not_take_go_the_usual_way():
     for vocab, slots in ((8, 1), (512, 1), (520, 2), (1536, 3), (1544, 3), (3072, 3)):
         for dtype in (torch.bfloat16, torch.float16):
             found = launched(rows(vocab, dtype))
-            assert found.launch.slots.value == slots and found.options == {"num_warps": 1, "maxnreg": 255}
-            assert found.launch.end.value == (2 if vocab % 512 else 0)
+            assert found.launch.slots == slots and found.options == {"num_warps": 1, "maxnreg": 255}
+            assert found.launch.end == (2 if vocab % 512 else 0)
     for logits in (rows(7), rows(1028), rows(3080), rows(512, torch.float32), rows(512, torch.float64)):
-        assert not launched(logits).launch.slots.value
-    assert not any(launched(logits).launch.slots.value for logits in (rows(520)[..., 1:513], rows(516)[..., :512]))
-    assert not launched(rows(512), rows(520)[..., 4:516]).launch.slots.value
-    assert launched(rows(528)[..., 8:520], rows(512)).launch.slots.value == 1
+        assert not launched(logits).launch.slots
+    assert not any(launched(logits).launch.slots for logits in (rows(520)[..., 1:513], rows(516)[..., :512]))
+    assert not launched(rows(512), rows(520)[..., 4:516]).launch.slots
+    assert launched(rows(528)[..., 8:520], rows(512)).launch.slots == 1
 
 
 def test_without_a_ring_in_the_table_no_row_goes_through_one():
     logits = torch.zeros(1, 1, 512, dtype=torch.bfloat16)
     with switched_on(None):
-        assert launch_for(KERNEL, logits, logits, may_ring=True).launch.slots.value == 0
-    assert launch_for(KERNEL, logits, logits, may_ring=True).launch.slots.value == 0
+        assert launch_for(KERNEL, logits, logits, may_ring=True).launch.slots == 0
+    assert launch_for(KERNEL, logits, logits, may_ring=True).launch.slots == 0
 
 
 @pytest.fixture(scope="module")

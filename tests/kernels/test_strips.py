@@ -123,7 +123,7 @@ def test_a_row_of_whole_accesses_has_the_same_bits_among_rows_that_are_not_align
             for mine, all_of_them in zip(alone, together, strict=True):
                 assert_bits(mine, all_of_them[row : row + 1], f"row {row}")
         for kernel in ("row_statistics_kernel", "logits_policy_loss_kernel"):
-            ways = {launch.launch_for(kernel, logits[:, row : row + 1]).launch.odd.value for row in range(9)}
+            ways = {launch.launch_for(kernel, logits[:, row : row + 1]).launch.odd for row in range(9)}
             assert len(ways) == 1
 
 

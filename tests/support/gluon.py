@@ -117,7 +117,7 @@ def through_ring(machine: Machine | None = None) -> Iterator[None]:
     taken = []
 
     def kernel_of(launch: Launch) -> Any:
-        taken.append(launch.slots.value)
+        taken.append(launch.slots)
         return original(launch)
 
     original = logits_policy_loss.kernel_of
