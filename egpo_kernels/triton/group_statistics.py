@@ -54,7 +54,6 @@ def load_ids(pointers, offs, num_sequences, members):
 def load_sequences(pointers, offs, num_sequences, members, settings):
     """Read a block of sequences; those past the end are not valid, usable, correct or known."""
     valid = offs < num_sequences
-    ids = load_ids(pointers, offs, num_sequences, members)
     reward = tl.load(pointers.rewards_ptr + offs, mask=valid, other=float("nan"))
     usable = tl.abs(reward) < float("inf")
     if pointers.correct_ptr is None:
@@ -66,6 +65,8 @@ def load_sequences(pointers, offs, num_sequences, members, settings):
     else:
         uncertainty = tl.load(pointers.uncertainty_ptr + offs, mask=valid, other=float("nan"))
     known = uncertainty == uncertainty
+    # Last: a quotient made before takes registers that the rest needs.
+    ids = load_ids(pointers, offs, num_sequences, members)
     reward, uncertainty = tl.where(usable, reward, 0.0), tl.where(known, uncertainty, 0.0)
     return Sequences(offs, valid, ids, reward, usable, correct, uncertainty, known)
 

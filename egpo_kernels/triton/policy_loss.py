@@ -27,18 +27,18 @@ from egpo_kernels.triton.settings import (
 from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_terms
 
 BLOCK, OPTIONS = 256, {"num_warps": 8}
-# As many lanes of float64 spill.
-SEQUENCE_LAUNCH = {torch.float32: (1024, OPTIONS), torch.float64: (512, OPTIONS)}
+# Of float64, as many lanes or warps spill.
+SEQUENCE_LAUNCH = {torch.float32: (1024, OPTIONS), torch.float64: (256, {"num_warps": 4})}
 
 
 @triton.jit
 def row_terms(
-    rows, scores, offs, live, log_prob, num_sequences, length, settings, choices, SURROGATE: tl.constexpr
+    rows, scores, offs, live, log_prob, num_rows, num_sequences, length, settings, choices, SURROGATE: tl.constexpr
 ):  # fmt: skip
     """Terms of tokens with their own ratio or the one their sequence shares."""
     shared = None
     if scores.log_ratio_ptr is not None:
-        index = sequence_of(scores.offsets_ptr, offs, live, num_sequences, length)
+        index = sequence_of(scores.offsets_ptr, offs, live, num_rows, num_sequences, length)
         shared = tl.load(scores.log_ratio_ptr + index, mask=live, other=0.0)
     return token_terms(rows, offs, live, log_prob, shared, settings, choices, SURROGATE, False)
 
@@ -72,7 +72,9 @@ def policy_loss_kernel(
     settings = read_settings(numbers, scores.log_probs_ptr.dtype.element_ty)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     counted, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, num_rows)
-    terms = row_terms(rows, scores, offs, live, log_prob, num_sequences, length, settings, choices, SURROGATE)
+    terms = row_terms(
+        rows, scores, offs, live, log_prob, num_rows, num_sequences, length, settings, choices, SURROGATE
+    )
     entropy = tl.zeros_like(log_prob)
     if scores.entropy_ptr is not None:
         entropy = tl.load(scores.entropy_ptr + offs, mask=live, other=0.0)
@@ -118,12 +120,14 @@ def policy_loss_gradient_kernel(
     settings = read_settings(numbers, scores.log_probs_ptr.dtype.element_ty)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, num_rows)
-    terms = row_terms(rows, scores, offs, live, log_prob, num_sequences, length, settings, choices, SURROGATE)
+    terms = row_terms(
+        rows, scores, offs, live, log_prob, num_rows, num_sequences, length, settings, choices, SURROGATE
+    )
     factor = factors(rows, upstream_ptr, upstream_stride, offs, live)
     if scores.slope_ptr is None:
         slope = slope_of(terms, factor, settings)
     else:
-        index = sequence_of(scores.offsets_ptr, offs, live, num_sequences, length)
+        index = sequence_of(scores.offsets_ptr, offs, live, num_rows, num_sequences, length)
         slope = tl.where(terms.inside, tl.load(scores.slope_ptr + index, mask=live, other=0.0), 0.0)
         slope += factor * settings.kl_coef * terms.kl_slope
     tl.store(slopes_ptr + offs, tl.where(live, slope, 0.0), mask=offs < num_rows)

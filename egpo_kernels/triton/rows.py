@@ -16,10 +16,10 @@ from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide
 from egpo_kernels.triton.launch import processors
 from egpo_kernels.triton.launcher import Launches, dtypes, lie
-from egpo_kernels.triton.segments import Flags, bounds_of, counted_rows, flags_of, sequence_of
+from egpo_kernels.triton.segments import Flags, bounds_of, counted_rows, flags_from, flags_of, sequence_of
 from egpo_kernels.triton.settings import as_arguments, blocks_of, dense, read_number, triton_dtype
 
-BLOCK, BLOCK_COUNT, OPTIONS = 1024, 8192, {"num_warps": 8}
+BLOCK, BLOCK_COUNT, OPTIONS = 1024, 4096, {"num_warps": 8}
 PER_TOKEN, PER_SEQUENCE = tl.constexpr(layout.PER_TOKEN), tl.constexpr(layout.PER_SEQUENCE)
 
 
@@ -107,7 +107,9 @@ def number_that_count(flags, whole, stop, num_sequences, REDUCTION: tl.constexpr
     total = tl.zeros([BLOCK], tl.int32)
     if REDUCTION == "token_mean":
         for first in range(0, stop, BLOCK):
-            total += counted_rows(flags, first + tl.arange(0, BLOCK), stop).to(tl.int32)
+            # Counted from a block's first row: places in 32 bits take half the registers.
+            left = tl.minimum(stop - first, BLOCK).to(tl.int32)
+            total += counted_rows(flags_from(flags, first), tl.arange(0, BLOCK), left).to(tl.int32)
     else:
         for first in range(0, num_sequences, BLOCK):
             offs = first + tl.arange(0, BLOCK)
@@ -172,7 +174,7 @@ def token_rows_kernel(
         offs = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)
         valid, inside = offs < num_rows, offs < stop
         counted = counted_rows(flags, offs, stop)
-        sequence = sequence_of(offsets_ptr, offs, inside, num_sequences, length)
+        sequence = sequence_of(offsets_ptr, offs, inside, num_rows, num_sequences, length)
         if mask_ptr is not None:
             looked_at = mask_of(given, kinds, whole, offs, sequence, counted, choices, DTYPE)
             tl.store(mask_ptr + offs, looked_at.to(tl.uint8), mask=valid)

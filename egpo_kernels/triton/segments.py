@@ -36,6 +36,20 @@ def flags_of(mask: Tensor | None, tokens: Tensor | None, entropy_mask: Tensor | 
 
 
 @triton.jit
+def advanced(ptr, first):
+    """The pointer to row ``first``, None where there is none."""
+    return None if ptr is None else ptr + first
+
+
+@triton.jit
+def flags_from(flags, first):
+    """Flags of the rows from ``first`` on."""
+    return Flags(
+        advanced(flags.mask_ptr, first), advanced(flags.tokens_ptr, first), advanced(flags.entropy_mask_ptr, first)
+    )
+
+
+@triton.jit
 def counted_rows(flags, offs, stop):
     """Which of the rows ``offs`` count, of those before ``stop``."""
     counted = offs < stop
@@ -59,10 +73,11 @@ def bounds_of(offsets_ptr, sequence, length):
 
 
 @triton.jit
-def sequence_of(offsets_ptr, offs, inside, num_sequences, length):
+def sequence_of(offsets_ptr, offs, inside, num_rows, num_sequences, length):
     """The sequence of each row ``offs`` that is ``inside`` one: by division, or by halving between offsets."""
     if offsets_ptr is None:
-        return offs // length
+        # In no more bits than the rows need: a division in 64 takes registers enough for a kernel to spill.
+        return offs.to(num_rows.dtype) // length
     else:
         low = offs * 0
         high = low + num_sequences - 1
