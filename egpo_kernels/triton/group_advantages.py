@@ -28,7 +28,7 @@ from egpo_kernels.triton.group_statistics import (
     meet,
     read_settings,
 )
-from egpo_kernels.triton.launcher import Launches, lie
+from egpo_kernels.triton.launcher import Launches, lie, reach
 from egpo_kernels.triton.metrics import combine
 from egpo_kernels.triton.rows import sequence_counts
 from egpo_kernels.triton.segments import flags_of, sequence_uncertainty
@@ -251,7 +251,7 @@ def group_advantages(
     uncertainty = counts = None
     inputs = (dense(ids), rewards.contiguous(), dense(correct))
     launches = Launches(
-        rewards.device, rewards.dtype, config.json, lie(inputs), measured.values is None, count >> 31, reported
+        rewards.device, rewards.dtype, config.json, lie(inputs), measured.values is None, reach(count), reported
     )
     if count:
         if measured.values is not None:

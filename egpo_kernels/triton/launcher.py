@@ -54,6 +54,11 @@ def dtypes(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
     return tuple([None if tensor is None else tensor.dtype for tensor in tensors])
 
 
+def reach(*numbers: int) -> tuple[int, ...]:
+    """Of whole numbers that Triton does not specialise: whether there is nothing to launch for, more than 31 bits."""
+    return tuple([number >> 31 if number else -1 for number in numbers])
+
+
 def size(number: int) -> tuple[bool, bool, int]:
     """What Triton compiles for of a whole number that it may specialise: 1, a multiple of 16, more than 31 bits."""
     return number == 1, not number & 15, number >> 31

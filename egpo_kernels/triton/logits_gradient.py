@@ -66,8 +66,8 @@ def logits_gradient(
     launched, pointers = launch_for("logits_gradient_kernel", logits, out), row_pointers(rows)
     given = (*statistics, *upstream)
     launches = Launches(
-        logits.device, logits.dtype, launched.key, where.key, target.key, lie(pointers), lie(given), length >> 31,
-        out_length >> 31, num_rows >> 31,
+        logits.device, logits.dtype, out.dtype, launched.key, where.key, target.key, lie(pointers), lie(given),
+        length >> 31, out_length >> 31, num_rows >> 31,
     )  # fmt: skip
     numbers, sizes = temperature_of(temperature, dtype), (length, out_length, num_rows)
     constants = (launched.launch, triton_dtype(dtype))

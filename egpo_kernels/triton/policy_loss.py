@@ -11,7 +11,7 @@ from egpo_kernels.config.settings import PolicyLossConfig, Rows
 from egpo_kernels.formulas import metrics
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import exponential
-from egpo_kernels.triton.launcher import Launches, lie
+from egpo_kernels.triton.launcher import Launches, lie, reach
 from egpo_kernels.triton.metrics import combine, store_maxima, store_sums
 from egpo_kernels.triton.segments import sequence_of
 from egpo_kernels.triton.sequence_ratio import Scores, factors, load_log_probs, sequence_kernel
@@ -27,8 +27,8 @@ from egpo_kernels.triton.settings import (
 from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_terms
 
 BLOCK, OPTIONS = 256, {"num_warps": 8}
-# Of float64, as many lanes or warps spill.
-SEQUENCE_LAUNCH = {torch.float32: (1024, OPTIONS), torch.float64: (256, {"num_warps": 4})}
+# Of float64, more lanes a thread spill, and other numbers of warps.
+SEQUENCE_LAUNCH = {torch.float32: (1024, OPTIONS), torch.float64: (1024, {"num_warps": 16})}
 
 
 @triton.jit
@@ -72,9 +72,7 @@ def policy_loss_kernel(
     settings = read_settings(numbers, scores.log_probs_ptr.dtype.element_ty)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     counted, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, num_rows)
-    terms = row_terms(
-        rows, scores, offs, live, log_prob, num_rows, num_sequences, length, settings, choices, SURROGATE
-    )
+    terms = row_terms(rows, scores, offs, live, log_prob, num_rows, num_sequences, length, settings, choices, SURROGATE)
     entropy = tl.zeros_like(log_prob)
     if scores.entropy_ptr is not None:
         entropy = tl.load(scores.entropy_ptr + offs, mask=live, other=0.0)
@@ -120,9 +118,7 @@ def policy_loss_gradient_kernel(
     settings = read_settings(numbers, scores.log_probs_ptr.dtype.element_ty)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _, live, log_prob = load_log_probs(rows, scores.log_probs_ptr, offs, num_rows)
-    terms = row_terms(
-        rows, scores, offs, live, log_prob, num_rows, num_sequences, length, settings, choices, SURROGATE
-    )
+    terms = row_terms(rows, scores, offs, live, log_prob, num_rows, num_sequences, length, settings, choices, SURROGATE)
     factor = factors(rows, upstream_ptr, upstream_stride, offs, live)
     if scores.slope_ptr is None:
         slope = slope_of(terms, factor, settings)
@@ -167,8 +163,8 @@ def _prepare(
     choices, surrogate = choices_of(config), SURROGATES[config.surrogate]
     scores = Scores(log_probs.contiguous(), None if entropy is None else entropy.contiguous())
     launches = Launches(
-        log_probs.device, log_probs.dtype, config.json, lie(pointers), lie(scores), segments.offsets is None,
-        upstream and lie(upstream[:1]), log_probs.shape[0] >> 31, segments.num_sequences >> 31, *key,
+        log_probs.device, log_probs.dtype, config.json, lie(pointers), lie(scores), lie((segments.offsets,)),
+        upstream and lie(upstream[:1]), reach(log_probs.shape[0], segments.num_sequences, segments.length), *key,
     )  # fmt: skip
     if config.pools:
         count = segments.num_sequences

@@ -15,7 +15,7 @@ from egpo_kernels.inputs import layout
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide
 from egpo_kernels.triton.launch import processors
-from egpo_kernels.triton.launcher import Launches, dtypes, lie
+from egpo_kernels.triton.launcher import Launches, dtypes, lie, reach
 from egpo_kernels.triton.segments import Flags, bounds_of, counted_rows, flags_from, flags_of, sequence_of
 from egpo_kernels.triton.settings import as_arguments, blocks_of, dense, read_number, triton_dtype
 
@@ -247,7 +247,7 @@ def token_rows(
     choices = _choices_of("" if config is None else config.reduction, known is not None, purpose.drops)
     tensors = (*flags, *numbers, ids, offsets, *whole)
     sizes = (num_rows, segments.num_sequences, segments.length)
-    launches = Launches(device, dtype, dtypes(tensors), lie(tensors), places, choices, fresh, num_rows >> 31)
+    launches = Launches(device, dtype, dtypes(tensors), lie(tensors), places, choices, fresh, reach(*sizes))
     arguments = (flags, numbers, places, Numbers(*made[2:]), made[0], ids, made[1], offsets, whole)
     constants = (triton_dtype(dtype), BLOCK, BLOCK_COUNT)
     programs = min(blocks_of(num_rows, BLOCK), processors(device))

@@ -1,0 +1,39 @@
+"""A launch from memory goes to the very kernel that Triton would find by looking at every argument."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks.counts.budgets import KERNELS
+from benchmarks.machine import ROOT
+
+pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]
+
+# Places in the keys of host functions: the device, and how tensors lie.
+PARTS = {
+    "row_statistics": (0, 4), "logits_gradient": (0, 6), "_one_pass": (0, 6), "_prepare": (0, 3), "rescale_": (0, 3),
+    "token_rows": (0, 3), "_sequence_counts": (0,), "sequence_uncertainty": (0,), "group_advantages": (0, 3),
+}  # fmt: skip
+
+
+def answered(expression):
+    """What an expression of `tests.support.launches` is, in a process where kernels are not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    text = f"import json; from tests.support.launches import *; print(json.dumps({expression}))"
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_launch_from_memory_is_the_one_that_triton_would_make():
+    launched = answered("check_calls()")
+    assert {kernel for kernel in launched if launched.count(kernel) >= 30} == set(KERNELS)
+
+
+def test_a_key_that_misses_the_device_or_how_tensors_lie_is_noticed():
+    assert answered(f"unnoticed({PARTS})") == []
