@@ -69,8 +69,9 @@ def operator(fake: Callable, mutates: str | None = None) -> Callable[[Callable],
 def _on_device(function: Callable, writes: bool) -> Callable:
     @functools.wraps(function)
     def run(first: Any, *others: Any) -> Any:
-        if _is_elsewhere(first):
-            with torch.cuda.device_of(first):
+        where = _elsewhere(first)
+        if where is not None:
+            with torch.cuda.device(where):
                 found = function(first, *others)
         else:
             found = function(first, *others)
@@ -81,10 +82,10 @@ def _on_device(function: Callable, writes: bool) -> Callable:
     return run
 
 
-def _is_elsewhere(first: Any) -> bool:
-    """Whether this is a tensor, or a list with one, on a GPU that is not the current one."""
+def _elsewhere(first: Any) -> int | None:
+    """The GPU of this tensor, or list with one, where that is not the current one."""
     tensor = first if isinstance(first, Tensor) else next(one for one in first if one is not None)
-    return tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    return tensor.device.index if tensor.is_cuda and tensor.device.index != torch.cuda.current_device() else None
 
 
 @functools.lru_cache(maxsize=256)
