@@ -157,17 +157,18 @@ class GivenPolicyLoss(torch.autograd.Function):
         """See `egpo_kernels.engine.given_ops.given_policy_loss`; ``wanted`` are gradients by log-probs and entropy."""
         values = log_probs.detach(), None if entropy is None else entropy.detach()
         loss, vector, *gradients = given_ops.given_policy_loss(*values, given, *how, *wanted, reported)
-        ctx.save_for_backward(loss, *gradients)  # the loss leads to log-probs and entropy, for `guarded`
+        # Not the loss, which leads to both as well: callers divide it in place.
+        ctx.save_for_backward(log_probs, entropy, *gradients)
         ctx.mark_non_differentiable(vector)
         return loss, vector
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
         """Gradients with respect to log_probs and entropy."""
-        loss, slope, bonus, live = ctx.saved_tensors
+        log_probs, entropy, slope, bonus, live = ctx.saved_tensors
         made = [slope, bonus] if ctx.needs_input_grad[1] else [slope]
         made = given_ops.scaled_gradients(made, live, upstream.detach())
-        found = [guarded("portable", gradient, loss, upstream) for gradient in made]
+        found = [guarded("portable", gradient, log_probs, entropy, upstream) for gradient in made]
         return *found, *[None] * (6 - len(found))
 
 
