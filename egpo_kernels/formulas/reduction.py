@@ -28,7 +28,7 @@ def reduction_factor(
         return torch.ones((), dtype=dtype, device=mask.device)
     if config.reduction == "token_mean":
         if num_tokens is None and at_hand(mask):
-            return torch.full((), 1 / (np.count_nonzero(mask.numpy()) or torch.nan), dtype=dtype)
+            return torch.full((), 1 / (np.count_nonzero(mask.numpy()) or torch.nan), dtype=dtype, device=mask.device)
         denominator = _as_count(mask.sum() if num_tokens is None else num_tokens, dtype, mask.device)
     else:
         counts = segments.counts(mask)

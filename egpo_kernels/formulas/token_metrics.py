@@ -71,7 +71,7 @@ def token_metrics(
     high, low = told(ratio.amax()), told(counted.least(ratio))
     if seen:
         nothing: Any = 0.0 if count else NOTHING
-        return torch.tensor((*sums, nothing + high, nothing - low), dtype=ratio.dtype)
+        return torch.tensor((*sums, nothing + high, nothing - low), dtype=ratio.dtype, device=ratio.device)
     nothing = torch.where(count > 0, 0.0, NOTHING)
     return torch.stack([value.to(ratio.dtype) for value in (*sums, nothing + high, nothing - low)])
 
