@@ -184,7 +184,9 @@ def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: O
 def _count(name: str, value: Any, call: Call, counted: Callable[[], Tensor]) -> Tensor | float | None:
     """A checked global count; a traced call has it in a tensor, since operators' numbers are constants there."""
     found = check_count(name, value, call.layout.device, counted)
-    if not torch.compiler.is_compiling() or found is None or isinstance(found, Tensor):
+    if isinstance(found, Tensor):
+        return found.detach() if found.requires_grad else found
+    if not torch.compiler.is_compiling() or found is None:
         return found
     # Not full, which would take a number as it is now for good.
     return found * torch.ones((), dtype=call.dtype, device=call.layout.device)

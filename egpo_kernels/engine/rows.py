@@ -56,7 +56,7 @@ class Unmade(NamedTuple):
 
     def tensors(self) -> list[Tensor | None]:
         """The operators' argument ``given``."""
-        counts = [_constant(count) if isinstance(count, Tensor) else None for count in self.counts]
+        counts = [count if isinstance(count, Tensor) else None for count in self.counts]
         return [*self.given.tensors, self.layout.known_offsets, self.poison, *counts]
 
     def how(self) -> row_ops.How:
