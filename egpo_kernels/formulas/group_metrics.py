@@ -2,8 +2,6 @@
 
 import functools
 
-import numpy as np
-
 from egpo_kernels.formulas.arrays import Array, floating, isfinite, joined, largest, picked, where
 from egpo_kernels.formulas.groups import Groups, Known, Rules
 from egpo_kernels.formulas.tables import GROUP, NOTHING
@@ -16,8 +14,8 @@ _KINDS = ("single", "unusable", "all_wrong", "all_correct", "no_correct", "mixed
 
 
 @functools.cache
-def _found() -> Array:
-    """Where each slot of `GROUP` lies in the vector that `raw` puts together, as an array."""
+def _found() -> tuple[int, ...]:
+    """Where each slot of `GROUP` lies in the vector that `raw` puts together."""
     parts = [f"egpo/{value}/{of}".rstrip("/") for value in _VALUES for of in _OF]
     names = [f"{part}/count/sum" for part in parts]
     names += [f"egpo/weight/{bound}/mean" for bound in ("at_lower", "at_one", "at_upper")]
@@ -25,7 +23,7 @@ def _found() -> Array:
     names += [f"egpo/groups/{kind}/sum" for kind in _KINDS]
     names += ["egpo/groups/sum", "egpo/incomplete_groups/sum"]
     names += [f"{part}/{what}" for what in ("total/sum", "max", "min") for part in parts]
-    return np.array([names.index(slot) for slot in GROUP.slots])
+    return tuple(names.index(slot) for slot in GROUP.slots)
 
 
 def raw(

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from egpo_kernels.formulas.arrays import at_hand
+
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 INFINITY = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
 """The bits of inf."""
@@ -26,7 +28,7 @@ class Selection(NamedTuple):
     def least(self, kept: Tensor) -> Tensor:
         """The least of what was kept, 0-d; inf where nothing was."""
         rest = (~self.bits).bitwise_and_(INFINITY[kept.dtype])
-        return rest.bitwise_or_(kept.view(self.bits.dtype)).view(kept.dtype).amin()
+        return (rest | kept.view(self.bits.dtype)).view(kept.dtype).amin()
 
 
 class Standing(NamedTuple):
@@ -46,7 +48,7 @@ def standing(log_probs: Tensor, log_ratios: Tensor, mask: Tensor, bound: float) 
     Only on a CPU are values looked at: elsewhere that would wait for the device. Results do not depend on it.
     """
     counted = _selection(mask, log_probs.dtype)
-    if log_ratios.device.type == "cpu" and log_ratios.numel():
+    if at_hand(log_ratios) and log_ratios.numel():
         least, largest = log_ratios.aminmax()
         if least >= -bound and largest <= bound:
             return Standing(counted, counted, True)

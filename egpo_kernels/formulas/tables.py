@@ -5,7 +5,6 @@ slot by slot.
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 NOTHING = float("-inf")
@@ -26,21 +25,21 @@ class Metric(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """The raw slots of one vector and the metrics made of them; equal to itself alone, so that it is a cheap key."""
+    """The raw slots of one vector and the metrics made of them; equal to itself alone, so that it is a cheap key.
+
+    ``slots`` and ``keys`` are their names, in order.
+    """
 
     sums: tuple[str, ...]
     maxima: tuple[str, ...]
     metrics: tuple[Metric, ...]
+    slots: tuple[str, ...] = dataclasses.field(init=False)
+    keys: tuple[str, ...] = dataclasses.field(init=False)
 
-    @functools.cached_property
-    def slots(self) -> tuple[str, ...]:
-        """Names of the raw slots, in order."""
-        return self.sums + self.maxima
-
-    @functools.cached_property
-    def keys(self) -> tuple[str, ...]:
-        """Names of the reported metrics, in order."""
-        return tuple(metric.key for metric in self.metrics)
+    def __post_init__(self) -> None:
+        # Not cached properties, which take a lock on Python 3.11, and Dynamo traces none.
+        object.__setattr__(self, "slots", self.sums + self.maxima)
+        object.__setattr__(self, "keys", tuple(metric.key for metric in self.metrics))
 
 
 def _metric(key: str, count: str, slot: str = "") -> Metric:
