@@ -7,8 +7,10 @@ them (what it allocates is aligned, the dtypes of rows are settled): it says in 
 from collections.abc import Hashable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+ON_AMD = torch.version.hip is not None
 NOTHING: dict[str, Any] = {}
 
 # By key, then by place in the order of launches.
@@ -44,8 +46,15 @@ class Launches:
             self.known[place] = compiled
 
 
-def lie(tensors: Iterable[Tensor | None]) -> tuple[bool | None, ...]:
-    """Which tensors start 16 bytes, which Triton compiles for; None where there is none."""
+def lie(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+    """Which tensors start 16 bytes, which Triton compiles for; None where there is none.
+
+    For AMD also whether their memory takes more than 31 bits: it compiles offsets of 32 bits where it does not.
+    """
+    if ON_AMD:
+        return tuple(
+            [None if it is None else (not it.data_ptr() & 15, it.untyped_storage().size() >> 31) for it in tensors]
+        )
     return tuple([None if tensor is None else not tensor.data_ptr() & 15 for tensor in tensors])
 
 

@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from benchmarks.counts.budgets import KERNELS
 from benchmarks.machine import ROOT
+from egpo_kernels.triton import launcher
 
 pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]
 
@@ -37,3 +39,18 @@ def test_a_launch_from_memory_is_the_one_that_triton_would_make():
 
 def test_a_key_that_misses_the_device_or_how_tensors_lie_is_noticed():
     assert answered(f"unnoticed({PARTS})") == []
+
+
+def test_amds_compiler_and_the_key_ask_for_the_same_of_a_tensors_memory(monkeypatch):
+    backend = pytest.importorskip("triton.backends.amd.compiler").HIPBackend
+    monkeypatch.setattr(launcher, "ON_AMD", True)
+    # Memory that nobody touches is not there.
+    whole = torch.empty(2**31, dtype=torch.uint8, device="cpu")
+    tensors = (whole[:64], torch.empty(64, dtype=torch.uint8, device="cpu"))
+    keys, compiled = ({function(it) for it in tensors} for function in (key_of, backend.get_tensor_specialization))
+    assert len(keys) == len(compiled) == 2
+
+
+def key_of(tensor):
+    """How it lies."""
+    return launcher.lie((tensor,))
