@@ -35,11 +35,6 @@ class Groups(NamedTuple):
     alone: bool
     at_hand: bool
 
-    @property
-    def first(self) -> Tensor:
-        """Mark one member of each group, ``[S]`` bool in the caller's order."""
-        return self.restore(_starts(self.place))
-
     def sort(self, values: Array) -> Array:
         """Bring ``values [S]`` into the groups' order."""
         return values if self.order is None else values[self.order]

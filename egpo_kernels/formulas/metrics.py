@@ -28,17 +28,6 @@ _GAPS = {m.key: m for t in (TOKEN, GROUP) for m in t.metrics if m.kind == "gap"}
 _KNOWN = {metric.key: metric for table in (TOKEN, GROUP) for metric in table.metrics}
 
 
-def summary(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return count, sum, maximum and maximum of the negated ``values`` over ``where``, 0-d each."""
-    if values.shape[0] == 0:
-        nothing = values.new_full((), NOTHING)
-        return values.new_zeros(()), values.new_zeros(()), nothing, nothing
-    chosen = torch.where(where, values, 0.0)
-    high = torch.where(where, values, NOTHING).amax()
-    low = torch.where(where, -values, NOTHING).amax()
-    return where.sum().to(values.dtype), total(chosen), high, low
-
-
 class Run(NamedTuple):
     """Metrics of one kind that follow each other, as views of a raw vector; of a gap, part and place of two means."""
 

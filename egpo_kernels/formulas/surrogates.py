@@ -224,9 +224,11 @@ def token_slopes(
     terms: TokenTerms, factor: Tensor, rows: Rows, found: Standing, segments: Segments, config: PolicyLossConfig
 ) -> Tensor:
     """Derivative ``[N]`` of the sum of ``terms.loss(entropy, factor, config)`` over live rows by each log-prob."""
-    slope = factor * terms.slope
-    if spreads(config):
-        slope = passed(_sequence_mean(torch.where(found.live.rows, slope, 0.0), rows.mask, segments), terms.inside)
+    if not spreads(config):
+        # Added up first: with the KL times the ratio they may all but cancel out.
+        return factor * (terms.slope if terms.kl_slope is None else terms.slope + config.kl_coef * terms.kl_slope)
+    slope = torch.where(found.live.rows, factor * terms.slope, 0.0)
+    slope = passed(_sequence_mean(slope, rows.mask, segments), terms.inside)
     return slope if terms.kl_slope is None else slope + config.kl_coef * factor * terms.kl_slope
 
 

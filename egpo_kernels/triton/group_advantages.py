@@ -251,7 +251,7 @@ def group_advantages(
     uncertainty = counts = None
     inputs = (dense(ids), rewards.contiguous(), dense(correct))
     launches = Launches(
-        rewards.device, rewards.dtype, config.json, lie(inputs), measured.values is None, reach(count), reported
+        rewards.device, rewards.dtype, _choices_of(config), lie(inputs), measured.values is None, reach(count), reported
     )
     if count:
         if measured.values is not None:

@@ -147,7 +147,8 @@ def _one_pass(
     launched = launch_for("logits_policy_loss_kernel", logits, out, may_ring=True)
     launches = Launches(
         logits.device, logits.dtype, out.dtype, launched.key, where.key, target.key, lie(pointers), length >> 31,
-        out_length >> 31, num_rows >> 31, config.json, want_entropy, *key,
+        out_length >> 31, num_rows >> 31, config.surrogate, choices_of(config), config.entropy_coef != 0, want_entropy,
+        *key,
     )  # fmt: skip
     numbers, surrogate = settings_of(config, temperature, grad_scale, dtype), SURROGATES[config.surrogate]
     results, sizes = (log_probs, entropy), (length, out_length, num_rows)
