@@ -16,7 +16,7 @@ from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide
 from egpo_kernels.triton.launch import processors
 from egpo_kernels.triton.launcher import Launches, dtypes, lie, reach
-from egpo_kernels.triton.segments import Flags, bounds_of, counted_rows, flags_from, flags_of, sequence_of
+from egpo_kernels.triton.segments import Flags, bounds_of, counted_rows, flags_of, sequence_of
 from egpo_kernels.triton.settings import as_arguments, blocks_of, dense, read_number, triton_dtype
 
 BLOCK, BLOCK_COUNT, OPTIONS = 1024, 4096, {"num_warps": 8}
@@ -46,6 +46,7 @@ class Whole(NamedTuple):
 
 
 NOTHING = Numbers(None, None, None, None, None, None)
+NUM_NUMBERS = tl.constexpr(len(NOTHING))
 
 
 class Choices(NamedTuple):
@@ -92,7 +93,7 @@ def sequence_counts_kernel(
     total, active = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     for first in range(start, stop, BLOCK):
         offs = first + tl.arange(0, BLOCK)
-        counted = counted_rows(flags, offs, stop)
+        counted = counted_rows(flags, 0, offs, stop)
         total += counted.to(tl.int32)
         if actives_ptr is not None:
             active += is_active(given, kinds, offs, offs * 0 + sequence, counted, DTYPE).to(tl.int32)
@@ -102,14 +103,14 @@ def sequence_counts_kernel(
 
 
 @triton.jit
-def number_that_count(flags, whole, stop, num_sequences, REDUCTION: tl.constexpr, BLOCK: tl.constexpr):
+def number_that_count(flags, whole, stop, num_sequences, choices, BLOCK: tl.constexpr):
     """Tokens of the batch that count, or sequences with such a token; every program counts them for itself."""
     total = tl.zeros([BLOCK], tl.int32)
-    if REDUCTION == "token_mean":
+    if choices.reduction == "token_mean":
         for first in range(0, stop, BLOCK):
             # Counted from a block's first row: places in 32 bits take half the registers.
             left = tl.minimum(stop - first, BLOCK).to(tl.int32)
-            total += counted_rows(flags_from(flags, first), tl.arange(0, BLOCK), left).to(tl.int32)
+            total += counted_rows(flags, first, tl.arange(0, BLOCK), left).to(tl.int32)
     else:
         for first in range(0, num_sequences, BLOCK):
             offs = first + tl.arange(0, BLOCK)
@@ -125,7 +126,7 @@ def denominator_of(flags, whole, numbers, stop, num_sequences, choices, DTYPE: t
     elif choices.known:
         count = read_number(numbers, 0, DTYPE)
     else:
-        count = number_that_count(flags, whole, stop, num_sequences, choices.reduction, BLOCK).to(DTYPE)
+        count = number_that_count(flags, whole, stop, num_sequences, choices, BLOCK).to(DTYPE)
     if choices.reduction == "seq_mean_token_sum_norm":
         count = count * read_number(numbers, 1, DTYPE)
     return count
@@ -173,7 +174,7 @@ def token_rows_kernel(
     for first in range(tl.program_id(0) * BLOCK, num_rows, tl.num_programs(0) * BLOCK):
         offs = tl.cast(first, tl.int64) + tl.arange(0, BLOCK)
         valid, inside = offs < num_rows, offs < stop
-        counted = counted_rows(flags, offs, stop)
+        counted = counted_rows(flags, 0, offs, stop)
         sequence = sequence_of(offsets_ptr, offs, inside, num_rows, num_sequences, length)
         if mask_ptr is not None:
             looked_at = mask_of(given, kinds, whole, offs, sequence, counted, choices, DTYPE)
@@ -183,7 +184,7 @@ def token_rows_kernel(
         if made.factor is not None:
             factor = factor_of(whole, divisor, sequence, counted, choices, DTYPE, BLOCK)
             tl.store(made.factor + offs, factor, mask=valid)
-        for place in tl.static_range(len(made)):
+        for place in tl.static_range(NUM_NUMBERS):
             if given[place] is not None and made[place] is not None:
                 values = load_field(given[place], offs, sequence, inside, kinds[place], DTYPE)
                 tl.store(made[place] + offs, values, mask=valid)

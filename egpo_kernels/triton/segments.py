@@ -36,29 +36,16 @@ def flags_of(mask: Tensor | None, tokens: Tensor | None, entropy_mask: Tensor | 
 
 
 @triton.jit
-def advanced(ptr, first):
-    """The pointer to row ``first``, None where there is none."""
-    return None if ptr is None else ptr + first
-
-
-@triton.jit
-def flags_from(flags, first):
-    """Flags of the rows from ``first`` on."""
-    return Flags(
-        advanced(flags.mask_ptr, first), advanced(flags.tokens_ptr, first), advanced(flags.entropy_mask_ptr, first)
-    )
-
-
-@triton.jit
-def counted_rows(flags, offs, stop):
-    """Which of the rows ``offs`` count, of those before ``stop``."""
+def counted_rows(flags, first, offs, stop):
+    """Which of the rows ``first + offs`` count, of those before ``first + stop``."""
     counted = offs < stop
     if flags.mask_ptr is not None:
-        counted = counted & (tl.load(flags.mask_ptr + offs, mask=counted, other=0) != 0)
+        counted = counted & (tl.load(flags.mask_ptr + first + offs, mask=counted, other=0) != 0)
     elif flags.tokens_ptr is not None:
-        counted = counted & (tl.load(flags.tokens_ptr + offs, mask=counted, other=0).to(tl.int64) != IGNORED)
+        tokens = tl.load(flags.tokens_ptr + first + offs, mask=counted, other=0)
+        counted = counted & (tokens.to(tl.int64) != IGNORED)
     if flags.entropy_mask_ptr is not None:
-        counted = counted & (tl.load(flags.entropy_mask_ptr + offs, mask=counted, other=0) != 0)
+        counted = counted & (tl.load(flags.entropy_mask_ptr + first + offs, mask=counted, other=0) != 0)
     return counted
 
 
@@ -101,7 +88,7 @@ def segment_mean_kernel(
     total, count = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], tl.int32)
     for first in range(start, stop, BLOCK):
         offs = first + tl.arange(0, BLOCK)
-        counted = counted_rows(flags, offs, stop)
+        counted = counted_rows(flags, 0, offs, stop)
         total += tl.load(values_ptr + offs, mask=counted, other=0.0).to(dtype)
         count += counted.to(tl.int32)
     number = tl.sum(count, axis=0)

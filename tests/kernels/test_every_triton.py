@@ -1,12 +1,13 @@
-"""What the kernels over logits owe a Hopper, on whatever triton is installed: `make tritons` has the oldest and newest.
+"""Every kernel compiles, on whatever triton is installed, and those over logits give a Hopper its due.
 
-`tests/benchmarks/test_budgets.py` has the exact figures of the pinned version.
+`make tritons` has the oldest and newest; `tests/benchmarks/test_budgets.py` has the exact figures of the pinned version.
 """
 
 import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks.counts.budgets import KERNELS
 from benchmarks.counts.collect import printed
 from tests.support.once import made_once
 
@@ -76,3 +77,8 @@ def test_every_candidate_of_the_sweep_compiles_and_what_the_library_uses_does_no
     assert {row["kernel"] for row in own} == set(INSTRUCTIONS)
     assert not [row for row in own if row["stack"]]
     assert max(row["stack"] for row in rows) <= 64
+
+
+def test_every_kernel_compiles_with_every_option():
+    """An older compiler refuses what a newer one takes: plain values from a tuple of constants, functions of None."""
+    assert {row["kernel"] for row in printed("compiled_kernels", "sm_90")} == set(KERNELS)
