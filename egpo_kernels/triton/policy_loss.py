@@ -164,7 +164,8 @@ def _prepare(
     scores = Scores(log_probs.contiguous(), None if entropy is None else entropy.contiguous())
     launches = Launches(
         log_probs.device, log_probs.dtype, config.surrogate, choices, config.ratio, lie(pointers), lie(scores),
-        lie((segments.offsets,)), upstream and lie(upstream[:1]), reach(log_probs.shape[0], segments.num_sequences, segments.length), *key,
+        lie((segments.offsets,)), upstream and lie(upstream[:1]),
+        reach(log_probs.shape[0], segments.num_sequences, segments.length), *key,
     )  # fmt: skip
     if config.pools:
         count = segments.num_sequences

@@ -221,11 +221,21 @@ def backwards(result: Any, made: Made) -> None:
     torch.autograd.backward(values, upstream + made.fields.upstream if upstream.dim() == 0 else upstream)
 
 
+def neighbours(config: ek.PolicyLossConfig) -> Iterator[ek.PolicyLossConfig]:
+    """Configs that differ in one choice that kernels are compiled for."""
+    chosen = {"surrogate": ("clip", "cispo"), "kl": ("k1", "k3"), "kl_times_ratio": (False, True)}
+    for name, choices in (chosen | {"entropy_coef": (0.0, 0.01)}).items():
+        for choice in choices:
+            with contextlib.suppress(ValueError):
+                yield ek.PolicyLossConfig(**config.to_dict() | {name: choice})
+
+
 @st.composite
 def calls(draw: st.DrawFn) -> list[dict[str, Any]]:
     """A call, others of which each differs from it in a field, and itself again."""
     first = {name: draw(field) for name, field in FIELDS.items()}
     others = [first | {name: draw(field)} for name, field in FIELDS.items()]
+    others += [first | {"config": config} for config in neighbours(first["config"])]
     return [first, *(other for other in others if other != first), first]
 
 
