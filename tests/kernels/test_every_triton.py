@@ -1,6 +1,6 @@
 """Every kernel compiles, on whatever triton is installed, and those over logits give a Hopper its due.
 
-`make tritons` has the oldest and newest; `tests/benchmarks/test_budgets.py` has the exact figures of the pinned version.
+`make tritons` has the oldest and newest; `tests/benchmarks/test_budgets.py` has the pinned version's exact figures.
 """
 
 import pytest
