@@ -35,6 +35,7 @@ FUNCTIONS = ("logits_policy_loss",) * 4 + ("policy_loss",) * 2 + ("group_advanta
     "token_log_probs", "egpo_loss", "linear_policy_loss", "linear_token_log_probs", "empty", "rescale", "rescale",
 )  # fmt: skip
 SEQUENCE, WHITENED = ek.PolicyLossConfig(ratio="sequence"), ek.AdvantageConfig(scale="batch_whiten")
+ESTIMATES = st.builds(ek.PolicyLossConfig, kl_coef=st.just(0.1), kl=st.sampled_from(["k1", "k2", "k3"]))
 # Which of the tensors start no access of 16 bytes.
 PLACES = ("logits", "rows", "sequences", "upstream")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -120,7 +121,7 @@ FIELDS: dict[str, st.SearchStrategy] = {
     "ref": st.sampled_from(["token", "token", "none"]),
     "weights": st.sampled_from(KINDS),
     "heat": st.sampled_from(KINDS),
-    "config": st.one_of(st.just(ek.PolicyLossConfig()), st.just(SEQUENCE), loss_configs()),
+    "config": st.one_of(st.just(ek.PolicyLossConfig()), st.just(SEQUENCE), ESTIMATES, loss_configs()),
     "groups": st.sampled_from([*WHOLE, 1]),
     "correct": st.booleans(),
     "entropy": st.booleans(),
