@@ -8,12 +8,21 @@ import sys
 import torch
 
 import egpo_kernels.triton as backend
-from benchmarks.counts.launches import VOCAB, Size, launch_groups, launch_log_probs, launch_logits, make_rows
+from benchmarks.counts.launches import (
+    VOCAB,
+    Size,
+    launch_groups,
+    launch_log_probs,
+    launch_logits,
+    launch_rows,
+    make_rows,
+)
 from benchmarks.ring import switched_on
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
 from egpo_kernels.triton.launch import architecture
 
 CONFIG = PolicyLossConfig(ratio="sequence", kl_coef=0.1, entropy_coef=0.1)
+SPREAD = PolicyLossConfig(ratio="sequence", reduction="seq_mean_token_mean")
 WHITENED = AdvantageConfig(scale="batch_whiten", renorm="after")
 SIZE = Size(3, 5)
 
@@ -33,6 +42,7 @@ def main(device: str = "cuda", vocab: str = "40009") -> None:
     """Launch, wait, and say that it is done."""
     launch_logits(torch.bfloat16, True, CONFIG, SIZE, int(vocab), device=device)
     launch_in_place(device, int(vocab))
+    launch_rows(torch.float32, True, SPREAD, SIZE, device=device)
     launch_log_probs(torch.float32, True, CONFIG, SIZE, device=device)
     launch_groups(torch.float32, WHITENED, True, SIZE, device=device)
     if architecture(torch.device(device)) == "sm_90":
