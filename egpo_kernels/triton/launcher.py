@@ -1,6 +1,6 @@
 """Launching a kernel: the first time by Triton, which finds out what to compile it for; then what it found, at once.
 
-Triton takes 20 to 30 us of the host to find a kernel again, for it looks at every argument. Host code knows most of
+Triton looks at every argument to find a kernel again, which costs the host more than the launch. Host code knows most of
 them (what it allocates is aligned, the dtypes of rows are settled): it says in a key what may differ between calls.
 """
 

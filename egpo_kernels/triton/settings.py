@@ -72,7 +72,7 @@ def dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def blocks_of(count: int, size: int) -> int:
-    """How many blocks of a size hold so many; `triton.cdiv` takes a host ten times as long."""
+    """How many blocks of a size hold so many; as `triton.cdiv`, which is slow on the host."""
     return -(-count // size)
 
 
