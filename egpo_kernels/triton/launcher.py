@@ -1,6 +1,7 @@
 """Launching a kernel: the first time by Triton, which finds out what to compile it for; then what it found, at once.
 
-Triton looks at every argument to find a kernel again, which costs the host time. Host code knows most of them (what it allocates is aligned, the dtypes of rows are settled): it says in a key what may differ between calls.
+Triton looks at every argument to find a kernel again, which costs the host time. Host code knows most of them (what it
+allocates is aligned, the dtypes of rows are settled): it says in a key what may differ between calls.
 """
 
 from collections.abc import Hashable, Iterable
