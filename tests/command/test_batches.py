@@ -191,21 +191,24 @@ def test_groups_are_of_every_kind_in_any_order():
     ordered = sorted_groups(batch.groups)
     assert (batch.groups.diff() < 0).any() and (batch.groups.diff() > 0).any()
 
+    names = batch.groups.tolist()
+    first = [names.index(name) for name in dict.fromkeys(names)]
+
     def total(values):
         """Over each sequence's group."""
         return ordered.restore(ordered.spread(ordered.sum(ordered.sort(values))))
 
-    sizes = [int(size) for size in total(torch.ones_like(batch.rewards))[ordered.first]]
+    sizes = [int(size) for size in total(torch.ones_like(batch.rewards))[first]]
     assert sorted(sizes) == sorted(len(group) for group in GROUPS) and sizes.count(1) == 2
     usable = total(batch.rewards.isfinite().float())
-    assert (usable == 1)[ordered.first].sum() == 3 and batch.rewards.isnan().any() and batch.rewards.isinf().any()
+    assert (usable == 1)[first].sum() == 3 and batch.rewards.isnan().any() and batch.rewards.isinf().any()
 
     def collapsed(tolerance):
-        return is_collapsed(batch.rewards, ordered, tolerance)[ordered.first]
+        return is_collapsed(batch.rewards, ordered, tolerance)[first]
 
     own = collapsed(collapse_tolerance(torch.float32))
     assert (collapsed(0.5) & ~own).any() and (own & ~collapsed(0.0)).sum() == 1
-    wrong = total((batch.rewards > 0.5).float())[ordered.first] == 0
+    wrong = total((batch.rewards > 0.5).float())[first] == 0
     assert (wrong & ~own).any() and (wrong & own).any() and (~wrong & own).any() and (~wrong & ~own).any()
     different = batch.rewards.isfinite() & (batch.rewards.double() != problem.exact.rewards)
     assert different.sum() == 1 and batch.rewards[different].item() == pytest.approx(0.3, rel=1e-6)
