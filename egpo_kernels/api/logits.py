@@ -9,7 +9,7 @@ from egpo_kernels.config.fields import check_bool
 from egpo_kernels.config.settings import LossOutput, PolicyLossConfig, Recipe, TokenLogProbs
 from egpo_kernels.engine import losses
 from egpo_kernels.engine.logits import read_logits
-from egpo_kernels.inputs.validation import check_choice, check_instance, check_logits
+from egpo_kernels.inputs.validation import check_choice, check_instance
 
 
 def egpo_loss(
@@ -233,6 +233,5 @@ def token_log_probs(
         TypeError: A wrong type or dtype.
     """
     packed = isinstance(logits, Tensor) and logits.dim() == 2
-    check_logits("logits", logits, packed)
     call = read_logits(logits, tokens, mask, None, temperature, inplace_grad, backend, one_sequence=packed)
     return losses.shaped_log_probs(call, check_bool("return_entropy", return_entropy))

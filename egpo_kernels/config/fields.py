@@ -49,7 +49,8 @@ def check_number(
     """Return ``value`` as a float, or raise naming what it must be."""
     if value is None and optional:
         return None
-    value = plain(value)
+    if type(value) is not float:
+        value = plain(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not (low <= value <= high and fits_float32(value)) or (open_low and value == low):
         wanted = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"

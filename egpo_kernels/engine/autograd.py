@@ -189,13 +189,13 @@ class LogitsPolicyLoss(torch.autograd.Function):
         *given: Any,
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.engine.ops.logits_policy_loss`; ``given`` are tensors, or a list of them."""
-        gradient = logits.detach()
         tensors = given[0] if isinstance(given[0], list) else list(given)
         arguments = (tensors, *how, [temperature, grad_scale], want_entropy, reported, backend)
         if inplace:
+            gradient = logits.detach()
             loss, vector = ops.logits_policy_loss_(gradient, *arguments)
         else:
-            loss, vector, gradient = ops.logits_policy_loss(gradient, *arguments)
+            loss, vector, gradient = ops.logits_policy_loss(logits, *arguments)
         ctx.options = (grad_scale, inplace, backend, len(given))
         # An attribute can be given away in backward; a saved tensor cannot, and leaf logits would get a copy of it.
         if torch.compiler.is_compiling():

@@ -8,7 +8,7 @@ from torch import Tensor
 from egpo_kernels import reference
 from egpo_kernels.config.fields import check_bool
 from egpo_kernels.config.settings import PolicyLossConfig, Rows, TokenLogProbs
-from egpo_kernels.engine import autograd, losses
+from egpo_kernels.engine import autograd, losses, ops
 from egpo_kernels.engine.rows import Unmade
 from egpo_kernels.inputs import layout as layouts
 from egpo_kernels.inputs.validation import check_logits, check_not_overlapping, check_rows
@@ -42,9 +42,13 @@ class Logits(NamedTuple):
         if call.backend == "reference":
             check_rows(rows, self.vocab)
             log_probs, entropy = reference.token_log_probs(self.tensor, rows, call.temperature)
-        else:
+        elif losses.is_differentiated(self):
             log_probs, entropy = autograd.TokenLogProbs.apply(
                 self.tensor, call.temperature, want_entropy, self.inplace, call.backend, *rows
+            )
+        else:
+            log_probs, entropy, *_ = ops.row_statistics(
+                self.tensor, list(rows), call.temperature, want_entropy, call.backend
             )
         return TokenLogProbs(log_probs, entropy if want_entropy else None)
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from egpo_kernels import reference
 from egpo_kernels.config.fields import check_number
@@ -20,7 +21,7 @@ from egpo_kernels.config.settings import (
 from egpo_kernels.engine import autograd, rows
 from egpo_kernels.engine.dispatch import choose_backend
 from egpo_kernels.engine.groups import PerToken, advantages_of_groups
-from egpo_kernels.engine.rows import NO_COUNTS, Given, Unmade
+from egpo_kernels.engine.rows import NO_COUNTS, Given, Unmade, flat
 from egpo_kernels.formulas import metrics
 from egpo_kernels.formulas.lazy import merged
 from egpo_kernels.formulas.rows import Counts
@@ -113,8 +114,8 @@ def read_tokens(source: Source, layout: Layout, tokens: Any, mask: Any, temperat
     """Check tokens, mask and temperature; what the source holds was checked when it was made."""
     given = Given.nothing()
     if mask is not None:
-        given.put(rows.MASK, layout.per_token("mask", mask, "real"))
-    given.put(rows.TOKENS, layout.per_token("tokens", tokens, "integer"))
+        given.put(rows.MASK, layout.shaped("mask", mask, "real"))
+    given.put(rows.TOKENS, layout.shaped("tokens", tokens, "integer"))
     heat, (heats, kind) = layouts.temperature_field(temperature, layout, lambda: given.counted(layout))
     if heats is not None:
         given.put(rows.TEMPERATURE, heats, kind)
@@ -130,13 +131,18 @@ def read_log_probs(
         raise ValueError(f"entropy is None with entropy_coef = {config.entropy_coef}; it must be given per token")
     layout = layouts.make_layout("log_probs", tuple(log_probs.shape), cu_seqlens, log_probs.device)
     dtype = compute_dtype(log_probs.dtype)
-    flat = layout.per_token("log_probs", log_probs, "floating").to(dtype)
-    flat_entropy = None if entropy is None else layout.per_token("entropy", entropy, "floating").to(dtype)
+    values = layout.per_token("log_probs", log_probs, "floating").to(dtype)
+    entropies = None if entropy is None else layout.per_token("entropy", entropy, "floating").to(dtype)
     given = Given.nothing()
     if mask is not None:
-        given.put(rows.MASK, layout.per_token("mask", mask, "real"))
+        given.put(rows.MASK, layout.shaped("mask", mask, "real"))
     call = Call(None, given, layout, 1.0, dtype, choose_backend(backend, log_probs.device))
-    return call, TokenLogProbs(flat, flat_entropy)
+    return call, TokenLogProbs(values, entropies)
+
+
+def is_differentiated(source: Source) -> bool:
+    """Whether a gradient of the source may be asked for, or is carried forward, which autograd then refuses."""
+    return (torch.is_grad_enabled() and source.requires_grad) or forward_ad._current_level >= 0
 
 
 def wants_entropy(config: PolicyLossConfig, mode: str) -> bool:
@@ -162,7 +168,7 @@ def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: O
     for name, place in PER_TOKEN:
         value = getattr(given, name)
         if value is not None:
-            fields.put(place, layout.per_token(name, value, "floating"))
+            fields.put(place, layout.shaped(name, value, "floating"))
     for name, place in PER_TOKEN_OR_SEQUENCE:
         value = getattr(given, name)
         if value is not None or place == rows.ADVANTAGES:
@@ -214,7 +220,7 @@ def loss_of_groups(call: Call, given: Constants, grouping: Grouping, recipe: Rec
     grouped = advantages_of_groups(
         grouping.groups,
         rewards,
-        PerToken(old, entropy, grouping.entropy_mask, *call.given.tensors[: rows.TOKENS + 1]),
+        PerToken(old, entropy, grouping.entropy_mask, *map(flat, call.given.tensors[: rows.TOKENS + 1])),
         grouping.correct,
         layout,
         config,
@@ -238,12 +244,11 @@ def loss_of_tokens(
     unmade = loss_rows(call, given, config, options)
     scale = check_number("grad_scale", options.grad_scale, low=0.0, high=float("inf"), open_low=True)
     assert scale is not None
-    differentiated = torch.is_grad_enabled() and call.source.requires_grad
     # fp16 cannot hold an unscaled gradient: without a scale it waits for the upstream one.
     unscaled = call.source.dtype == torch.float16 and scale == 1.0
     late = config.pools or config.reduction == "none" or unscaled or call.backend == "reference"
     entropy = wants_entropy(config, options.metrics)
-    if found is not None or late or not differentiated:
+    if found is not None or late or not is_differentiated(call.source):
         made = unmade.made(call.backend)
         if found is None:
             found = call.source.log_probs(call, made, entropy, config.entropy_coef != 0)

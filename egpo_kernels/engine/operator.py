@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """Call it with all of its arguments, in order."""
-        if torch.compiler.is_compiling() or _is_watched() or not all(map(_is_plain, arguments)):
+        if torch.compiler.is_compiling() or _is_watched() or not _are_plain(arguments):
             return self.overload(*arguments)
         return self.function(*arguments)
 
@@ -44,9 +44,9 @@ def _is_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
 
 
-def _is_plain(argument: Any) -> bool:
-    kind = type(argument)
-    return kind in _PLAIN or (kind is list and _PLAIN.issuperset(map(type, argument)))
+def _are_plain(arguments: Iterable[Any]) -> bool:
+    others = [it for it in arguments if type(it) not in _PLAIN]
+    return all(type(it) is list and _PLAIN.issuperset(map(type, it)) for it in others)
 
 
 def operator(fake: Callable, mutates: str | None = None) -> Callable[[Callable], Operator]:

@@ -30,23 +30,17 @@ from egpo_kernels.inputs import validation
 from egpo_kernels.inputs.segments import Segments
 
 
-def read_rows(fields: OptionalTensors) -> Rows:
-    """Rows from the list that an operator takes."""
+def read_rows(fields: OptionalTensors, backend: str) -> Rows:
+    """Rows from the list that an operator takes; flat, but for kernels, which read memory whatever shape it has."""
     mask, *rest = fields
     assert mask is not None
-    return Rows(mask, *rest)
-
-
-def checked_rows(fields: OptionalTensors, vocab: int) -> Rows:
-    """As `read_rows`, with the values looked at where that costs no sync."""
-    rows = read_rows(fields)
-    validation.check_rows(rows, vocab)
-    return rows
+    rows = Rows(mask, *rest)
+    return rows if backend == "triton" else rows.flat()
 
 
 def _new_gradient(logits: Tensor) -> Tensor:
-    if logits.device.type != "cpu" or logits.numel() == 0:
-        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if not _keeps_memory(logits.device) or logits.numel() == 0:
+        return logits.new_empty(logits.shape)
     # Touching new memory costs more than the arithmetic: take the last gradient's, once nothing holds it any more;
     # and where it must be new, numpy asks the system for huge pages.
     size = logits.numel() * logits.element_size()
@@ -56,6 +50,10 @@ def _new_gradient(logits: Tensor) -> Tensor:
     gradient = torch.from_numpy(memory).view(logits.dtype).view(logits.shape)
     _last_gradient[logits.device] = (memory, StorageWeakRef(gradient.untyped_storage()))
     return gradient
+
+
+def _keeps_memory(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 _last_gradient: dict[torch.device, tuple[np.ndarray, StorageWeakRef]] = {}
@@ -79,8 +77,9 @@ def row_statistics(
     logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
 ) -> Tensors4:
     """Of each row of ``logits [B, T, V]``: log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials."""
-    checked = checked_rows(rows, logits.shape[-1])
-    return implementation(backend).row_statistics(logits, checked, temperature, want_entropy)
+    read = read_rows(rows, backend)
+    validation.check_rows(read, logits.shape[-1])
+    return implementation(backend).row_statistics(logits, read, temperature, want_entropy)
 
 
 @operator(_fake_gradient)
@@ -94,7 +93,9 @@ def logits_gradient(
 ) -> Tensor:
     """Gradient ``[B, T, V]`` from statistics (maximum, sum of exponentials, entropy) and upstream (dL/dl, dL/dEnt)."""
     gradient = _new_gradient(logits)
-    implementation(backend).logits_gradient(logits, read_rows(rows), statistics, upstream, temperature, gradient)
+    implementation(backend).logits_gradient(
+        logits, read_rows(rows, backend), statistics, upstream, temperature, gradient
+    )
     return gradient
 
 
@@ -108,7 +109,7 @@ def logits_gradient_(
     backend: str,
 ) -> None:
     """As `logits_gradient`, written over ``logits``."""
-    implementation(backend).logits_gradient(logits, read_rows(rows), statistics, upstream, temperature, logits)
+    implementation(backend).logits_gradient(logits, read_rows(rows, backend), statistics, upstream, temperature, logits)
 
 
 def _fake_loss(log_probs: Tensor, *others: Any) -> Tensors2:
@@ -133,7 +134,7 @@ def policy_loss(
     """Loss (0-d, or reduced ``per_token [N]``), and the metrics vector where it is ``reported``."""
     segments = Segments(log_probs.shape[0], num_sequences, offsets)
     return implementation(backend).policy_loss(
-        log_probs, entropy, read_rows(rows), segments, policy_config(config), vocab, per_token, reported
+        log_probs, entropy, read_rows(rows, backend), segments, policy_config(config), vocab, per_token, reported
     )
 
 
@@ -156,7 +157,7 @@ def policy_loss_gradient(
     """Gradient of the token losses times ``upstream`` (0-d or ``[N]``) by ``log_probs [N]`` and, if wanted, entropy."""
     segments = Segments(log_probs.shape[0], num_sequences, offsets)
     return implementation(backend).policy_loss_gradient(
-        log_probs, read_rows(rows), segments, policy_config(config), upstream, want_bonus
+        log_probs, read_rows(rows, backend), segments, policy_config(config), upstream, want_bonus
     )
 
 

@@ -18,7 +18,10 @@ NO_COUNTS = Counts()
 
 
 class Given(NamedTuple):
-    """Flat tensors in the order of `egpo_kernels.config.settings.Rows`, None where not given, and the kind of each."""
+    """Tensors in the order of `egpo_kernels.config.settings.Rows`, None where not given, and the kind of each.
+
+    One of a number for each token has the tokens' shape.
+    """
 
     tensors: list[Tensor | None]
     kinds: list[int]
@@ -34,13 +37,18 @@ class Given(NamedTuple):
 
     def put(self, place: int, values: Tensor, kind: int = PER_TOKEN) -> None:
         """Fill in a tensor, which is a constant to every loss."""
-        self.tensors[place] = _constant(values)
+        self.tensors[place] = values.detach() if values.requires_grad else values
         self.kinds[place] = kind
 
     def counted(self, layout: Layout) -> Tensor:
         """Rows ``[N]`` that count."""
         mask, tokens = self.tensors[MASK], self.tensors[TOKENS]
-        return counted_rows(mask, tokens, layout.known_offsets, layout.num_rows, layout.device)
+        return counted_rows(flat(mask), flat(tokens), layout.known_offsets, layout.num_rows, layout.device)
+
+
+def flat(tensor: Tensor | None) -> Tensor | None:
+    """``[N]``."""
+    return None if tensor is None else tensor.reshape(-1)
 
 
 class Unmade(NamedTuple):
@@ -76,7 +84,3 @@ class Unmade(NamedTuple):
         mask, *others = (next(new) if own else old for own, old in zip(fresh, given.tensors, strict=True))
         assert mask is not None
         return Rows(mask, *others)
-
-
-def _constant(values: Tensor) -> Tensor:
-    return values.detach() if values.requires_grad else values

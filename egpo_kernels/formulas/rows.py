@@ -14,7 +14,7 @@ from egpo_kernels.inputs.layout import FOR_ALL, PER_SEQUENCE, PER_TOKEN
 from egpo_kernels.inputs.segments import Segments, counted_rows
 
 Given = Sequence[Tensor | None]
-"""What the caller gave in the order of `Rows`, flat, of any dtype; nothing for the factor."""
+"""What the caller gave in the order of `Rows`, flat or of the tokens' shape, of any dtype; nothing for the factor."""
 
 
 class Purpose(NamedTuple):
@@ -89,7 +89,7 @@ def broad_rows(
     """
     mask, tokens, *numbers = given
     shape = segments.shape
-    counted = counted_rows(mask, tokens, segments.offsets, segments.num_rows, device).view(shape)
+    counted = counted_rows(mask, tokens, segments.offsets, segments.num_rows, device).reshape(shape)
 
     def spread(values: Tensor | None, kind: int) -> Tensor | None:
         if values is None:
@@ -97,10 +97,10 @@ def broad_rows(
         values = values.to(purpose.dtype)
         if kind == PER_SEQUENCE:
             return segments.column(values)
-        return values if kind == FOR_ALL else values.view(shape)
+        return values if kind == FOR_ALL else values.reshape(shape)
 
     heats, advantages, _, *others = map(spread, numbers, kinds[2:])
-    rows = Rows(counted, None if tokens is None else tokens.long().view(shape), heats, advantages, None, *others)
+    rows = Rows(counted, None if tokens is None else tokens.long().reshape(shape), heats, advantages, None, *others)
     if purpose.config is None:
         return rows
     factor = reduction_factor(counted, segments, purpose.config, counts.tokens, counts.sequences, purpose.dtype)

@@ -1,5 +1,6 @@
 """From what callers hold (padded or packed, per sequence or per token) to flat rows `[N]`."""
 
+import math
 import uuid
 from collections.abc import Callable
 from reprlib import repr as shown
@@ -18,29 +19,28 @@ ABSENT, PER_TOKEN, PER_SEQUENCE, FOR_ALL = range(4)
 
 
 class Field(NamedTuple):
-    """A checked tensor of a caller's, flat: ``[N]``, ``[S]`` or ``[1]`` by its kind."""
+    """A checked tensor of a caller's: of the tokens' shape, ``[S]`` or ``[1]`` by its kind."""
 
     values: Tensor | None = None
     kind: int = ABSENT
 
 
+NO_FIELD = Field()
+
+
 class Layout(NamedTuple):
     """How rows belong to sequences: as many to each where padded, else by ``known_offsets [S + 1]``.
 
-    ``shape`` is that of a per-token tensor (``(S, T)`` padded, ``(N,)`` packed); ``poison`` is None, or a 0-d 1.0 that
-    is NaN where ``cu_seqlens`` on a device was malformed.
+    ``shape`` is that of a per-token tensor (``(S, T)`` padded, ``(N,)`` packed), ``num_rows`` are its positions N,
+    padding included; ``poison`` is None, or a 0-d 1.0 that is NaN where ``cu_seqlens`` on a device was malformed.
     """
 
     shape: tuple[int, ...]
+    num_rows: int
     num_sequences: int
     device: torch.device
     known_offsets: Tensor | None = None
     poison: Tensor | None = None
-
-    @property
-    def num_rows(self) -> int:
-        """Flattened positions N, padding included."""
-        return self.shape[0] * (self.shape[1] if len(self.shape) == 2 else 1)
 
     @property
     def segments(self) -> Segments:
@@ -76,19 +76,23 @@ class Layout(NamedTuple):
 
     def per_token(self, name: str, value: Any, kind: str) -> Tensor:
         """Check a per-token tensor and flatten it to ``[N]``."""
-        return check_tensor(name, value, kind, self._token_shapes(), self.device).reshape(-1)
+        return self.shaped(name, value, kind).reshape(-1)
+
+    def shaped(self, name: str, value: Any, kind: str) -> Tensor:
+        """Check a per-token tensor and leave its shape."""
+        return _apart(check_tensor(name, value, kind, self._token_shapes(), self.device))
 
     def field(self, name: str, value: Any, kind: str, counts: Callable[[], Tensor]) -> tuple[Field, Tensor | None]:
-        """Check a tensor given per sequence (where shapes agree) or per token.
+        """Check a tensor given per sequence (where shapes agree; ``[S]`` then) or per token, whose shape is left.
 
         Beside it a 0-d 1.0 where its shape can be read both ways, NaN where they differ in the rows of ``counts``
         and a device may not be asked; else None.
         """
         shapes = {"[S]": (self.num_sequences,), "[S, 1]": (self.num_sequences, 1), **self._token_shapes()}
         value = check_tensor(name, value, kind, shapes, self.device)
-        flat = value.reshape(-1)
         if value.shape not in (shapes["[S]"], shapes["[S, 1]"]):
-            return Field(flat, PER_TOKEN), None
+            return Field(_apart(value), PER_TOKEN), None
+        flat = _apart(value) if value.dim() == 1 else value.reshape(-1)
         if value.shape != self.shape or len(self.shape) == 2:
             return Field(flat, PER_SEQUENCE), None
         rows = per_row(flat, self.sequence)
@@ -101,10 +105,15 @@ class Layout(NamedTuple):
         """As `field`, spread over rows ``[N]``; without ``counts`` every row in a sequence does."""
         (values, found), sound = self.field(name, value, kind, lambda: self.inside() if counts is None else counts)
         assert values is not None
-        return per_row(values, self.sequence) if found == PER_SEQUENCE else values, sound
+        return per_row(values, self.sequence) if found == PER_SEQUENCE else values.reshape(-1), sound
 
     def _token_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"[S, T]" if len(self.shape) == 2 else "[N]": self.shape}
+
+
+def _apart(value: Tensor) -> Tensor:
+    """A view while a compiler traces, which takes no tensor as two arguments."""
+    return value.reshape(-1) if torch.compiler.is_compiling() else value
 
 
 def make_layout(name: str, shape: tuple[int, ...], cu_seqlens: Any, device: torch.device) -> Layout:
@@ -114,7 +123,7 @@ def make_layout(name: str, shape: tuple[int, ...], cu_seqlens: Any, device: torc
             raise ValueError(
                 f"{name} has shape {list(shape)}; it must be [S, T], or packed [N] with cu_seqlens [S + 1]"
             )
-        return Layout(shape, shape[0], device)
+        return Layout(shape, shape[0] * shape[1], shape[0], device)
     if len(shape) != 1:
         raise ValueError(f"cu_seqlens is given with {name} padded; it must be None, or {name} packed")
     check_dense("cu_seqlens", cu_seqlens, "integer")
@@ -122,12 +131,12 @@ def make_layout(name: str, shape: tuple[int, ...], cu_seqlens: Any, device: torc
         raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; it must be [S + 1], an integer tensor")
     cu_seqlens = check_tensor("cu_seqlens", cu_seqlens, "integer", {"[S + 1]": tuple(cu_seqlens.shape)}, device)
     offsets, poison = torch.ops.egpo_kernels.sequence_offsets(cu_seqlens, shape[0])
-    return Layout(shape, cu_seqlens.shape[0] - 1, device, offsets, poison)
+    return Layout(shape, shape[0], cu_seqlens.shape[0] - 1, device, offsets, poison)
 
 
 def one_sequence(shape: tuple[int, ...], device: torch.device) -> Layout:
     """Describe packed per-token tensors ``[N]`` where it does not matter which sequence a token is in."""
-    return Layout(shape, 1, device)
+    return Layout(shape, shape[0], 1, device)
 
 
 def counted(mask: Any, tokens: Tensor | None, layout: Layout) -> Tensor:
@@ -139,8 +148,8 @@ def counted(mask: Any, tokens: Tensor | None, layout: Layout) -> Tensor:
 def temperature_field(temperature: Any, layout: Layout, counts: Callable[[], Tensor]) -> tuple[float, Field]:
     """Return the temperature as a float, or as 1.0 and a field (NaN where it can be read two ways that differ)."""
     if not isinstance(temperature, Tensor):
-        heat = check_number("temperature", temperature, low=0.0, high=float("inf"), open_low=True)
-        return heat or 1.0, Field()
+        heat = check_number("temperature", temperature, low=0.0, high=math.inf, open_low=True)
+        return heat or 1.0, NO_FIELD
     if temperature.dim() == 0:
         number = check_tensor("temperature", temperature, "real", {}, layout.device)
         return 1.0, Field(number.detach().reshape(1), FOR_ALL)

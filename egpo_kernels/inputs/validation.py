@@ -55,7 +55,8 @@ def check_tensor(name: str, value: Any, kind: str, shapes: Shapes, device: torch
     if torch.compiler.is_compiling():
         return value
     # Operators refuse a view that is still to be negated, and autograd does not save what inference_mode made.
-    value = value.resolve_neg()
+    if value.is_neg():
+        value = value.resolve_neg()
     return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
 
 
@@ -185,6 +186,7 @@ def _check_temperatures(temperature: Tensor | None, mask: Tensor) -> None:
 def check_rows(rows: Rows, vocab: int) -> None:
     """Raise when a counted row's token or temperature cannot be. Values are read only where that costs no sync."""
     if checks_values(rows.mask.device):
+        rows = rows.flat()
         _check_tokens(rows.tokens, rows.mask, vocab)
         _check_temperatures(rows.temperature, rows.mask)
 

@@ -65,6 +65,7 @@ def _read(
         num_active,
         max_chunk_bytes,
     )
+    rows = rows.flat()
     validation.check_rows(rows, weight.shape[0])
     cooled, temperature = layer.head.cooled(rows, temperature)
     return layer, cooled, temperature
@@ -110,7 +111,7 @@ def linear_row_statistics(
     Maximum and sum are ``[0]`` where the gradient is made, which is empty unless ``with_gradient``.
     """
     layer, cooled, temperature = _read(
-        hidden, head, read_rows(rows), host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
+        hidden, head, read_rows(rows, backend), host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
     )
     surplus = too_many(cooled.mask, host_mask, num_active)
     if with_gradient:
@@ -147,7 +148,7 @@ def linear_gradient(
 ) -> Gradients:
     """Gradients from statistics (maximum, sum of exponentials, entropy; or empty) and upstream (dL/dl, dL/dEnt)."""
     layer, cooled, temperature = _read(
-        hidden, head, read_rows(rows), host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
+        hidden, head, read_rows(rows, backend), host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
     )
     found = passes.gradient(layer, cooled, statistics, upstream, temperature, Wanted(*wanted))
     hidden_gradient, weight, bias, lora_a, lora_b = found

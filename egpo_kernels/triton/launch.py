@@ -110,11 +110,6 @@ class Launched(NamedTuple):
     options: dict[str, int]
     programs: int
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What of it kernels are compiled for."""
-        return self.launch, self.extent, *self.options.values()
-
 
 @functools.cache
 def architecture(device: torch.device) -> str:
@@ -138,19 +133,25 @@ def constants_for(kernel: str, vocab: int, itemsize: int, device: torch.device) 
     raise LookupError(f"no rule of the table fits {kernel} on {found}")
 
 
+def choice_of(kernel: str, logits: torch.Tensor) -> tuple[str, Constants]:
+    """What decides, beside how tensors lie, what `launch_for` answers."""
+    device = logits.device
+    return architecture(device), constants_for(kernel, logits.shape[-1], logits.element_size(), device)
+
+
 def launch_for(kernel: str, logits: torch.Tensor, out: torch.Tensor | None = None, may_ring: bool = False) -> Launched:
     """How ``kernel`` goes over ``logits [B, T, V]`` and, where there is one, their gradient.
 
     One that ``may_ring`` goes through the ring where the table has one that takes these rows.
     """
     vocab, itemsize, shift = logits.shape[-1], logits.element_size(), _shift(logits)
-    constants = constants_for(kernel, vocab, itemsize, logits.device)
+    found, constants = choice_of(kernel, logits)
     aligned = not any(shift)
     agrees = out is None or out is logits or _shift(out) == shift
     ring = constants.ring if may_ring and aligned and agrees else None
     if ring is not None and _fits(ring, vocab, itemsize):
         return _through_ring(ring, vocab, itemsize)
-    return _launch(constants, architecture(logits.device), vocab, itemsize, aligned, agrees)
+    return _launch(constants, found, vocab, itemsize, aligned, agrees)
 
 
 @functools.lru_cache(maxsize=256)

@@ -4,17 +4,20 @@ Triton looks at every argument to find a kernel again, which costs the host time
 allocates is aligned, the dtypes of rows are settled): it says in a key what may differ between calls.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 ON_AMD = torch.version.hip is not None
 NOTHING: dict[str, Any] = {}
+HOOKED = object()
 
-# By key, then by place in the order of launches.
-_known: dict[Hashable, dict[int, Any]] = {}
+# By key: compiled kernels by place in the order of launches, and what was worked out by the function that did.
+_known: dict[Hashable, dict[Any, Any]] = {}
 
 
 class Launches:
@@ -24,43 +27,65 @@ class Launches:
     allocated here (`lie`), and which whole numbers are special to Triton (`size`).
     """
 
-    __slots__ = ("known", "place")
+    __slots__ = ("known", "place", "stream")
 
     def __init__(self, *key: Hashable) -> None:
         known = _known.get(key)
         if known is None:
             known = _known.setdefault(key, {})
-        self.known, self.place = known, 0
+        self.known, self.place, self.stream = known, 0, None
+
+    def worked_out(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What ``function`` returns of ``arguments`` that the key settles; it is called once for a key."""
+        found = self.known.get(function)
+        if found is None:
+            found = self.known[function] = function(*arguments)
+        return found
 
     def __call__(self, kernel: Any, programs: int, arguments: tuple, options: dict[str, Any] = NOTHING) -> None:
         """Launch ``kernel``; ``arguments`` are all of its own, in its order, ``options`` what is compiled with."""
         place = self.place
         self.place = place + 1
         compiled = self.known.get(place)
-        if compiled is not None:
-            compiled[(programs, 1, 1)](*arguments)
+        if compiled is None:
+            compiled = kernel[(programs,)](*arguments, **options)
+            # Interpreted, there is none.
+            if compiled is not None:
+                self.known[place] = compiled
             return
-        compiled = kernel[(programs,)](*arguments, **options)
-        # Interpreted, there is none.
-        if compiled is not None:
-            self.known[place] = compiled
+        stream = self.stream
+        if stream is None:
+            stream = self.stream = _stream()
+        if stream is HOOKED:
+            compiled[(programs, 1, 1)](*arguments)
+        else:
+            # As Triton launches, but for what it makes ready for hooks.
+            compiled.run(
+                programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
+            )
 
 
-def lie(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
-    """Which tensors start 16 bytes, which Triton compiles for; None where there is none.
+def _stream() -> Any:
+    """The current stream, or that somebody wants to be told of launches, a profiler."""
+    runtime, active = knobs.runtime, driver.active
+    if _is_hooked(runtime.launch_enter_hook) or _is_hooked(runtime.launch_exit_hook):
+        return HOOKED
+    return active.get_current_stream(active.get_current_device())
+
+
+def _is_hooked(hook: Any) -> bool:
+    return bool(getattr(hook, "calls", hook))
+
+
+def lie(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Of each tensor its dtype, and whether it starts 16 bytes, which Triton compiles for; None where there is none.
 
     For AMD also whether their memory takes more than 31 bits: it compiles offsets of 32 bits where it does not.
     """
     if ON_AMD:
-        return tuple(
-            [None if it is None else (not it.data_ptr() & 15, it.untyped_storage().size() >> 31) for it in tensors]
-        )
-    return tuple([None if tensor is None else not tensor.data_ptr() & 15 for tensor in tensors])
-
-
-def dtypes(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
-    """Of tensors that may be of several; None where there is none."""
-    return tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+        sizes = tuple([None if it is None else it.untyped_storage().size() >> 31 for it in tensors])
+        return sizes + tuple([None if it is None else (it.dtype, not it.data_ptr() & 15) for it in tensors])
+    return tuple([None if it is None else (it.dtype, not it.data_ptr() & 15) for it in tensors])
 
 
 def reach(*numbers: int) -> tuple[int, ...]:

@@ -5,12 +5,14 @@ import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels.config.settings import Rows, compute_dtype
-from egpo_kernels.triton.launch import launch_for, num_programs
+from egpo_kernels.triton.launch import choice_of, launch_for, num_programs
 from egpo_kernels.triton.launcher import Launches, lie
 from egpo_kernels.triton.settings import read_temperature, row_pointers, temperature_of, triton_dtype
 from egpo_kernels.triton.softmax import RowStatistics, load_token, matrix, row_inverse_temperature, row_pointer
 from egpo_kernels.triton.softmax_gradient import sweep_gradient
 from egpo_kernels.triton.strips import write_zeros
+
+KERNEL = "logits_gradient_kernel"
 
 
 @triton.jit(do_not_specialize=["length", "out_length", "num_rows"])
@@ -57,18 +59,15 @@ def logits_gradient(
 
     ``statistics`` are maximum, sum of exponentials and entropy, as `row_statistics` gave them.
     """
-    num_rows = rows.mask.shape[0]
+    num_rows = rows.mask.numel()
     if num_rows == 0:
         return
     dtype = compute_dtype(logits.dtype)
-    where, length = matrix(logits)
-    target, out_length = matrix(out)
-    launched, pointers = launch_for("logits_gradient_kernel", logits, out), row_pointers(rows)
-    given = (*statistics, *upstream)
-    launches = Launches(
-        logits.device, logits.dtype, out.dtype, launched.key, where.key, target.key, lie(pointers), lie(given),
-        length >> 31, out_length >> 31, num_rows >> 31,
-    )  # fmt: skip
+    (where, length, where_key), (target, out_length, target_key) = matrix(logits), matrix(out)
+    pointers, given = row_pointers(rows), (*statistics, *upstream)
+    tensors = lie((*pointers, *given))
+    launches = Launches(logits.device, choice_of(KERNEL, logits), where_key, target_key, tensors, out is logits)
+    launched = launches.worked_out(launch_for, KERNEL, logits, out)
     numbers, sizes = temperature_of(temperature, dtype), (length, out_length, num_rows)
     constants = (launched.launch, triton_dtype(dtype))
     arguments = (where, target, pointers, *given, numbers, *sizes, launched.extent, *constants)

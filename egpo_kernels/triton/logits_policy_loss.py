@@ -1,6 +1,6 @@
 """One launch over the rows: statistics, surrogate, and the gradient while the row is still in cache."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -10,12 +10,12 @@ from torch import Tensor
 from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import LOG2_E
-from egpo_kernels.triton.launch import Launch, launch_for, num_programs
+from egpo_kernels.triton.launch import Launch, Launched, choice_of, launch_for, num_programs
 from egpo_kernels.triton.launcher import Launches, lie
 from egpo_kernels.triton.policy_loss import Prepared, loss_of
 from egpo_kernels.triton.sequence_ratio import Scores
 from egpo_kernels.triton.settings import (
-    RowPointers,
+    Choices,
     choices_of,
     read_settings,
     row_pointers,
@@ -33,6 +33,8 @@ from egpo_kernels.triton.softmax import (
 from egpo_kernels.triton.softmax_gradient import sweep_gradient
 from egpo_kernels.triton.strips import write_zeros
 from egpo_kernels.triton.surrogates import SURROGATES, slope_of, token_terms
+
+KERNEL = "logits_policy_loss_kernel"
 
 
 @triton.jit
@@ -91,6 +93,26 @@ def kernel_of(launch: Launch) -> Any:
     return ring.ring_policy_loss_kernel
 
 
+class Plan(NamedTuple):
+    """What one pass goes by whatever its rows and numbers are: the kernel, how it is launched, constants of it and of
+    the loss.
+    """
+
+    kernel: Any
+    launched: Launched
+    choices: Choices
+    surrogate: Any
+    constants: tuple[Any, ...]
+
+
+def _plan(logits: Tensor, out: Tensor, config: PolicyLossConfig, want_entropy: bool) -> Plan:
+    launched = launch_for(KERNEL, logits, out, may_ring=True)
+    surrogate = SURROGATES[config.surrogate]
+    constants = (surrogate, triton_dtype(compute_dtype(logits.dtype)), want_entropy, config.entropy_coef != 0)
+    kernel = kernel_of(launched.launch)
+    return Plan(kernel, launched, choices_of(config), surrogate, (launched.extent, launched.launch, *constants))
+
+
 def logits_loss_gradient(
     logits: Tensor,
     rows: Rows,
@@ -101,8 +123,8 @@ def logits_loss_gradient(
     out: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob and entropy ``[N]`` of each row (0 outside the mask); its gradient goes to ``out``, maybe ``logits``."""
-    found = _one_pass(logits, row_pointers(rows), config, temperature, grad_scale, want_entropy, out)
-    return found[1:]
+    made = _one_pass(logits, rows, config, temperature, grad_scale, want_entropy, out)
+    return made.scores.log_probs_ptr, made.scores.entropy_ptr
 
 
 def logits_policy_loss(
@@ -116,43 +138,36 @@ def logits_policy_loss(
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Loss, 0-d, and the metrics vector, empty unless ``reported``; the gradient goes to ``out``, maybe ``logits``."""
-    pointers = row_pointers(rows)
-    launches, log_probs, entropy = _one_pass(
-        logits, pointers, config, temperature, grad_scale, want_entropy, out, reported
-    )
-    numbers, surrogate = settings_of(config, 1.0, 1.0, log_probs.dtype), SURROGATES[config.surrogate]
-    made = Prepared(launches, pointers, Scores(log_probs, entropy), numbers, choices_of(config), surrogate)
+    made = _one_pass(logits, rows, config, temperature, grad_scale, want_entropy, out, reported)
     # No token's loss depends on its sequence here.
-    return loss_of(made, log_probs, Segments(log_probs.shape[0], 1), logits.shape[-1], False, reported)
+    return loss_of(made, Segments(rows.mask.numel(), 1), logits.shape[-1], False, reported)
 
 
 def _one_pass(
     logits: Tensor,
-    pointers: RowPointers,
+    rows: Rows,
     config: PolicyLossConfig,
     temperature: float,
     grad_scale: float,
     want_entropy: bool,
     out: Tensor,
     *key: bool,
-) -> tuple[Launches, Tensor, Tensor | None]:
-    num_rows = pointers.mask_ptr.shape[0]
-    dtype = compute_dtype(logits.dtype)
+) -> Prepared:
+    """Launch over the rows; what is returned is ready for the loss."""
+    num_rows, dtype, pointers = rows.mask.numel(), compute_dtype(logits.dtype), row_pointers(rows)
     log_probs = logits.new_empty(num_rows, dtype=dtype)
     entropy = torch.empty_like(log_probs) if want_entropy else None
-    if num_rows == 0:
-        return Launches(logits.device, dtype, "no rows", *key), log_probs, entropy
-    where, length = matrix(logits)
-    target, out_length = (where, length) if out is logits else matrix(out)
-    launched = launch_for("logits_policy_loss_kernel", logits, out, may_ring=True)
+    where, length, where_key = matrix(logits)
+    target, out_length, target_key = (where, length, None) if out is logits else matrix(out)
+    chosen = choice_of(KERNEL, logits)
     launches = Launches(
-        logits.device, logits.dtype, out.dtype, launched.key, where.key, target.key, lie(pointers), length >> 31,
-        out_length >> 31, num_rows >> 31, config.surrogate, choices_of(config), config.entropy_coef != 0, want_entropy,
-        *key,
-    )  # fmt: skip
-    numbers, surrogate = settings_of(config, temperature, grad_scale, dtype), SURROGATES[config.surrogate]
-    results, sizes = (log_probs, entropy), (length, out_length, num_rows)
-    constants = (launched.launch, surrogate, triton_dtype(dtype), want_entropy, config.entropy_coef != 0)
-    arguments = (where, target, pointers, *results, numbers, choices_of(config), *sizes, launched.extent, *constants)
-    launches(kernel_of(launched.launch), num_programs(launched, num_rows, logits.device), arguments, launched.options)
-    return launches, log_probs, entropy
+        logits.device, chosen, where_key, target_key, lie(pointers), config.json, want_entropy, num_rows == 0, *key
+    )
+    plan = launches.worked_out(_plan, logits, out, config, want_entropy)
+    if num_rows:
+        numbers = settings_of(config, temperature, grad_scale, dtype)
+        arguments = (where, target, pointers, log_probs, entropy, numbers, plan.choices, length, out_length, num_rows)
+        programs = num_programs(plan.launched, num_rows, logits.device)
+        launches(plan.kernel, programs, arguments + plan.constants, plan.launched.options)
+    numbers = settings_of(config, 1.0, 1.0, dtype)
+    return Prepared(launches, pointers, Scores(log_probs, entropy), numbers, plan.choices, plan.surrogate)

@@ -192,15 +192,13 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss (0-d, or reduced ``per_token [N]``) and the metrics vector, empty unless ``reported``."""
     made = _prepare(log_probs, entropy, rows, segments, config, None, vocab >> 31, per_token, reported)
-    return loss_of(made, log_probs, segments, vocab, per_token, reported)
+    return loss_of(made, segments, vocab, per_token, reported)
 
 
-def loss_of(
-    made: Prepared, log_probs: Tensor, segments: Segments, vocab: int, per_token: bool, reported: bool
-) -> tuple[Tensor, Tensor]:
+def loss_of(made: Prepared, segments: Segments, vocab: int, per_token: bool, reported: bool) -> tuple[Tensor, Tensor]:
     """`policy_loss` of what is prepared."""
-    num_rows = segments.num_rows
-    losses = torch.empty_like(log_probs, memory_format=torch.contiguous_format) if per_token else None
+    num_rows, log_probs = segments.num_rows, made.scores.log_probs_ptr
+    losses = torch.empty_like(log_probs) if per_token else None
     loss = None if per_token else log_probs.new_empty(())
     partials = log_probs.new_empty((blocks_of(num_rows, BLOCK), len(metrics.TOKEN.slots)))
     launches, pointers, scores, *constants, surrogate = made
@@ -208,9 +206,9 @@ def loss_of(
         sizes = (num_rows, vocab, segments.num_sequences, segments.length)
         arguments = (pointers, scores, losses, partials, *constants, *sizes, surrogate, BLOCK)
         launches(policy_loss_kernel, partials.shape[0], arguments, OPTIONS)
-    vector = partials.new_empty(0)
-    if reported or loss is not None:
-        vector = combine(launches, partials, metrics.TOKEN, loss, reported)
+    if losses is not None and not reported:
+        return losses, partials.new_empty(0)
+    vector = combine(launches, partials, metrics.TOKEN, loss, reported)
     found = losses if loss is None else loss
     assert found is not None
     return found, vector

@@ -1,5 +1,9 @@
 """Scaling a gradient that was computed ahead of its upstream gradient."""
 
+import functools
+from collections.abc import Hashable
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,26 +42,40 @@ def rescale_kernel(
                 tl.store(row_ptr + offs, tl.load(row_ptr + offs, mask=valid, other=0.0) * ratio, mask=valid)
 
 
+class Extent(NamedTuple):
+    """Gradients as the kernel goes over them: ``[outer, inner, width]``, in chunks of at most `BLOCK`."""
+
+    num_chunks: int
+    inner: int
+    width: int
+    outer_stride: int
+    inner_stride: int
+
+
+@functools.lru_cache(maxsize=256)
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Extent, Hashable]:
+    """And what the kernel is compiled for of it."""
+    missing = 3 - len(shape)
+    outer, inner, width = (1,) * missing + tuple(shape)
+    outer_stride, inner_stride, _ = (0,) * missing + strides
+    num_chunks = outer * inner * blocks_of(width, BLOCK)
+    key = (size(outer_stride), size(inner_stride), num_chunks >> 31, inner >> 31, width >> 31)
+    return Extent(num_chunks, inner, width, outer_stride, inner_stride), key
+
+
 def rescale_(gradient: Tensor, upstream: Tensor, expected: float) -> None:
     """Multiply ``gradient`` (last stride 1) by ``upstream / expected`` in place; no pass if equal."""
     if gradient.numel() == 0:
         return
     if gradient.is_contiguous():
-        gradient = gradient.view(-1)
-    if gradient.dim() > 3:
+        extent, key = _extent((gradient.numel(),), (1,))
+    elif gradient.dim() <= 3:
+        extent, key = _extent(gradient.shape, gradient.stride())
+    else:
         for part in gradient.unbind(0):
             rescale_(part, upstream, expected)
         return
-    missing = 3 - gradient.dim()
-    outer, inner, width = (1,) * missing + tuple(gradient.shape)
-    outer_stride, inner_stride, _ = (0,) * missing + gradient.stride()
-    num_chunks = outer * inner * blocks_of(width, BLOCK)
     dtype = compute_dtype(gradient.dtype)
-    launches = Launches(
-        gradient.device, gradient.dtype, upstream.dtype, lie((gradient, upstream)), size(outer_stride),
-        size(inner_stride), num_chunks >> 31, inner >> 31, width >> 31,
-    )  # fmt: skip
-    sizes = (num_chunks, inner, width, outer_stride, inner_stride)
-    expected_by = as_arguments([expected], dtype)
-    arguments = (gradient, upstream, expected_by, *sizes, triton_dtype(dtype), BLOCK)
-    launches(rescale_kernel, min(num_chunks, MAX_PROGRAMS), arguments)
+    launches = Launches(gradient.device, lie((gradient, upstream)), key)
+    arguments = (gradient, upstream, as_arguments((expected,), dtype), *extent, triton_dtype(dtype), BLOCK)
+    launches(rescale_kernel, min(extent.num_chunks, MAX_PROGRAMS), arguments)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from egpo_kernels.config.settings import Rows, compute_dtype
 from egpo_kernels.triton.arithmetic import LOG2_E
-from egpo_kernels.triton.launch import launch_for
+from egpo_kernels.triton.launch import choice_of, launch_for
 from egpo_kernels.triton.launcher import Launches, lie
 from egpo_kernels.triton.settings import read_temperature, row_pointers, temperature_of, triton_dtype
 from egpo_kernels.triton.softmax import (
@@ -17,6 +17,8 @@ from egpo_kernels.triton.softmax import (
     sweep_statistics,
     token_statistics,
 )
+
+KERNEL = "row_statistics_kernel"
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -49,15 +51,15 @@ def row_statistics(
     logits: Tensor, rows: Rows, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-prob, entropy (``[0]`` unless wanted), maximum and sum of exponentials ``[N]``; 0 outside the mask."""
-    num_rows = rows.mask.shape[0]
+    num_rows = rows.mask.numel()
     dtype = compute_dtype(logits.dtype)
     log_probs, maximum, sum_exp = (logits.new_empty(num_rows, dtype=dtype) for _ in range(3))
     entropy = logits.new_empty(num_rows if want_entropy else 0, dtype=dtype)
     if num_rows == 0:
         return log_probs, entropy, maximum, sum_exp
-    where, length = matrix(logits)
-    pointers, launched = row_pointers(rows), launch_for("row_statistics_kernel", logits)
-    launches = Launches(logits.device, logits.dtype, launched.key, where.key, lie(pointers), length >> 31, want_entropy)
+    pointers, (where, length, key) = row_pointers(rows), matrix(logits)
+    launches = Launches(logits.device, choice_of(KERNEL, logits), key, lie(pointers), want_entropy)
+    launched = launches.worked_out(launch_for, KERNEL, logits)
     results = (log_probs, entropy, maximum, sum_exp)
     numbers = temperature_of(temperature, dtype)
     constants = (launched.launch, triton_dtype(dtype), want_entropy)

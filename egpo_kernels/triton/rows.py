@@ -1,6 +1,5 @@
 """Rows for the other kernels from what the caller gave: mask, reduction factor, values spread over their sequences."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +14,8 @@ from egpo_kernels.inputs import layout
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide
 from egpo_kernels.triton.launch import processors
-from egpo_kernels.triton.launcher import Launches, dtypes, lie, reach
-from egpo_kernels.triton.segments import Flags, bounds_of, counted_rows, flags_of, sequence_of
+from egpo_kernels.triton.launcher import Launches, lie, reach
+from egpo_kernels.triton.segments import Flags, bounds_of, counted_rows, sequence_of
 from egpo_kernels.triton.settings import as_arguments, blocks_of, dense, read_number, triton_dtype
 
 BLOCK, BLOCK_COUNT, OPTIONS = 1024, 4096, {"num_warps": 8}
@@ -45,7 +44,7 @@ class Whole(NamedTuple):
     poison_ptr: Any
 
 
-NOTHING = Numbers(None, None, None, None, None, None)
+NOTHING, NO_WHOLE = Numbers(None, None, None, None, None, None), Whole(None, None, None, None)
 NUM_NUMBERS = tl.constexpr(len(NOTHING))
 
 
@@ -208,16 +207,35 @@ def _sequence_counts(
     lengths = torch.empty(count, dtype=torch.int32, device=device)
     actives = torch.empty_like(lengths) if active else None
     if count:
-        tensors = (*flags, *given, offsets)
-        launches = Launches(device, dtype, dtypes(tensors), lie(tensors), kinds, segments.length >> 31, active)
+        launches = Launches(device, dtype, lie((*flags, *given, offsets)), kinds, segments.length >> 31, active)
         arguments = (flags, given, kinds, offsets, lengths, actives, segments.length, triton_dtype(dtype), BLOCK)
         launches(sequence_counts_kernel, count, arguments, OPTIONS)
     return lengths, actives
 
 
-@functools.lru_cache(maxsize=256)
-def _choices_of(reduction: str, known: bool, drops: bool) -> Choices:
-    return Choices(reduction, reduction in ("sum", "none"), known, drops)
+class Plan(NamedTuple):
+    """What is done with tensors of one description: rows to be made by their dtypes, None where what was given is one;
+    whether those are token ids; what the kernel is compiled with.
+    """
+
+    made: tuple[torch.dtype | None, ...]
+    ids: bool
+    kinds: Numbers
+    choices: Choices
+    constants: tuple[Any, ...]
+
+
+def _plan(given: Given, kinds: Sequence[int], packed: bool, known: bool, purpose: Purpose) -> Plan:
+    fresh, dtype = purpose.made(given, kinds, packed), purpose.dtype
+    dtypes = (torch.bool, torch.long, *[dtype] * len(NOTHING))
+    reduction = "" if purpose.config is None else purpose.config.reduction
+    return Plan(
+        tuple(each if new else None for each, new in zip(dtypes, fresh, strict=True)),
+        fresh[1],
+        Numbers(*kinds[2:]),
+        Choices(reduction, reduction in ("sum", "none"), known, purpose.drops),
+        (triton_dtype(dtype), BLOCK, BLOCK_COUNT),
+    )
 
 
 def token_rows(
@@ -229,39 +247,39 @@ def token_rows(
     purpose: Purpose,
     device: torch.device,
 ) -> Rows:
-    """Rows in the dtypes that kernels read; ``poison`` (0-d, NaN where the layout is not sound) is in the factor."""
+    """Rows in the dtypes that kernels read, contiguous; ``poison`` (0-d, NaN where the layout is not sound) is in the
+    factor.
+    """
     num_rows, config, dtype = segments.num_rows, purpose.config, purpose.dtype
-    fresh = purpose.made(given, kinds, segments.offsets is not None)
-    kept = (torch.bool, torch.long, *[dtype] * 6)
-    made = [
-        torch.empty(num_rows, dtype=each, device=device) if new else None for each, new in zip(kept, fresh, strict=True)
-    ]
-    mask, *others = (old if new is None else new for new, old in zip(made, given, strict=True))
+    mask, tokens, *others = given = [None if tensor is None else tensor.contiguous() for tensor in given]
+    flags, numbers = Flags(mask, tokens if mask is None else None, None), Numbers(*others)
+    whole, known, norm_length = NO_WHOLE, None, 0.0
+    if config is not None:
+        whole, known = _whole(flags, numbers, kinds, segments, poison, counts, purpose, device)
+        norm_length = config.norm_length or 0.0
+    offsets, sizes = dense(segments.offsets), (num_rows, segments.num_sequences, segments.length)
+    launches = Launches(
+        device, dtype, lie((*given, offsets, *whole)), tuple(kinds), config and config.reduction, purpose.drops,
+        known is not None, reach(*sizes),
+    )  # fmt: skip
+    plan = launches.worked_out(_plan, given, kinds, offsets is not None, known is not None, purpose)
+    like = next(tensor for tensor in given if tensor is not None)
+    made = [None if each is None else like.new_empty(num_rows, dtype=each) for each in plan.made]
+    if num_rows:
+        new_mask, new_ids, *new = made
+        ids, values = tokens if plan.ids else None, as_arguments((known or 0.0, norm_length), dtype)
+        rows = (flags, numbers, plan.kinds, Numbers(*new), new_mask, ids, new_ids)
+        arguments = (*rows, offsets, whole, values, plan.choices, *sizes, *plan.constants)
+        launches(token_rows_kernel, min(blocks_of(num_rows, BLOCK), processors(device)), arguments, OPTIONS)
+    mask, *others = [old if new is None else new for new, old in zip(made, given, strict=True)]
     assert mask is not None
-    if num_rows == 0:
-        return Rows(mask, *others)
-    flags, numbers = flags_of(given[0], given[1]), Numbers(*map(dense, given[2:]))
-    places = Numbers(*kinds[2:])
-    whole, known = _whole(flags, numbers, places, segments, poison, counts, purpose, device)
-    values = [0.0 if known is None else known, (config and config.norm_length) or 0.0]
-    ids, offsets = dense(given[1]) if fresh[1] else None, dense(segments.offsets)
-    choices = _choices_of("" if config is None else config.reduction, known is not None, purpose.drops)
-    tensors = (*flags, *numbers, ids, offsets, *whole)
-    sizes = (num_rows, segments.num_sequences, segments.length)
-    launches = Launches(device, dtype, dtypes(tensors), lie(tensors), places, choices, fresh, reach(*sizes))
-    arguments = (flags, numbers, places, Numbers(*made[2:]), made[0], ids, made[1], offsets, whole)
-    constants = (triton_dtype(dtype), BLOCK, BLOCK_COUNT)
-    programs = min(blocks_of(num_rows, BLOCK), processors(device))
-    launches(
-        token_rows_kernel, programs, (*arguments, as_arguments(values, dtype), choices, *sizes, *constants), OPTIONS
-    )
     return Rows(mask, *others)
 
 
 def _whole(
     flags: Flags,
     given: Numbers,
-    kinds: Numbers,
+    kinds: Sequence[int],
     segments: Segments,
     poison: Tensor | None,
     counts: Counts,
@@ -270,14 +288,13 @@ def _whole(
 ) -> tuple[Whole, float | None]:
     """What the reduction divides by, and the global count where it is a number; counts sequences where it must."""
     config = purpose.config
-    if config is None:
-        return Whole(None, None, None, None), None
+    assert config is not None
     of_sequences = config.reduction.startswith("seq_mean")
     count = counts.sequences if of_sequences else counts.tokens
     lengths = actives = None
     pooled = purpose.drops and config.pools
     if pooled or (of_sequences and (count is None or config.reduction == "seq_mean_token_mean")):
-        lengths, actives = _sequence_counts(flags, given, kinds, segments, purpose.dtype, device, pooled)
+        lengths, actives = _sequence_counts(flags, given, Numbers(*kinds[2:]), segments, purpose.dtype, device, pooled)
     if isinstance(count, Tensor):
         return Whole(count, lengths, actives, poison), None
     return Whole(None, lengths, actives, poison), count

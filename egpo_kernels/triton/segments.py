@@ -14,7 +14,7 @@ from egpo_kernels.formulas.rows import Measured
 from egpo_kernels.inputs import segments
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import divide
-from egpo_kernels.triton.launcher import Launches, dtypes, lie
+from egpo_kernels.triton.launcher import Launches, lie
 from egpo_kernels.triton.settings import dense
 
 IGNORED = tl.constexpr(segments.IGNORED)
@@ -108,10 +108,7 @@ def sequence_uncertainty(measured: Measured, rows: Segments, dtype: torch.dtype)
     counts = values.new_empty(rows.num_sequences, dtype=torch.int32)
     flags = flags_of(measured.mask, measured.tokens, measured.entropy_mask)
     values, offsets = values.contiguous(), dense(rows.offsets)
-    launches = Launches(
-        values.device, values.dtype, dtype, dtypes(flags), lie((values, offsets, *flags)), rows.length >> 31,
-        measured.negated,
-    )  # fmt: skip
+    launches = Launches(values.device, dtype, lie((values, offsets, *flags)), rows.length >> 31, measured.negated)
     arguments = (values, flags, offsets, uncertainty, counts, rows.length, measured.negated, BLOCK)
     launches(segment_mean_kernel, rows.num_sequences, arguments, OPTIONS)
     return uncertainty, counts

@@ -93,7 +93,7 @@ def as_arguments(values: Iterable[float], dtype: torch.dtype) -> tuple[float, ..
     travel as whole numbers of 21 or 22 bits, which float32 holds.
     """
     if dtype != torch.float64:
-        return tuple(float(value) for value in values)
+        return tuple([float(value) for value in values])
     words = (struct.unpack("<q", struct.pack("<d", value))[0] for value in values)
     return tuple(float(part) for word in words for part in (word >> 42, word >> 21 & 0x1FFFFF, word & 0x1FFFFF))
 

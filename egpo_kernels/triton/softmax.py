@@ -5,6 +5,8 @@ The maximum is subtracted before anything is rounded: one instruction more than 
 results do not depend on where its logits lie.
 """
 
+import functools
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ import triton
 import triton.language as tl
 
 from egpo_kernels.triton.arithmetic import divide
+from egpo_kernels.triton.launch import ACCESS_BYTES
 from egpo_kernels.triton.launcher import lie, size
 from egpo_kernels.triton.strips import block_places, first_access, load_block
 
@@ -34,11 +37,6 @@ class Matrix(NamedTuple):
     batch_stride: Any
     row_stride: Any
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What of it kernels are compiled for, beside its dtype."""
-        return lie((self.ptr,)), size(self.batch_stride), size(self.row_stride)
-
 
 class RowStatistics(NamedTuple):
     """Of one row: maximum m, ``sum_exp = sum 2^x``, and ``weighted = sum 2^x x`` (0 unless entropy is wanted)."""
@@ -48,14 +46,26 @@ class RowStatistics(NamedTuple):
     weighted: Any
 
 
-def matrix(tensor: torch.Tensor) -> tuple[Matrix, int]:
-    """Describe ``[B, T, V]`` where it lies, and the rows in a batch; rows in equal steps count as one batch."""
-    batch, length, _ = tensor.shape
+def matrix(tensor: torch.Tensor) -> tuple[Matrix, int, Hashable]:
+    """Describe ``[B, T, V]`` where it lies, and the rows in a batch; rows in equal steps count as one batch.
+
+    Last comes what a launch over it is chosen and compiled for.
+    """
+    batch_stride, row_stride, length, key = _steps(tensor.shape, tensor.stride())
+    key = (lie((tensor,)), tensor.data_ptr() % ACCESS_BYTES, key)
+    return Matrix(tensor, batch_stride, row_stride), length, key
+
+
+@functools.lru_cache(maxsize=256)
+def _steps(shape: torch.Size, strides: tuple[int, int, int]) -> tuple[int, int, int, Hashable]:
+    (batch, length, vocab), (batch_stride, row_stride, _) = shape, strides
+    shifts, num_rows = (batch_stride % ACCESS_BYTES, row_stride % ACCESS_BYTES), batch * length
     if length == 1:
-        return Matrix(tensor, 0, tensor.stride(0)), batch
-    if batch <= 1 or tensor.stride(0) == length * tensor.stride(1):
-        return Matrix(tensor, 0, tensor.stride(1)), batch * length
-    return Matrix(tensor, tensor.stride(0), tensor.stride(1)), length
+        batch_stride, row_stride, length = 0, batch_stride, batch
+    elif batch <= 1 or batch_stride == length * row_stride:
+        batch_stride, length = 0, num_rows
+    key = (vocab, shifts, size(batch_stride), size(row_stride), length >> 31, num_rows >> 31)
+    return batch_stride, row_stride, length, key
 
 
 def scratch_bytes(logits: torch.Tensor) -> int:
