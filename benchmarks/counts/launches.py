@@ -8,7 +8,7 @@ import egpo_kernels.triton as backend
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
 from egpo_kernels.config.settings import Rows
 from egpo_kernels.formulas.advantages import collapse_tolerance
-from egpo_kernels.formulas.rows import Counts, Measured, Purpose
+from egpo_kernels.formulas.rows import Counts, Material, Measured, Purpose
 from egpo_kernels.inputs.layout import PER_SEQUENCE, PER_TOKEN
 from egpo_kernels.inputs.segments import Segments
 
@@ -95,7 +95,7 @@ def launch_rows(
         given = [None, tokens, *numbers]
     given[ADVANTAGES], kinds[ADVANTAGES] = torch.ones(size.sequences, dtype=dtype, device=device), PER_SEQUENCE
     for only_active in (False, True):
-        backend.token_rows(given, kinds, segments, poison, counts, Purpose(config, dtype, only_active), mask.device)
+        backend.token_rows(Material(given, kinds, segments, poison, counts, Purpose(config, dtype, only_active)))
         counts = Counts(7.0, torch.tensor(3, device=device))
 
 

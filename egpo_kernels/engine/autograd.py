@@ -36,7 +36,7 @@ def guarded(backend: str, gradient: Tensor, *parents: Tensor | None) -> Tensor:
 
     The node stands between the gradient and its ``parents``, so that every way to what they depend on leads through it.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradient
     return _RefuseBackward.apply(backend, gradient.detach().requires_grad_(), *parents)
 
@@ -180,23 +180,22 @@ class LogitsPolicyLoss(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         how: How,
-        temperature: float,
-        grad_scale: float,
-        want_entropy: bool,
-        inplace: bool,
-        reported: bool,
-        backend: str,
+        scalars: list[float],
+        options: tuple[bool, bool, bool, str],
         *given: Any,
     ) -> tuple[Tensor, Tensor]:
-        """See `egpo_kernels.engine.ops.logits_policy_loss`; ``given`` are tensors, or a list of them."""
+        """See `egpo_kernels.engine.ops.logits_policy_loss`; ``options`` are whether the gradient is written over the
+        logits, and its last arguments. ``given`` are tensors, or a list of them.
+        """
         tensors = given[0] if isinstance(given[0], list) else list(given)
-        arguments = (tensors, *how, [temperature, grad_scale], want_entropy, reported, backend)
+        inplace, *others = options
+        arguments = (tensors, *how, scalars, *others)
         if inplace:
             gradient = logits.detach()
             loss, vector = ops.logits_policy_loss_(gradient, *arguments)
         else:
             loss, vector, gradient = ops.logits_policy_loss(logits, *arguments)
-        ctx.options = (grad_scale, inplace, backend, len(given))
+        ctx.options = (scalars[1], inplace, options[-1], len(given))
         # An attribute can be given away in backward; a saved tensor cannot, and leaf logits would get a copy of it.
         if torch.compiler.is_compiling():
             ctx.save_for_backward(gradient)
@@ -218,8 +217,8 @@ class LogitsPolicyLoss(torch.autograd.Function):
             gradient = (gradient * (upstream / grad_scale)).to(gradient.dtype)
         else:
             (gradient,) = take_gradients(ctx, inplace)
-            ops.rescale_(gradient, upstream.detach(), grad_scale, backend)
-        return guarded(backend, gradient, *parents_of(ctx, upstream)), *[None] * (7 + num_given)
+            ops.rescale_(gradient, upstream.detach() if upstream.requires_grad else upstream, grad_scale, backend)
+        return guarded(backend, gradient, *parents_of(ctx, upstream)), *[None] * (3 + num_given)
 
 
 def parents_of(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from egpo_kernels.inputs.validation import check_choice
+from egpo_kernels.inputs.validation import check_choice, kind_of
 
 BACKENDS = ("auto", "triton", "portable", "reference")
 TRITON_DEVICES = ("cuda", "xpu")
@@ -31,7 +31,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
     if backend == "triton":
         if not TRITON_INSTALLED:
             raise RuntimeError("backend is 'triton' and triton is not installed; install egpo-kernels[triton]")
-        if device.type not in TRITON_DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
+        if kind_of(device) not in TRITON_DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
                 f"backend is 'triton' and the tensors are on {device}; they must be on a GPU, or TRITON_INTERPRET=1 "
                 "set before triton is imported (slow: it interprets the kernels), or backend='portable'"
@@ -48,7 +48,7 @@ def auto_backend(device: torch.device) -> tuple[str, str]:
     named = os.environ.get("EGPO_KERNELS_BACKEND")
     if named and check_choice("EGPO_KERNELS_BACKEND", named, BACKENDS) != "auto":
         return named, "EGPO_KERNELS_BACKEND says so"
-    if device.type not in TRITON_DEVICES:
+    if kind_of(device) not in TRITON_DEVICES:
         return "portable", f"triton's kernels run on {' and '.join(TRITON_DEVICES)} devices"
     if not TRITON_INSTALLED:
         return "portable", "triton is not installed; install egpo-kernels[triton]"

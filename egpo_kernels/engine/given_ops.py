@@ -11,9 +11,9 @@ from torch import Tensor
 
 from egpo_kernels import portable
 from egpo_kernels.engine.operator import OptionalTensors, Tensors, Tensors5, fake_vector, operator, policy_config
-from egpo_kernels.engine.row_ops import read_given
+from egpo_kernels.engine.row_ops import material_of
 from egpo_kernels.formulas import metrics
-from egpo_kernels.formulas.rows import Purpose, broad_rows
+from egpo_kernels.formulas.rows import broad_rows
 
 
 def _fake_loss(log_probs: Tensor, *others: Any) -> Tensors5:
@@ -44,9 +44,8 @@ def given_policy_loss(
     whoever wants the second wants the first. ``given`` to ``only_active``: see
     `egpo_kernels.engine.row_ops.token_rows`.
     """
-    settings, (fields, segments, poison, counts) = policy_config(config), read_given(given, size, numbers)
-    purpose = Purpose(settings, log_probs.dtype, only_active)
-    rows = broad_rows(fields, kinds, segments, poison, counts, purpose, log_probs.device)
+    material = material_of(given, kinds, size, numbers, config, only_active, log_probs.dtype)
+    settings, segments, rows = policy_config(config), material.segments, broad_rows(material)
     log_probs, entropy = log_probs.view(segments.shape), None if entropy is None else entropy.view(segments.shape)
     if not want_slope:
         loss, vector = portable.policy_loss(log_probs, entropy, rows, segments, settings, 0, False, reported)

@@ -66,12 +66,8 @@ class Logits(NamedTuple):
         return autograd.LogitsPolicyLoss.apply(
             self.tensor,
             unmade.how(),
-            call.temperature,
-            scale,
-            want_entropy,
-            self.inplace,
-            reported,
-            call.backend,
+            [call.temperature, scale],
+            (self.inplace, want_entropy, reported, call.backend),
             # A list is one argument, which costs the host less; a compiler must see what is in it.
             *(given if torch.compiler.is_compiling() else [given]),
         )

@@ -24,7 +24,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 # What an operator may be given as it is; any other tensor, number or mode must be dispatched.
-_PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None), bool, int, float, str, torch.dtype}
+_PLAIN = {list, Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None), bool, int, float, str, torch.dtype}
 
 
 class Operator:
@@ -45,8 +45,11 @@ def _is_watched() -> bool:
 
 
 def _are_plain(arguments: Iterable[Any]) -> bool:
-    others = [it for it in arguments if type(it) not in _PLAIN]
-    return all(type(it) is list and _PLAIN.issuperset(map(type, it)) for it in others)
+    kinds = set(map(type, arguments))
+    for argument in arguments:
+        if type(argument) is list:
+            kinds.update(map(type, argument))
+    return kinds <= _PLAIN
 
 
 def operator(fake: Callable, mutates: str | None = None) -> Callable[[Callable], Operator]:

@@ -23,9 +23,8 @@ from egpo_kernels.engine.operator import (
     operator,
     policy_config,
 )
-from egpo_kernels.engine.row_ops import made_rows
+from egpo_kernels.engine.row_ops import material_of
 from egpo_kernels.formulas import metrics
-from egpo_kernels.formulas.rows import Purpose
 from egpo_kernels.inputs import validation
 from egpo_kernels.inputs.segments import Segments
 
@@ -53,7 +52,7 @@ def _new_gradient(logits: Tensor) -> Tensor:
 
 
 def _keeps_memory(device: torch.device) -> bool:
-    return device.type == "cpu"
+    return validation.kind_of(device) == "cpu"
 
 
 _last_gradient: dict[torch.device, tuple[np.ndarray, StorageWeakRef]] = {}
@@ -175,13 +174,9 @@ def _loss_and_gradient(
     backend: str,
     gradient: Tensor,
 ) -> Tensors2:
-    settings = policy_config(config)
-    purpose = Purpose(settings, compute_dtype(logits.dtype), only_active)
-    rows = made_rows(given, kinds, size, numbers, purpose, backend)
-    validation.check_rows(rows, logits.shape[-1])
-    return implementation(backend).logits_policy_loss(
-        logits, rows, settings, *scalars, want_entropy, reported, gradient
-    )
+    dtype = compute_dtype(logits.dtype)
+    material = material_of(given, kinds, size, numbers, config, only_active, dtype)
+    return implementation(backend).logits_policy_loss(logits, material, *scalars, want_entropy, reported, gradient)
 
 
 def _fake_one_pass(logits: Tensor, *others: Any) -> Tensors2:

@@ -3,13 +3,13 @@
 Checks of values live here, inside the operators, so that a traced call makes them too. Settings come as their JSON.
 """
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import Rows
 from egpo_kernels.engine.dispatch import implementation
 from egpo_kernels.engine.operator import (
     OptionalTensors,
@@ -22,13 +22,12 @@ from egpo_kernels.engine.operator import (
     policy_config,
 )
 from egpo_kernels.formulas import metrics
-from egpo_kernels.formulas.rows import Counts, Measured, Purpose
+from egpo_kernels.formulas.rows import Counts, Material, Measured, Purpose
 from egpo_kernels.inputs import validation
 from egpo_kernels.inputs.segments import Segments
 
 How = tuple[list[int], list[int], list[float], str, bool]
 """Kinds, size, numbers, config and whether only active rows are looked at: see `token_rows`."""
-ReadGiven = tuple[OptionalTensors, Segments, Tensor | None, Counts]
 
 
 def _fake_offsets(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
@@ -54,34 +53,30 @@ def read_either_way(by_sequence: Tensor, by_token: Tensor, inside: Tensor, name:
     return torch.where(same.all(), 1.0, torch.nan)
 
 
+@functools.lru_cache(maxsize=256)
 def purpose_of(config: str, dtype: torch.dtype, only_active: bool) -> Purpose:
     """What rows are made for, from what operators are given; no ``config`` is ""."""
     return Purpose(policy_config(config) if config else None, dtype, only_active)
 
 
-def read_given(given: OptionalTensors, size: list[int], numbers: list[float]) -> ReadGiven:
-    """What the formulas take in place of an operator's arguments, see `token_rows`."""
+def material_of(
+    given: OptionalTensors,
+    kinds: list[int],
+    size: list[int],
+    numbers: list[float],
+    config: str,
+    only_active: bool,
+    dtype: torch.dtype,
+) -> Material:
+    """What rows are made of, from the arguments of an operator, see `token_rows`."""
     *fields, offsets, poison, num_tokens, num_sequences = given
     tokens, sequences = numbers
     counts = Counts(
         num_tokens if num_tokens is not None else None if math.isnan(tokens) else tokens,
         num_sequences if num_sequences is not None else None if math.isnan(sequences) else sequences,
     )
-    return fields, Segments(size[0], size[1], offsets), poison, counts
-
-
-def made_rows(
-    given: OptionalTensors,
-    kinds: list[int],
-    size: list[int],
-    numbers: list[float],
-    purpose: Purpose,
-    backend: str,
-) -> Rows:
-    """All rows, inside an operator; see `token_rows`."""
-    fields, *others = read_given(given, size, numbers)
-    device = next(tensor for tensor in fields if tensor is not None).device
-    return implementation(backend).token_rows(fields, kinds, *others, purpose, device)
+    segments, purpose = Segments(size[0], size[1], offsets), purpose_of(config, dtype, only_active)
+    return Material(fields, kinds, segments, poison, counts, purpose)
 
 
 def _fake_rows(given: OptionalTensors, kinds: list[int], size: list[int], _: list[float], *others: Any) -> Tensors:
@@ -110,11 +105,10 @@ def token_rows(
     not sound, and the global counts of tokens and sequences, which may be among ``numbers`` instead (NaN: they are
     not). ``size`` are the numbers of rows and sequences.
     """
-    purpose = purpose_of(config, dtype, only_active)
-    rows = made_rows(given, kinds, size, numbers, purpose, backend)
-    fields, offsets = given[: len(kinds)], given[len(kinds)]
-    made = purpose.made(fields, kinds, offsets is not None)
-    return [_apart(row, tensor) for row, tensor, fresh in zip(rows, fields, made, strict=True) if fresh]
+    material = material_of(given, kinds, size, numbers, config, only_active, dtype)
+    made = material.purpose.made(material.given, kinds, material.segments.offsets is not None)
+    rows = zip(implementation(backend).token_rows(material), material.given, made, strict=True)
+    return [_apart(row, tensor) for row, tensor, fresh in rows if fresh]
 
 
 def _apart(row: Tensor | None, tensor: Tensor | None) -> Tensor:

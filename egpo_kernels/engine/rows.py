@@ -7,7 +7,7 @@ from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig, Rows
 from egpo_kernels.engine import row_ops
-from egpo_kernels.formulas.rows import Counts, Purpose, token_rows
+from egpo_kernels.formulas.rows import Counts, Material, Purpose, token_rows
 from egpo_kernels.inputs.layout import PER_TOKEN, Layout
 from egpo_kernels.inputs.segments import counted_rows
 
@@ -78,9 +78,12 @@ class Unmade(NamedTuple):
         given, layout = self.given, self.layout
         purpose = Purpose(self.config, self.dtype, self.only_active)
         if backend == "reference":
-            return token_rows(*given, layout.segments, self.poison, self.counts, purpose, layout.device)
+            return token_rows(Material(*given, layout.segments, self.poison, self.counts, purpose))
         fresh = purpose.made(given.tensors, given.kinds, layout.known_offsets is not None)
-        new = iter(row_ops.token_rows(self.tensors(), *self.how(), self.dtype, backend) if any(fresh) else ())
-        mask, *others = (next(new) if own else old for own, old in zip(fresh, given.tensors, strict=True))
+        rows = given.tensors
+        if any(fresh):
+            new = iter(row_ops.token_rows(self.tensors(), *self.how(), self.dtype, backend))
+            rows = [next(new) if own else old for own, old in zip(fresh, rows, strict=True)]
+        mask, *others = rows
         assert mask is not None
         return Rows(mask, *others)

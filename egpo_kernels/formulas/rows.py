@@ -55,41 +55,44 @@ class Counts(NamedTuple):
     sequences: Tensor | float | None = None
 
 
-def token_rows(
-    given: Given,
-    kinds: Sequence[int],
-    segments: Segments,
-    poison: Tensor | None,
-    counts: Counts,
-    purpose: Purpose,
-    device: torch.device,
-) -> Rows:
-    """Rows ``[N]`` as kernels read them; ``poison`` (0-d, NaN where the layout is not sound) is in the factor."""
-    rows, shape = broad_rows(given, kinds, segments, poison, counts, purpose, device), segments.shape
+class Material(NamedTuple):
+    """What rows are made of: what the caller gave and of which ``kinds`` it is (see `egpo_kernels.inputs.layout`),
+    the sequences, what is NaN (0-d) where those are not sound and goes into the factor, counts, and what for.
+    """
+
+    given: Given
+    kinds: Sequence[int]
+    segments: Segments
+    poison: Tensor | None
+    counts: Counts
+    purpose: Purpose
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(tensor for tensor in self.given if tensor is not None).device
+
+
+def token_rows(material: Material) -> Rows:
+    """Rows ``[N]`` as kernels read them."""
+    rows, shape = broad_rows(material), material.segments.shape
     if rows.factor is not None:
-        kept = torch.where(rows.mask, rows.factor, 0.0) if purpose.masks else rows.factor.expand(shape)
+        masks = material.purpose.masks
+        kept = torch.where(rows.mask, rows.factor, 0.0) if masks else rows.factor.expand(shape)
         rows = rows._replace(factor=kept.contiguous())
     mask, *others = (None if values is None else values.expand(shape).reshape(-1) for values in rows)
     assert mask is not None
     return Rows(mask, *others)
 
 
-def broad_rows(
-    given: Given,
-    kinds: Sequence[int],
-    segments: Segments,
-    poison: Tensor | None,
-    counts: Counts,
-    purpose: Purpose,
-    device: torch.device,
-) -> Rows:
+def broad_rows(material: Material) -> Rows:
     """As `token_rows`, of ``segments.shape`` or broadcasting to it; its factor says nothing of rows that do not count.
 
     Nothing is spread that need not be: where sequences are padded, a number for each is ``[S, 1]``.
     """
-    mask, tokens, *numbers = given
+    (mask, tokens, *numbers), kinds, segments, poison, counts, purpose = material
     shape = segments.shape
-    counted = counted_rows(mask, tokens, segments.offsets, segments.num_rows, device).reshape(shape)
+    counted = counted_rows(mask, tokens, segments.offsets, segments.num_rows, material.device).reshape(shape)
 
     def spread(values: Tensor | None, kind: int) -> Tensor | None:
         if values is None:

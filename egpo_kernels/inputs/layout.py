@@ -12,7 +12,7 @@ from torch import Tensor
 
 from egpo_kernels.config.fields import check_number, entries, plain
 from egpo_kernels.inputs.segments import Segments, counted_rows, even_offsets, per_row, segment_index
-from egpo_kernels.inputs.validation import check_complete, check_dense, check_tensor, check_whole
+from egpo_kernels.inputs.validation import check_complete, check_dense, check_tensor, check_whole, is_fit
 
 # How many numbers a tensor holds: none, one for each token, for each sequence, or one for all.
 ABSENT, PER_TOKEN, PER_SEQUENCE, FOR_ALL = range(4)
@@ -80,7 +80,9 @@ class Layout(NamedTuple):
 
     def shaped(self, name: str, value: Any, kind: str) -> Tensor:
         """Check a per-token tensor and leave its shape."""
-        return _apart(check_tensor(name, value, kind, self._token_shapes(), self.device))
+        if is_fit(value, kind, self.device) and value.shape == self.shape:
+            return value
+        return check_tensor(name, value, kind, self._token_shapes(), self.device)
 
     def field(self, name: str, value: Any, kind: str, counts: Callable[[], Tensor]) -> tuple[Field, Tensor | None]:
         """Check a tensor given per sequence (where shapes agree; ``[S]`` then) or per token, whose shape is left.
@@ -88,11 +90,13 @@ class Layout(NamedTuple):
         Beside it a 0-d 1.0 where its shape can be read both ways, NaN where they differ in the rows of ``counts``
         and a device may not be asked; else None.
         """
-        shapes = {"[S]": (self.num_sequences,), "[S, 1]": (self.num_sequences, 1), **self._token_shapes()}
-        value = check_tensor(name, value, kind, shapes, self.device)
-        if value.shape not in (shapes["[S]"], shapes["[S, 1]"]):
-            return Field(_apart(value), PER_TOKEN), None
-        flat = _apart(value) if value.dim() == 1 else value.reshape(-1)
+        by_sequence = ((self.num_sequences,), (self.num_sequences, 1))
+        if not is_fit(value, kind, self.device) or value.shape not in (*by_sequence, self.shape):
+            shapes = {"[S]": by_sequence[0], "[S, 1]": by_sequence[1], **self._token_shapes()}
+            value = check_tensor(name, value, kind, shapes, self.device)
+        if value.shape not in by_sequence:
+            return Field(value, PER_TOKEN), None
+        flat = value if value.dim() == 1 else value.reshape(-1)
         if value.shape != self.shape or len(self.shape) == 2:
             return Field(flat, PER_SEQUENCE), None
         rows = per_row(flat, self.sequence)
@@ -109,11 +113,6 @@ class Layout(NamedTuple):
 
     def _token_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"[S, T]" if len(self.shape) == 2 else "[N]": self.shape}
-
-
-def _apart(value: Tensor) -> Tensor:
-    """A view while a compiler traces, which takes no tensor as two arguments."""
-    return value.reshape(-1) if torch.compiler.is_compiling() else value
 
 
 def make_layout(name: str, shape: tuple[int, ...], cu_seqlens: Any, device: torch.device) -> Layout:

@@ -1,5 +1,6 @@
 """Checks of what callers pass. Each message names the argument, what it is, what it must be."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from reprlib import repr as shown
@@ -26,7 +27,8 @@ _KINDS = {
 
 def check_dense(name: str, value: Any, kind: str) -> Tensor:
     """Return ``value`` when it is a tensor of that kind whose elements lie in strided memory."""
-    if _is_dense(value, kind):
+    is_tensor = isinstance(value, Tensor) and value.dtype in _KINDS[kind]
+    if is_tensor and value.layout == torch.strided and not value.is_nested:
         return value
     if not isinstance(value, Tensor) or value.dtype not in _KINDS[kind]:
         wanted = f"an {kind}" if kind == "integer" else f"a {kind}"
@@ -38,25 +40,30 @@ def check_dense(name: str, value: Any, kind: str) -> Tensor:
     raise ValueError(f"{name} {what}; it must be dense (torch.strided)")
 
 
-def _is_dense(value: Any, kind: str) -> bool:
-    is_tensor = isinstance(value, Tensor) and value.dtype in _KINDS[kind]
-    return is_tensor and value.layout == torch.strided and not value.is_nested
+def is_fit(value: Any, kind: str, device: torch.device) -> bool:
+    """Whether `check_tensor` has nothing to say but of its shape, and nothing to do: the way of almost every tensor."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype in _KINDS[kind]
+        and value.device == device
+        and value.layout is torch.strided
+        and not (value.is_nested or value.is_neg() or value.is_inference() or torch.compiler.is_compiling())
+    )
 
 
 def check_tensor(name: str, value: Any, kind: str, shapes: Shapes, device: torch.device) -> Tensor:
     """Return ``value`` when it is a tensor of that kind, of one of the shapes (of any if none), on that device."""
-    if not _is_dense(value, kind):
-        check_dense(name, value, kind)
+    check_dense(name, value, kind)
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}; it must be on {device} like the other tensors: move it there")
     if shapes and value.shape not in shapes.values():
         wanted = " or ".join(f"{text} = {list(shape)}" for text, shape in shapes.items())
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be {wanted}")
     if torch.compiler.is_compiling():
-        return value
+        # A compiler takes no tensor as two arguments.
+        return value.view_as(value)
     # Operators refuse a view that is still to be negated, and autograd does not save what inference_mode made.
-    if value.is_neg():
-        value = value.resolve_neg()
+    value = value.resolve_neg()
     return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
 
 
@@ -155,7 +162,17 @@ def check_whole(name: str, value: Any, low: int, bits: int = 63) -> int | None:
 
 def checks_values(device: torch.device) -> bool:
     """Whether values that live on ``device`` may be looked at: always on a CPU, elsewhere (a sync) under debug."""
-    return device.type == "cpu" or os.environ.get("EGPO_KERNELS_DEBUG") == "1"
+    return kind_of(device) == "cpu" or os.environ.get("EGPO_KERNELS_DEBUG") == "1"
+
+
+def kind_of(device: torch.device) -> str:
+    """``device.type``, which torch makes anew each time it is asked, at some microseconds."""
+    return device.type if torch.compiler.is_compiling() else _kind_of(device)
+
+
+@functools.cache
+def _kind_of(device: torch.device) -> str:
+    return device.type
 
 
 def _check_tokens(tokens: Tensor | None, mask: Tensor, vocab: int) -> None:

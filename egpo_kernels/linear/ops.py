@@ -16,9 +16,8 @@ from egpo_kernels.config.settings import Rows, compute_dtype
 from egpo_kernels.engine.dispatch import implementation
 from egpo_kernels.engine.operator import OptionalTensors, Tensors, fake_vector, operator, policy_config
 from egpo_kernels.engine.ops import read_rows
-from egpo_kernels.engine.row_ops import made_rows
+from egpo_kernels.engine.row_ops import material_of
 from egpo_kernels.formulas import metrics
-from egpo_kernels.formulas.rows import Purpose
 from egpo_kernels.inputs import validation
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.linear import flops, passes
@@ -187,9 +186,8 @@ def linear_policy_loss(
 
     ``given`` to ``only_active``: see `egpo_kernels.engine.row_ops.token_rows`.
     """
-    settings = policy_config(config)
-    purpose = Purpose(settings, compute_dtype(hidden.dtype), only_active)
-    rows = made_rows(given, kinds, size, numbers, purpose, backend)
+    material = material_of(given, kinds, size, numbers, config, only_active, compute_dtype(hidden.dtype))
+    settings, rows = policy_config(config), implementation(backend).token_rows(material)
     layer, cooled, temperature = _read(
         hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
     )

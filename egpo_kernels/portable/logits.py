@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
+from egpo_kernels.formulas.rows import Material, token_rows
 from egpo_kernels.inputs.segments import Segments
+from egpo_kernels.inputs.validation import check_rows
 from egpo_kernels.portable.policy_loss import policy_loss, policy_loss_gradient
 from egpo_kernels.portable.softmax import chunks, exponentials, heats, own_logits, read_off, softmax, write_gradient
 
@@ -75,16 +77,21 @@ def logits_loss_gradient(
 
 def logits_policy_loss(
     logits: Tensor,
-    rows: Rows,
-    config: PolicyLossConfig,
+    material: Material,
     temperature: float,
     grad_scale: float,
     want_entropy: bool,
     reported: bool,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Loss, 0-d, and the metrics vector, empty unless ``reported``; the gradient goes to ``out``, maybe ``logits``."""
+    """Loss, 0-d, and the metrics vector, empty unless ``reported``; the gradient goes to ``out``, maybe ``logits``.
+
+    Rows are made on the way, of a loss's ``material``.
+    """
+    rows, config, vocab = token_rows(material), material.purpose.config, logits.shape[-1]
+    assert config is not None
+    check_rows(rows, vocab)
     log_probs, entropy = logits_loss_gradient(logits, rows, config, temperature, grad_scale, want_entropy, out)
     # No token's loss depends on its sequence here.
     segments = Segments(log_probs.shape[0], 1)
-    return policy_loss(log_probs, entropy, rows, segments, config, logits.shape[-1], False, reported)
+    return policy_loss(log_probs, entropy, rows, segments, config, vocab, False, reported)

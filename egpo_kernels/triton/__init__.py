@@ -8,8 +8,8 @@ from egpo_kernels.triton.logits_gradient import logits_gradient
 from egpo_kernels.triton.logits_policy_loss import logits_loss_gradient, logits_policy_loss
 from egpo_kernels.triton.policy_loss import policy_loss, policy_loss_gradient
 from egpo_kernels.triton.rescale import rescale_
+from egpo_kernels.triton.row_making import token_rows
 from egpo_kernels.triton.row_statistics import row_statistics
-from egpo_kernels.triton.rows import token_rows
 from egpo_kernels.triton.softmax import scratch_bytes
 
 __all__ = [

@@ -29,8 +29,8 @@ from egpo_kernels.triton.group_statistics import (
     read_settings,
 )
 from egpo_kernels.triton.launcher import Launches, lie, reach
-from egpo_kernels.triton.metrics import combine
-from egpo_kernels.triton.rows import sequence_counts
+from egpo_kernels.triton.metrics import combine, new_partials
+from egpo_kernels.triton.row_making import sequence_counts
 from egpo_kernels.triton.segments import flags_of, sequence_uncertainty
 from egpo_kernels.triton.settings import as_arguments, blocks_of, dense
 
@@ -247,7 +247,7 @@ def group_advantages(
     """Advantages, weights, base advantages, uncertainty ``[S]`` and the metrics vector, empty unless ``reported``."""
     count = rewards.shape[0]
     advantages, weights, base = (torch.empty_like(rewards) for _ in range(3))
-    partials = rewards.new_empty(blocks_of(count, BLOCK_I), len(metrics.GROUP.slots))
+    partials = new_partials(rewards, blocks_of(count, BLOCK_I), metrics.GROUP)
     uncertainty = counts = None
     inputs = (dense(ids), rewards.contiguous(), dense(correct))
     launches = Launches(
@@ -267,7 +267,7 @@ def group_advantages(
         reported_to = partials if reported else None
         sizes = (count, members, group_size or 0)
         arguments = (pointers, reported_to, numbers, choices, *sizes, BLOCK_I, BLOCK_J)
-        launches(group_advantages_kernel, partials.shape[0], arguments, OPTIONS)
+        launches(group_advantages_kernel, blocks_of(count, BLOCK_I), arguments, OPTIONS)
     if uncertainty is None:
         uncertainty = torch.full_like(rewards, torch.nan)
     vector = combine(launches, partials, metrics.GROUP, None, True) if reported else rewards.new_empty(0)

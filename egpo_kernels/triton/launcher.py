@@ -67,14 +67,11 @@ class Launches:
 
 def _stream() -> Any:
     """The current stream, or that somebody wants to be told of launches, a profiler."""
-    runtime, active = knobs.runtime, driver.active
-    if _is_hooked(runtime.launch_enter_hook) or _is_hooked(runtime.launch_exit_hook):
-        return HOOKED
+    active = driver.active
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        if getattr(hook, "calls", True):
+            return HOOKED
     return active.get_current_stream(active.get_current_device())
-
-
-def _is_hooked(hook: Any) -> bool:
-    return bool(getattr(hook, "calls", hook))
 
 
 def lie(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:

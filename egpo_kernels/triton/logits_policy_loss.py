@@ -1,5 +1,6 @@
 """One launch over the rows: statistics, surrogate, and the gradient while the row is still in cache."""
 
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,14 +9,18 @@ import triton.language as tl
 from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
+from egpo_kernels.formulas.rows import Material
 from egpo_kernels.inputs.segments import Segments
+from egpo_kernels.inputs.validation import check_rows
 from egpo_kernels.triton.arithmetic import LOG2_E
 from egpo_kernels.triton.launch import Launch, Launched, choice_of, launch_for, num_programs
 from egpo_kernels.triton.launcher import Launches, lie
 from egpo_kernels.triton.policy_loss import Prepared, loss_of
+from egpo_kernels.triton.row_making import row_making
 from egpo_kernels.triton.sequence_ratio import Scores
 from egpo_kernels.triton.settings import (
     Choices,
+    RowPointers,
     choices_of,
     read_settings,
     row_pointers,
@@ -123,47 +128,59 @@ def logits_loss_gradient(
     out: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob and entropy ``[N]`` of each row (0 outside the mask); its gradient goes to ``out``, maybe ``logits``."""
-    made = _one_pass(logits, rows, config, temperature, grad_scale, want_entropy, out)
+    pointers = row_pointers(rows)
+    made = _one_pass(
+        logits, lie(pointers), lambda launches: pointers, config, temperature, grad_scale, want_entropy, out
+    )
     return made.scores.log_probs_ptr, made.scores.entropy_ptr
 
 
 def logits_policy_loss(
     logits: Tensor,
-    rows: Rows,
-    config: PolicyLossConfig,
+    material: Material,
     temperature: float,
     grad_scale: float,
     want_entropy: bool,
     reported: bool,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Loss, 0-d, and the metrics vector, empty unless ``reported``; the gradient goes to ``out``, maybe ``logits``."""
-    made = _one_pass(logits, rows, config, temperature, grad_scale, want_entropy, out, reported)
+    """Loss, 0-d, and the metrics vector, empty unless ``reported``; the gradient goes to ``out``, maybe ``logits``.
+
+    Rows are made on the way, of a loss's ``material``.
+    """
+    config, vocab = material.purpose.config, logits.shape[-1]
+    assert config is not None
+    key, make = row_making(material)
+
+    def checked(launches: Launches) -> RowPointers:
+        rows = make(launches)
+        check_rows(rows, vocab)
+        return RowPointers(*rows)
+
+    made = _one_pass(logits, (key, reported), checked, config, temperature, grad_scale, want_entropy, out)
     # No token's loss depends on its sequence here.
-    return loss_of(made, Segments(rows.mask.numel(), 1), logits.shape[-1], False, reported)
+    return loss_of(made, Segments(material.segments.num_rows, 1), vocab, False, reported)
 
 
 def _one_pass(
     logits: Tensor,
-    rows: Rows,
+    key: Hashable,
+    make: Callable[[Launches], RowPointers],
     config: PolicyLossConfig,
     temperature: float,
     grad_scale: float,
     want_entropy: bool,
     out: Tensor,
-    *key: bool,
 ) -> Prepared:
-    """Launch over the rows; what is returned is ready for the loss."""
-    num_rows, dtype, pointers = rows.mask.numel(), compute_dtype(logits.dtype), row_pointers(rows)
-    log_probs = logits.new_empty(num_rows, dtype=dtype)
-    entropy = torch.empty_like(log_probs) if want_entropy else None
+    """Launch over the rows, of which ``key`` says how they lie; what is returned is ready for the loss."""
     where, length, where_key = matrix(logits)
     target, out_length, target_key = (where, length, None) if out is logits else matrix(out)
-    chosen = choice_of(KERNEL, logits)
-    launches = Launches(
-        logits.device, chosen, where_key, target_key, lie(pointers), config.json, want_entropy, num_rows == 0, *key
-    )
+    launches = Launches(logits.device, choice_of(KERNEL, logits), where_key, target_key, key, config.json, want_entropy)
     plan = launches.worked_out(_plan, logits, out, config, want_entropy)
+    pointers, dtype = make(launches), compute_dtype(logits.dtype)
+    num_rows = pointers.mask_ptr.numel()
+    log_probs = logits.new_empty(num_rows, dtype=dtype)
+    entropy = torch.empty_like(log_probs) if want_entropy else None
     if num_rows:
         numbers = settings_of(config, temperature, grad_scale, dtype)
         arguments = (where, target, pointers, log_probs, entropy, numbers, plan.choices, length, out_length, num_rows)

@@ -106,10 +106,13 @@ def finish_run(raw_ptr, vector_ptr, RUNS: tl.constexpr, NUMBER: tl.constexpr, BL
 
 @triton.jit(do_not_specialize=["num_partials"])
 def combine_kernel(
-    partials_ptr, raw_ptr, vector_ptr, loss_ptr, num_partials, RUNS: tl.constexpr, NUM_SUMS: tl.constexpr,
+    partials_ptr, vector_ptr, loss_ptr, num_partials, RUNS: tl.constexpr, NUM_SUMS: tl.constexpr,
     NUM_SLOTS: tl.constexpr, LOSS_SLOT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Merge partial raw metrics: the first ``NUM_SUMS`` slots add up, of the others the largest stays; then report."""
+    """Merge partial raw metrics: the first ``NUM_SUMS`` slots add up, of the others the largest stays; then report.
+
+    What is merged goes behind the partials.
+    """
     dtype = partials_ptr.dtype.element_ty
     slots = tl.arange(0, BLOCK_SLOTS)
     is_sum = (slots < NUM_SUMS)[None, :]
@@ -126,6 +129,7 @@ def combine_kernel(
     if loss_ptr is not None:
         tl.store(loss_ptr, tl.sum(tl.where(slots == LOSS_SLOT, sums, 0.0), axis=0))
     if vector_ptr is not None:
+        raw_ptr = partials_ptr + num_partials * NUM_SLOTS
         tl.store(raw_ptr + slots, tl.where(slots < NUM_SUMS, sums, highest(best)), mask=slots < NUM_SLOTS)
         # Other threads read the slots than those that wrote them.
         tl.debug_barrier()
@@ -133,11 +137,14 @@ def combine_kernel(
             finish_run(raw_ptr, vector_ptr, RUNS, number, BLOCK_SLOTS)
 
 
+def new_partials(like: Tensor, programs: int, table: Table) -> Tensor:
+    """Memory ``[programs + 1, K]`` for raw metrics of each program, and for what they are merged to."""
+    return like.new_empty((programs + 1, len(table.slots)))
+
+
 def combine(launches: Launches, partials: Tensor, table: Table, loss: Tensor | None, reported: bool) -> Tensor:
-    """Merge ``partials [programs, K]`` to the reported vector of ``table`` (empty unless so); fill ``loss``, 0-d."""
-    num_partials, num_slots = partials.shape
+    """Merge `new_partials` to the reported vector of ``table`` (empty unless so); fill ``loss``, 0-d."""
     vector = partials.new_empty(len(table.keys) if reported else 0)
-    raw = partials.new_empty(num_slots) if reported else None
     reported_to = vector if reported else None
-    launches(combine_kernel, 1, (partials, raw, reported_to, loss, num_partials, *_sizes(table)))
+    launches(combine_kernel, 1, (partials, reported_to, loss, partials.shape[0] - 1, *_sizes(table)))
     return vector

@@ -12,7 +12,7 @@ from egpo_kernels.formulas import metrics
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import exponential
 from egpo_kernels.triton.launcher import Launches, lie, reach
-from egpo_kernels.triton.metrics import combine, store_maxima, store_sums
+from egpo_kernels.triton.metrics import combine, new_partials, store_maxima, store_sums
 from egpo_kernels.triton.segments import sequence_of
 from egpo_kernels.triton.sequence_ratio import Scores, factors, load_log_probs, sequence_kernel
 from egpo_kernels.triton.settings import (
@@ -200,12 +200,13 @@ def loss_of(made: Prepared, segments: Segments, vocab: int, per_token: bool, rep
     num_rows, log_probs = segments.num_rows, made.scores.log_probs_ptr
     losses = torch.empty_like(log_probs) if per_token else None
     loss = None if per_token else log_probs.new_empty(())
-    partials = log_probs.new_empty((blocks_of(num_rows, BLOCK), len(metrics.TOKEN.slots)))
+    programs = blocks_of(num_rows, BLOCK)
+    partials = new_partials(log_probs, programs, metrics.TOKEN)
     launches, pointers, scores, *constants, surrogate = made
     if num_rows:
         sizes = (num_rows, vocab, segments.num_sequences, segments.length)
         arguments = (pointers, scores, losses, partials, *constants, *sizes, surrogate, BLOCK)
-        launches(policy_loss_kernel, partials.shape[0], arguments, OPTIONS)
+        launches(policy_loss_kernel, programs, arguments, OPTIONS)
     if losses is not None and not reported:
         return losses, partials.new_empty(0)
     vector = combine(launches, partials, metrics.TOKEN, loss, reported)

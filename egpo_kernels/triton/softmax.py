@@ -15,7 +15,7 @@ import triton.language as tl
 
 from egpo_kernels.triton.arithmetic import divide
 from egpo_kernels.triton.launch import ACCESS_BYTES
-from egpo_kernels.triton.launcher import lie, size
+from egpo_kernels.triton.launcher import ON_AMD, size
 from egpo_kernels.triton.strips import block_places, first_access, load_block
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -52,7 +52,8 @@ def matrix(tensor: torch.Tensor) -> tuple[Matrix, int, Hashable]:
     Last comes what a launch over it is chosen and compiled for.
     """
     batch_stride, row_stride, length, key = _steps(tensor.shape, tensor.stride())
-    key = (lie((tensor,)), tensor.data_ptr() % ACCESS_BYTES, key)
+    memory = tensor.untyped_storage().size() if ON_AMD else 0
+    key = (key, tensor.dtype, tensor.data_ptr() % ACCESS_BYTES, memory >> 31)
     return Matrix(tensor, batch_stride, row_stride), length, key
 
 
