@@ -2,14 +2,15 @@
 
 python -c "import tests.support.launches as launches; launches.check_calls()"     # without TRITON_INTERPRET
 
-Every launch from memory is also put through Triton's own binder and its own cache, which must name the same kernel.
+Every launch from memory is also put through Triton's own binder and its own cache, which must name the same kernel;
+what host functions worked out for a key is worked out again.
 Compiling is left out: a kernel is no more than what it would have been compiled for. Each example forgets everything,
 makes a call, and then others that differ from it in a field.
 """
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -44,7 +45,7 @@ KINDS = ("none", "token", "sequence")
 
 
 class Other(AssertionError):
-    """Triton would launch another kernel."""
+    """Triton would launch another kernel, or something else would be worked out."""
 
 
 class Compiled:
@@ -69,13 +70,13 @@ def found(kernel: JITFunction, key: Any, signature: Any, device: Any, *_: Any) -
 
 @contextlib.contextmanager
 def compared(counted: list[str], left_out: tuple[str, int] | None = None) -> Iterator[SimpleNamespace]:
-    """Compare every launch from memory; its kernel's name is appended to ``counted``.
+    """Compare every launch from memory, and what was worked out; the kernel's name is appended to ``counted``.
 
     ``left_out`` is a host function, and what of its key is not looked at. What is yielded has the number of the current
     device, which stands in keys for the one that all tensors lie on.
 
     Raises:
-        Other: Triton would launch another kernel.
+        Other: What is remembered is of another call.
     """
     place, init, call = SimpleNamespace(number=0), Launches.__init__, Launches.__call__
 
@@ -94,12 +95,19 @@ def compared(counted: list[str], left_out: tuple[str, int] | None = None) -> Ite
                 raise Other(f"{kernel.__name__}: Triton would launch another kernel")
         call(self, kernel, programs, arguments, options)
 
+    def compared_too(self: Launches, function: Callable[..., Any], *arguments: Any) -> Any:
+        made = function(*arguments)
+        if self.known.setdefault(function, made) != made:
+            raise Other(f"{function.__name__} would answer otherwise now")
+        return made
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(stubbed())
         stack.enter_context(mock.patch.object(Driver, "get_current_device", lambda driver: -1 - place.number))
         stack.enter_context(mock.patch.object(JITFunction, "_do_compile", found))
         stack.enter_context(mock.patch.object(Launches, "__init__", keyed))
         stack.enter_context(mock.patch.object(Launches, "__call__", checked))
+        stack.enter_context(mock.patch.object(Launches, "worked_out", compared_too))
         yield place
 
 
