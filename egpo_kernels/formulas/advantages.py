@@ -34,7 +34,10 @@ def collapse_tolerance(dtype: torch.dtype) -> float:
 
 def rewards_in(dtype: torch.dtype, rewards: Tensor) -> Tensor:
     """Rewards ``[S]`` to compute with; whole numbers that the dtype does not hold raise, or are NaN on a device."""
-    values = rewards.detach().to(dtype)
+    values = rewards.detach() if rewards.requires_grad else rewards
+    if rewards.dtype == dtype:
+        return values
+    values = values.to(dtype)
     if rewards.dtype.is_floating_point or rewards.dtype.itemsize < 4:
         return values
     held = values.to(accumulation_dtype(values.device)) == rewards.to(accumulation_dtype(values.device))

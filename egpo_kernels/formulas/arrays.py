@@ -46,6 +46,11 @@ def clamp(values: Array, low: float, high: float) -> Array:
     return values.clamp(low, high)
 
 
+def at_least(values: Array, low: float) -> Array:
+    """Return values no smaller than ``low``."""
+    return np.maximum(values, low) if isinstance(values, np.ndarray) else values.clamp(min=low)
+
+
 def floating(values: Array, like: Array) -> Array:
     """Return ``values`` in the dtype of ``like``: themselves where they have it."""
     if values.dtype == like.dtype:

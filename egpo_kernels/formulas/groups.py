@@ -71,13 +71,13 @@ class Groups(NamedTuple):
     def column(self, values: tuple[float, ...], like: Array | None = None) -> Array:
         """Return whole ``values [n, 1]``, or ones in a dtype, where the groups are, without a copy to a device."""
         if self.at_hand:
-            return _column(values, np.dtype(int) if like is None else like.dtype)
+            return _column(values, "l" if like is None else like.dtype.char)  # a dtype is slow to look up
         dtype = torch.int64 if like is None else like.dtype
         return torch.stack([torch.full((1,), value, dtype=dtype, device=self.place.device) for value in values])
 
 
 @functools.lru_cache(maxsize=64)
-def _column(values: tuple[float, ...], dtype: Any) -> np.ndarray[Any, Any]:
+def _column(values: tuple[float, ...], dtype: str) -> np.ndarray[Any, Any]:
     """Return an array ``[n, 1]``, made once; never write to it."""
     return np.array(values, dtype)[:, None]
 
@@ -167,7 +167,7 @@ def known(values: Array, groups: Groups) -> Known:
     values = floating(values, groups.sizes)
     total = groups.sum(values)
     # What is not finite leaves no finite sum behind.
-    if groups.at_hand and math.isfinite(total.sum()):
+    if groups.at_hand and math.isfinite(np.add.reduce(total)):
         return Known(values, None, total / groups.sizes, groups.sizes, groups.others)
     finite = isfinite(values)
     values = where(finite, values, 0.0)

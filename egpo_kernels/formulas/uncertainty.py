@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from egpo_kernels.formulas.arrays import Array, at_hand
+from egpo_kernels.formulas.arrays import Array, at_hand, at_least
 from egpo_kernels.formulas.token_metrics import BLOCK
 from egpo_kernels.inputs.segments import accumulation_dtype, counts_per_sequence
 
@@ -20,11 +20,11 @@ def token_sums(values: Tensor, mask: Tensor | None, offsets: Tensor | None) -> t
         values = torch.where(mask, values, 0.0)
         counts = mask.sum(1, dtype=torch.int32) if offsets is None else counts_per_sequence(mask, offsets)
         return _sums(values, offsets), counts
-    # A CPU chooses by bools one by one; as whole numbers, -1 where the mask is set, it takes a vector at a time.
+    # A CPU chooses by bools one by one; bits times whole numbers, 1 where the mask is set, it takes a vector at a time.
     whole = torch.int64 if values.dtype == torch.float64 else torch.int32
-    bits = mask.view(torch.int8).neg().to(whole)
-    counts = (bits.sum(1, dtype=torch.int32) if offsets is None else _sums(bits, offsets)).neg_()
-    return _sums(bits.bitwise_and_(values.view(whole)).view(values.dtype), offsets), counts
+    bits = mask.to(whole)
+    counts = bits.sum(1, dtype=torch.int32) if offsets is None else _sums(bits, offsets)
+    return _sums(bits.mul_(values.view(whole)).view(values.dtype), offsets), counts
 
 
 def token_mean(values: Tensor, mask: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def _sums(values: Tensor, offsets: Tensor | None) -> Tensor:
 
 def as_uncertainty(mean: Array) -> Array:
     """H ``[S]`` (Eq. 5/6) from a mean: at least 0, and NaN where that is not finite."""
-    return mean.clip(0) + (mean - mean)  # 0, or NaN
+    return at_least(mean, 0.0) + (mean - mean)  # 0, or NaN
 
 
 def sequence_uncertainty(values: Tensor, mask: Tensor, offsets: Tensor) -> Tensor:
