@@ -61,7 +61,7 @@ class TokenLogProbs(torch.autograd.Function):
             grad_entropy = None
         given = (grad_log_probs, grad_entropy)
         if grad_log_probs is None:
-            grad_log_probs = hidden.new_zeros(rows[0].shape, dtype=entropy.dtype)
+            grad_log_probs = hidden.new_zeros(rows[0].numel(), dtype=entropy.dtype)
         with torch.no_grad():
             if with_gradient and grad_entropy is None:
                 if gradient is None:

@@ -2,6 +2,7 @@
 
 from egpo_kernels.formulas.rows import token_rows
 from egpo_kernels.formulas.whole_groups import group_advantages
+from egpo_kernels.portable.chunks import scratch_bytes
 from egpo_kernels.portable.logits import logits_gradient, logits_loss_gradient, logits_policy_loss, row_statistics
 from egpo_kernels.portable.policy_loss import (
     policy_loss,
@@ -10,7 +11,6 @@ from egpo_kernels.portable.policy_loss import (
     scaled_gradients,
 )
 from egpo_kernels.portable.rescale import rescale_
-from egpo_kernels.portable.softmax import scratch_bytes
 
 __all__ = [
     "group_advantages",

@@ -7,29 +7,35 @@ from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
 from egpo_kernels.formulas.rows import Material, token_rows
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.inputs.validation import check_rows
+from egpo_kernels.portable.chunks import Chunk, chunk_rows, chunks, step_rows
 from egpo_kernels.portable.policy_loss import policy_loss, policy_loss_gradient
-from egpo_kernels.portable.softmax import chunks, exponentials, heats, own_logits, read_off, softmax, write_gradient
+from egpo_kernels.portable.softmax import (
+    Statistics,
+    Sums,
+    exponentials,
+    exponentials_again,
+    heats,
+    own_logits,
+    read_off,
+    slopes,
+    write_gradient,
+)
 
 
 def row_statistics(
     logits: Tensor, rows: Rows, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials ``[N]``; 0 outside the mask."""
-    maximum, sum_exp, sum_x = (
-        logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits.dtype)) for _ in range(3)
-    )
-    for chunk in chunks(logits, rows, rows.mask, temperature):
-        maximum[chunk.place], sum_exp[chunk.place], weighted = exponentials(chunk, want_entropy)
-        if weighted is not None:
-            sum_x[chunk.place] = weighted
+    """Log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials ``[N]``; the first two are 0 outside the
+    mask.
+    """
+    heat, sums = heats(rows, temperature), Sums.nothing(rows.mask.shape[0], logits, want_entropy)
+    for chunk in chunks(logits, rows.mask, (chunk_rows if want_entropy else step_rows)(logits), want_entropy):
+        exponentials(chunk, _heat_at(heat, chunk.place), sums)
     # Once for all rows: a small operation on each chunk takes as long as some thousand logits.
-    own, heat = own_logits(logits, rows)[1], heats(rows, temperature)
-    found = read_off(own, heat, maximum, sum_exp, sum_x if want_entropy else None)
-    empty = maximum.new_empty(0)
-    log_probs, entropy, maximum, sum_exp = (
-        empty if values is None else torch.where(rows.mask, values, 0.0) for values in found
-    )
-    return log_probs, entropy, maximum, sum_exp
+    found = read_off(own_logits(logits, rows)[1], heat, sums)
+    log_probs = torch.where(rows.mask, found.log_probs, 0.0)
+    entropy = log_probs.new_empty(0) if found.entropy is None else torch.where(rows.mask, found.entropy, 0.0)
+    return log_probs, entropy, sums.maximum, sums.sum_exp
 
 
 def logits_gradient(
@@ -42,15 +48,26 @@ def logits_gradient(
 ) -> None:
     """Write dL/dlogits to ``out`` (which may be ``logits``) from ``upstream`` (dL/dl, dL/dEnt), ``[N]`` each.
 
-    All is made again, as in `logits_loss_gradient`, rather than from ``statistics``: same bits either way.
+    ``statistics`` are of `row_statistics`; under an entropy's gradient all is made again: same bits either way.
     """
     grad_log_probs, grad_entropy = upstream
     assert grad_log_probs is not None
     live = rows.mask & ((grad_log_probs != 0) if grad_entropy is None else (grad_log_probs != 0) | (grad_entropy != 0))
-    for chunk in chunks(logits, rows, live, temperature, out):
-        found = softmax(chunk, grad_entropy is not None)
-        bonus = None if grad_entropy is None else grad_entropy[chunk.place]
-        write_gradient(chunk, found, grad_log_probs[chunk.place], bonus)
+    heat, (column, own) = heats(rows, temperature), own_logits(logits, rows)
+    if grad_entropy is None:
+        maximum, sum_exp, _ = statistics
+        # Of log-probs only -inf is read, which a token's has where its logit is that.
+        known = Statistics(own, None, sum_exp, sum_exp)
+        slope = slopes(known, rows.mask, heat, grad_log_probs, None)
+        for chunk in chunks(logits, live, step_rows(logits), False, out):
+            exponentials_again(chunk, _heat_at(heat, chunk.place), maximum[chunk.place])
+            write_gradient(chunk, column[chunk.place], slope.at(chunk.place))
+        return
+    for chunk in chunks(logits, live, chunk_rows(logits), True, out):
+        place, heat_here = chunk.place, _heat_at(heat, chunk.place)
+        found = _softmax(chunk, own[place], heat_here, True)
+        slope = slopes(found, rows.mask[place], heat_here, grad_log_probs[place], grad_entropy[place])
+        write_gradient(chunk, column[place], slope)
 
 
 def logits_loss_gradient(
@@ -64,15 +81,30 @@ def logits_loss_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob and entropy ``[N]`` of each row, and its gradient written to ``out`` while the row is in cache."""
     log_probs, entropy = (logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits.dtype)) for _ in range(2))
-    for chunk in chunks(logits, rows, rows.mask, temperature, out):
-        found = softmax(chunk, want_entropy)
-        flows, alone = config.entropy_coef != 0, Segments(found.log_probs.shape[0], 1)
-        slope, bonus = policy_loss_gradient(found.log_probs, chunk.rows, alone, config, grad_scale, flows)
-        log_probs[chunk.place] = torch.where(chunk.rows.mask, found.log_probs, 0.0)
+    heat, (column, own) = heats(rows, temperature), own_logits(logits, rows)
+    flows = config.entropy_coef != 0
+    for chunk in chunks(logits, rows.mask, chunk_rows(logits), want_entropy, out):
+        place, heat_here = chunk.place, _heat_at(heat, chunk.place)
+        found = _softmax(chunk, own[place], heat_here, want_entropy)
+        here = Rows(rows.mask[place], *(None if field is None else field[place] for field in rows[1:]))
+        alone = Segments(found.log_probs.shape[0], 1)
+        slope, bonus = policy_loss_gradient(found.log_probs, here, alone, config, grad_scale, flows)
+        log_probs[place] = torch.where(here.mask, found.log_probs, 0.0)
         if found.entropy is not None:
-            entropy[chunk.place] = torch.where(chunk.rows.mask, found.entropy, 0.0)
-        write_gradient(chunk, found, slope, bonus if flows else None)
+            entropy[place] = torch.where(here.mask, found.entropy, 0.0)
+        write_gradient(chunk, column[place], slopes(found, here.mask, heat_here, slope, bonus if flows else None))
     return log_probs, entropy if want_entropy else None
+
+
+def _softmax(chunk: Chunk, own: Tensor, heat: Tensor | float, want_entropy: bool) -> Statistics:
+    """What the chunk's rows say, with `exponentials` left in its memory."""
+    sums = Sums.nothing(chunk.logits.shape[0], chunk.logits, want_entropy)
+    exponentials(chunk._replace(place=slice(0, own.shape[0])), heat, sums)
+    return read_off(own, heat, sums)
+
+
+def _heat_at(heat: Tensor | float, place: slice) -> Tensor | float:
+    return heat[place] if isinstance(heat, Tensor) else heat
 
 
 def logits_policy_loss(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import egpo_kernels as ek
-import egpo_kernels.portable.softmax as portable_softmax
+import egpo_kernels.portable.chunks as portable_chunks
 from tests.support import runs
 from tests.support.accuracy import assert_alike, assert_bits, assert_rounding
 from tests.support.batches import BACKENDS, FAST
@@ -88,7 +88,7 @@ def test_chunk_borders(vocab, dtype, monkeypatch):
     expected = [run(logits, tokens, "portable", upstream) for run in (of_rows, one_pass)]
     for size in (1, 2, 3, 6):
         for name in ("CPU_CHUNK_BYTES", "DEVICE_CHUNK_BYTES"):
-            monkeypatch.setattr(portable_softmax, name, size * vocab * 4)
+            monkeypatch.setattr(portable_chunks, name, size * vocab * 4)
         for run, full in zip((of_rows, one_pass), expected, strict=True):
             assert_same(run(logits, tokens, "portable", upstream), full, f"{size} rows a chunk")
 

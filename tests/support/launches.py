@@ -233,7 +233,7 @@ def backwards(result: Any, made: Made) -> None:
 def neighbours(config: ek.PolicyLossConfig) -> Iterator[ek.PolicyLossConfig]:
     """Configs that differ in one choice that kernels are compiled for."""
     chosen = {"surrogate": ("clip", "cispo"), "kl": ("k1", "k3"), "kl_times_ratio": (False, True)}
-    for name, choices in (chosen | {"entropy_coef": (0.0, 0.01)}).items():
+    for name, choices in (chosen | {"entropy_coef": (0.0, 0.01), "reduction": ("token_mean", "sum")}).items():
         for choice in choices:
             with contextlib.suppress(ValueError):
                 yield ek.PolicyLossConfig(**config.to_dict() | {name: choice})
