@@ -35,7 +35,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Inside a room that holds a path from inputs to a loss, likewise, lowest first.
 STEPS = {
     "config": ("fields", "settings", "recipes"),
-    "inputs": ("validation", "segments", "layout"),
+    "inputs": ("segments", "validation", "layout"),
     "formulas": (
         "arrays",
         "tables",

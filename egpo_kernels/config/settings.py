@@ -287,7 +287,7 @@ class Rows(NamedTuple):
     """What the backends are handed per token, ``[N]``; None where the caller gave nothing.
 
     ``mask`` says which rows are looked at; every other field may hold anything where it is False. What is there as the
-    caller gave it may lie ``[S, T]``, until somebody asks for it `flat`: a view costs a call as much as a check.
+    caller gave it may lie ``[S, T]``, until somebody asks for `flat_rows`: a view costs a call as much as a check.
     """
 
     mask: Tensor
@@ -298,9 +298,3 @@ class Rows(NamedTuple):
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
     rollout_weights: Tensor | None = None
-
-    def flat(self) -> "Rows":
-        """The same, each ``[N]``."""
-        mask, *others = [row if row is None or row.dim() == 1 else row.reshape(-1) for row in self]
-        assert mask is not None
-        return Rows(mask, *others)

@@ -1,5 +1,6 @@
 """Token level behind the public functions: from checked inputs to a loss, along the cheapest path that is right."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -21,18 +22,14 @@ from egpo_kernels.config.settings import (
 from egpo_kernels.engine import autograd, rows
 from egpo_kernels.engine.dispatch import choose_backend
 from egpo_kernels.engine.groups import PerToken, advantages_of_groups
-from egpo_kernels.engine.rows import NO_COUNTS, Given, Unmade, flat
+from egpo_kernels.engine.rows import NO_COUNTS, Given, Unmade
 from egpo_kernels.formulas import metrics
 from egpo_kernels.formulas.lazy import merged
 from egpo_kernels.formulas.rows import Counts
 from egpo_kernels.inputs import layout as layouts
 from egpo_kernels.inputs.layout import Layout
-from egpo_kernels.inputs.validation import (
-    check_choice,
-    check_count,
-    check_dense,
-    check_tensor,
-)
+from egpo_kernels.inputs.segments import flat
+from egpo_kernels.inputs.validation import check_choice, check_count, check_dense, check_tensor
 
 PER_TOKEN = (("old_log_probs", rows.OLD_LOG_PROBS), ("ref_log_probs", rows.REF_LOG_PROBS))
 PER_TOKEN_OR_SEQUENCE = (("advantages", rows.ADVANTAGES), ("rollout_weights", rows.ROLLOUT_WEIGHTS))
@@ -242,7 +239,7 @@ def loss_of_tokens(
     """
     assert call.source is not None
     unmade = loss_rows(call, given, config, options)
-    scale = check_number("grad_scale", options.grad_scale, low=0.0, high=float("inf"), open_low=True)
+    scale = check_number("grad_scale", options.grad_scale, low=0.0, high=math.inf, open_low=True)
     assert scale is not None
     # fp16 cannot hold an unscaled gradient: without a scale it waits for the upstream one.
     unscaled = call.source.dtype == torch.float16 and scale == 1.0

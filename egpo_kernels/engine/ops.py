@@ -26,7 +26,7 @@ from egpo_kernels.engine.operator import (
 from egpo_kernels.engine.row_ops import material_of
 from egpo_kernels.formulas import metrics
 from egpo_kernels.inputs import validation
-from egpo_kernels.inputs.segments import Segments
+from egpo_kernels.inputs.segments import Segments, flat_rows
 
 
 def read_rows(fields: OptionalTensors, backend: str) -> Rows:
@@ -34,7 +34,7 @@ def read_rows(fields: OptionalTensors, backend: str) -> Rows:
     mask, *rest = fields
     assert mask is not None
     rows = Rows(mask, *rest)
-    return rows if backend == "triton" else rows.flat()
+    return rows if backend == "triton" else flat_rows(rows)
 
 
 def _new_gradient(logits: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from egpo_kernels.config.settings import PolicyLossConfig, Rows
 from egpo_kernels.engine import row_ops
 from egpo_kernels.formulas.rows import Counts, Material, Purpose, token_rows
 from egpo_kernels.inputs.layout import PER_TOKEN, Layout
-from egpo_kernels.inputs.segments import counted_rows
+from egpo_kernels.inputs.segments import counted_rows, flat
 
 MASK, TOKENS, TEMPERATURE, ADVANTAGES, _, OLD_LOG_PROBS, REF_LOG_PROBS, ROLLOUT_WEIGHTS = range(len(Rows._fields))
 
@@ -44,11 +44,6 @@ class Given(NamedTuple):
         """Rows ``[N]`` that count."""
         mask, tokens = self.tensors[MASK], self.tensors[TOKENS]
         return counted_rows(flat(mask), flat(tokens), layout.known_offsets, layout.num_rows, layout.device)
-
-
-def flat(tensor: Tensor | None) -> Tensor | None:
-    """``[N]``."""
-    return None if tensor is None else tensor.reshape(-1)
 
 
 class Unmade(NamedTuple):

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from egpo_kernels.config.settings import Rows
+
 IGNORED = -100
 """The token id that marks a position as not counted when no mask is given."""
 
@@ -20,6 +22,18 @@ def counted_rows(
     else:
         rows = torch.ones(num_rows, dtype=torch.bool, device=device)
     return rows if offsets is None else rows & (torch.arange(num_rows, device=device) < offsets[-1])
+
+
+def flat(values: Tensor | None) -> Tensor | None:
+    """``[N]``, of a tensor per token in any shape."""
+    return values if values is None or values.dim() == 1 else values.reshape(-1)
+
+
+def flat_rows(rows: Rows) -> Rows:
+    """The same rows, each ``[N]``."""
+    mask, *others = map(flat, rows)
+    assert mask is not None
+    return Rows(mask, *others)
 
 
 def even_offsets(num_rows: int, num_segments: int, device: torch.device) -> Tensor:

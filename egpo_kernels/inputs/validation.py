@@ -11,6 +11,7 @@ from torch import Tensor
 
 from egpo_kernels.config.fields import fits_float32, plain
 from egpo_kernels.config.settings import Rows
+from egpo_kernels.inputs.segments import flat_rows
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -203,7 +204,7 @@ def _check_temperatures(temperature: Tensor | None, mask: Tensor) -> None:
 def check_rows(rows: Rows, vocab: int) -> None:
     """Raise when a counted row's token or temperature cannot be. Values are read only where that costs no sync."""
     if checks_values(rows.mask.device):
-        rows = rows.flat()
+        rows = flat_rows(rows)
         _check_tokens(rows.tokens, rows.mask, vocab)
         _check_temperatures(rows.temperature, rows.mask)
 

@@ -19,7 +19,7 @@ from egpo_kernels.engine.ops import read_rows
 from egpo_kernels.engine.row_ops import material_of
 from egpo_kernels.formulas import metrics
 from egpo_kernels.inputs import validation
-from egpo_kernels.inputs.segments import Segments
+from egpo_kernels.inputs.segments import Segments, flat_rows
 from egpo_kernels.linear import flops, passes
 from egpo_kernels.linear.chunks import too_many
 from egpo_kernels.linear.head import Head, Wanted
@@ -64,7 +64,7 @@ def _read(
         num_active,
         max_chunk_bytes,
     )
-    rows = rows.flat()
+    rows = flat_rows(rows)
     validation.check_rows(rows, weight.shape[0])
     cooled, temperature = layer.head.cooled(rows, temperature)
     return layer, cooled, temperature

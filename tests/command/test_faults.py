@@ -8,6 +8,7 @@ import torch
 from egpo_kernels import portable
 from egpo_kernels.api import groups
 from egpo_kernels.command import checks
+from egpo_kernels.config.settings import Rows
 from egpo_kernels.engine import losses
 from egpo_kernels.inputs.segments import Segments
 
@@ -35,6 +36,17 @@ def broken(monkeypatch, name, before=None, after=None, where=portable):
 
 def rows(change):
     return lambda given: {"rows": given["rows"]._replace(**change(given))}
+
+
+def without(field):
+    """What rows are made of, as if the caller had not given a field."""
+    place = Rows._fields.index(field)
+
+    def change(given):
+        material = given["material"]
+        return {"material": material._replace(given=[*material.given[:place], None, *material.given[place + 1 :]])}
+
+    return change
 
 
 def config(**settings):
@@ -89,9 +101,10 @@ def only_by_log_prob(given):
 
 
 def zeroed_without_slope(found, given):
-    log_probs = portable.row_statistics(given["logits"], given["rows"], given["temperature"], False)[0]
+    rows, config = portable.token_rows(given["material"]), given["material"].purpose.config
+    log_probs = portable.row_statistics(given["logits"], rows, given["temperature"], False)[0]
     segments = Segments(len(log_probs), 1)
-    slope, _ = portable.policy_loss_gradient(log_probs, given["rows"], segments, given["config"], 1.0, False)
+    slope, _ = portable.policy_loss_gradient(log_probs, rows, segments, config, 1.0, False)
     given["out"].view(-1, given["out"].shape[-1])[slope == 0] = 0
     return found
 
@@ -107,9 +120,9 @@ def finite_logits(given):
 TEMPERATURE = [
     ("row_statistics", "token_log_probs", "log_probs"),
     ("logits_gradient", "token_log_probs", "gradient of logits"),
-    ("logits_policy_loss", "logits_policy_loss, one pass", "gradient of logits"),
     ("row_statistics", "linear_token_log_probs", "log_probs"),
 ]
+ONE_PASS = ("logits_policy_loss, one pass", "gradient of logits")
 ALWAYS_1, NO_HEAT = constant(temperature=1.0), rows(lambda given: {"temperature": None})
 UNWEIGHTED = rows(lambda given: {"rollout_weights": None})
 NAN_IS_0 = rows(lambda given: {"rollout_weights": torch.nan_to_num(given["rows"].rollout_weights, 0.0)})
@@ -140,6 +153,8 @@ OF_LOSS = [
 ]
 FAULTS = [
     *((name, ALWAYS_1, None, what, output) for name, what, output in TEMPERATURE),
+    ("logits_policy_loss", ALWAYS_1, None, *ONE_PASS),
+    ("logits_policy_loss", without("temperature"), None, *ONE_PASS),
     *((name, NO_HEAT, None, what, output) for name, what, output in TEMPERATURE),
     *((name, change, None, f"policy_loss, {what}", out) for what, change in OF_LOSS for name, out in BOTH),
     *((name, config(clip_high=1e3), None, "policy_loss, reduction none", out) for name, out in APART),
@@ -149,7 +164,7 @@ FAULTS = [
     (AT_ONCE, None, k1_falling, "policy_loss, kl k1", SLOPE),
     (AT_ONCE, opposite_signs, negated, "policy_loss, gmpo", "loss"),
     (AT_ONCE, opposite_signs, negated, "policy_loss, gmpo", SLOPE),
-    ("logits_policy_loss", UNWEIGHTED, None, "logits_policy_loss, one pass", "gradient of logits"),
+    ("logits_policy_loss", without("rollout_weights"), None, *ONE_PASS),
     ("logits_gradient", only_by_log_prob, None, "token_log_probs, entropy", "gradient of logits"),
     ("logits_policy_loss", None, zeroed_without_slope, "logits_policy_loss, KL and entropy bonus", "gradient"),
     ("row_statistics", None, never_minus_infinity, "token_log_probs", "log_probs"),

@@ -18,7 +18,7 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.interpreter import InterpretedFunction
 
 from benchmarks.ring import switched_on
-from egpo_kernels.triton import ring
+from egpo_kernels.triton import launcher, ring
 from egpo_kernels.triton.launch import Launch, Ring
 from tests.support.copies import Copies, Slot
 from tests.support.device import ON_GPU
@@ -135,6 +135,7 @@ def through_ring(machine: Machine | None = None) -> Iterator[None]:
 
     original = ONE_PASS.kernel_of
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(launcher._known, clear=True))  # which remembers what was chosen
         stack.enter_context(mock.patch.object(ONE_PASS, "kernel_of", kernel_of))
         stack.enter_context(switched_on() if ON_GPU else switched_on(SMALL))
         if not ON_GPU:
