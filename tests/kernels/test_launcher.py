@@ -42,6 +42,11 @@ def test_a_key_that_misses_the_device_or_how_tensors_lie_is_noticed():
     assert answered(f"unnoticed({PARTS})") == []
 
 
+def test_a_launch_from_memory_tells_hooks():
+    without, hooked, after = answered("hooks_of_launches()")
+    assert len(hooked) == len(without) == len(after) == 3 and all(hooked) and not any(without + after)
+
+
 def test_amds_compiler_and_the_key_ask_for_the_same_of_a_tensors_memory(monkeypatch):
     backend = pytest.importorskip("triton.backends.amd.compiler").HIPBackend
     monkeypatch.setattr(launcher, "ON_AMD", True)
