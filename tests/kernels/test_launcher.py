@@ -25,9 +25,10 @@ PARTS = {
 
 
 def answered(expression):
-    """What an expression of `tests.support.launches` is, in a process where kernels are not interpreted."""
+    """What an expression of `tests.support` is, in a process where kernels are not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    text = f"import json; from tests.support.launches import *; print(json.dumps({expression}))"
+    modules = "from tests.support.launches import *; from tests.support.hooked_launches import *"
+    text = f"import json; {modules}; print(json.dumps({expression}))"
     done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 import egpo_kernels as ek
 import egpo_kernels.triton as backend
 from benchmarks.counts.launches import Size, launch_groups, launch_log_probs
-from benchmarks.counts.stubbed import Driver, Launcher, stubbed
+from benchmarks.counts.stubbed import Driver, stubbed
 from egpo_kernels.triton import launcher
 from egpo_kernels.triton.launcher import Launches
 from tests.support.strategies import advantage_configs, loss_configs
@@ -280,26 +280,3 @@ def unnoticed(parts: dict[str, tuple[int, ...]]) -> list[tuple[str, int]]:
                 continue
             found.append((function, place))
     return found
-
-
-def hooks_of_launches() -> list[list[bool]]:
-    """Of calls without a hook, with one and without it again: whether each launch from memory came with it."""
-    seen: list[bool] = []
-
-    def launched(self: Launcher, *given: Any) -> None:
-        seen.append(given[7] is not None and hook in given[7].calls and given[6].get()["name"] == self.name)
-
-    def hook(metadata: Any) -> None:
-        raise AssertionError("launches are stubbed")
-
-    log_probs, found = torch.zeros(2, 4), []
-    hooks = triton.knobs.runtime.launch_enter_hook
-    with stubbed():
-        for change in (None, None, hooks.add, hooks.remove):
-            if change is not None:
-                change(hook)
-            with mock.patch.object(Launcher, "__call__", launched):
-                ek.policy_loss(log_probs, None, torch.ones(2), backend="triton")
-            found.append(list(seen))
-            seen.clear()
-    return found[1:]
