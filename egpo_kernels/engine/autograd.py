@@ -1,5 +1,6 @@
 """Autograd Functions around the opaque operators: what is saved, and when the gradient of the logits is made."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ def guarded(backend: str, gradient: Tensor, *parents: Tensor | None) -> Tensor:
     return _RefuseBackward.apply(backend, gradient.detach().requires_grad_(), *parents)
 
 
+def no_gradients() -> contextlib.AbstractContextManager[Any]:
+    """`torch.no_grad` where a backward pass runs under create_graph, which alone has them enabled."""
+    return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
+
+
 class TokenLogProbs(torch.autograd.Function):
     """Log-prob and entropy of each row; the gradient is made in backward, from the logits read once more."""
 
@@ -71,7 +77,7 @@ class TokenLogProbs(torch.autograd.Function):
         given = (grad_log_probs, grad_entropy)
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(maximum)
-        with torch.no_grad():
+        with no_gradients():
             statistics = [maximum, sum_exp, entropy]
             upstream = [grad_log_probs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous()]
             gradient = logits.detach()
@@ -125,7 +131,7 @@ class PolicyLoss(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         log_probs, entropy, offsets, *rows = ctx.saved_tensors
         num_sequences, config, backend = ctx.options
-        with torch.no_grad():
+        with no_gradients():
             slope, bonus = ops.policy_loss_gradient(
                 log_probs.detach(),
                 rows,

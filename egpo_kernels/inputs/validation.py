@@ -48,7 +48,7 @@ def is_fit(value: Any, kind: str, device: torch.device) -> bool:
         and value.dtype in _KINDS[kind]
         and value.device == device
         and value.layout is torch.strided
-        and not (value.is_nested or value.is_neg() or value.is_inference() or torch.compiler.is_compiling())
+        and not (torch.compiler.is_compiling() or value.is_nested or value.is_neg() or value.is_inference())
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.engine.autograd import graph_is_kept, guarded, parents_of, take_gradients
+from egpo_kernels.engine.autograd import graph_is_kept, guarded, no_gradients, parents_of, take_gradients
 from egpo_kernels.engine.ops import rescale_
 from egpo_kernels.engine.row_ops import How
 from egpo_kernels.linear import ops
@@ -62,7 +62,7 @@ class TokenLogProbs(torch.autograd.Function):
         given = (grad_log_probs, grad_entropy)
         if grad_log_probs is None:
             grad_log_probs = hidden.new_zeros(rows[0].numel(), dtype=entropy.dtype)
-        with torch.no_grad():
+        with no_gradients():
             if with_gradient and grad_entropy is None:
                 if gradient is None:
                     (gradient,) = take_gradients(ctx)
