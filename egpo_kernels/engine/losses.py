@@ -22,16 +22,15 @@ from egpo_kernels.config.settings import (
 from egpo_kernels.engine import autograd, rows
 from egpo_kernels.engine.dispatch import choose_backend
 from egpo_kernels.engine.groups import PerToken, advantages_of_groups
-from egpo_kernels.engine.rows import NO_COUNTS, Given, Unmade
+from egpo_kernels.engine.rows import Given, Unmade
 from egpo_kernels.formulas import metrics
 from egpo_kernels.formulas.lazy import merged
-from egpo_kernels.formulas.rows import Counts
+from egpo_kernels.formulas.rows import NO_COUNTS, Counts
 from egpo_kernels.inputs import layout as layouts
 from egpo_kernels.inputs.layout import Layout
 from egpo_kernels.inputs.segments import flat
 from egpo_kernels.inputs.validation import check_choice, check_count, check_dense, check_tensor
 
-PER_TOKEN = (("old_log_probs", rows.OLD_LOG_PROBS), ("ref_log_probs", rows.REF_LOG_PROBS))
 PER_TOKEN_OR_SEQUENCE = (("advantages", rows.ADVANTAGES), ("rollout_weights", rows.ROLLOUT_WEIGHTS))
 
 
@@ -113,9 +112,11 @@ def read_tokens(source: Source, layout: Layout, tokens: Any, mask: Any, temperat
     if mask is not None:
         given.put(rows.MASK, layout.shaped("mask", mask, "real"))
     given.put(rows.TOKENS, layout.shaped("tokens", tokens, "integer"))
-    heat, (heats, kind) = layouts.temperature_field(temperature, layout, lambda: given.counted(layout))
-    if heats is not None:
-        given.put(rows.TEMPERATURE, heats, kind)
+    heat = 1.0
+    if isinstance(temperature, Tensor):
+        given.put(rows.TEMPERATURE, *layouts.temperature_field(temperature, layout, lambda: given.counted(layout)))
+    else:
+        heat = check_number("temperature", temperature, low=0.0, high=math.inf, open_low=True) or 1.0
     return Call(source, given, layout, heat, compute_dtype(source.dtype), choose_backend(backend, layout.device))
 
 
@@ -162,15 +163,14 @@ def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: O
         return call.given.counted(layout)
 
     fields = call.given.copy()
-    for name, place in PER_TOKEN:
-        value = getattr(given, name)
-        if value is not None:
-            fields.put(place, layout.shaped(name, value, "floating"))
+    if given.old_log_probs is not None:
+        fields.put(rows.OLD_LOG_PROBS, layout.shaped("old_log_probs", given.old_log_probs, "floating"))
+    if given.ref_log_probs is not None:
+        fields.put(rows.REF_LOG_PROBS, layout.shaped("ref_log_probs", given.ref_log_probs, "floating"))
     for name, place in PER_TOKEN_OR_SEQUENCE:
         value = getattr(given, name)
         if value is not None or place == rows.ADVANTAGES:
-            (values, kind), sound = layout.field(name, value, "real", counted)
-            assert values is not None
+            values, kind, sound = layout.field(name, value, "real", counted)
             fields.put(place, values, kind)
             if sound is not None:
                 poison = sound if poison is None else poison * sound

@@ -30,13 +30,15 @@ _PLAIN = {list, Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None), bool, i
 class Operator:
     """An operator: dispatched where somebody watches or traces, else called at once, which saves the host time."""
 
-    def __init__(self, function: Callable, overload: OpOverload) -> None:
-        self.function, self.overload = function, overload
+    def __init__(self, function: Callable, overload: OpOverload, writes: bool) -> None:
+        self.function, self.overload, self.writes = function, overload, writes
 
     def __call__(self, *arguments: Any) -> Any:
         """Call it with all of its arguments, in order."""
         if torch.compiler.is_compiling() or _is_watched() or not _are_plain(arguments):
             return self.overload(*arguments)
+        if self.writes or _elsewhere(arguments[0]) is not None:
+            return _run(self.function, self.writes, *arguments)
         return self.function(*arguments)
 
 
@@ -64,25 +66,29 @@ def operator(fake: Callable, mutates: str | None = None) -> Callable[[Callable],
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-        return Operator(run, getattr(getattr(torch.ops, NAMESPACE), name).default)
+        return Operator(function, getattr(getattr(torch.ops, NAMESPACE), name).default, mutates is not None)
 
     return register
 
 
 def _on_device(function: Callable, writes: bool) -> Callable:
     @functools.wraps(function)
-    def run(first: Any, *others: Any) -> Any:
-        where = _elsewhere(first)
-        if where is not None:
-            with torch.cuda.device(where):
-                found = function(first, *others)
-        else:
-            found = function(first, *others)
-        if writes and not first.is_inference():
-            torch.autograd.graph.increment_version(first)
-        return found
+    def run(*arguments: Any) -> Any:
+        return _run(function, writes, *arguments)
 
     return run
+
+
+def _run(function: Callable, writes: bool, first: Any, *others: Any) -> Any:
+    where = _elsewhere(first)
+    if where is not None:
+        with torch.cuda.device(where):
+            found = function(first, *others)
+    else:
+        found = function(first, *others)
+    if writes and not first.is_inference():
+        torch.autograd.graph.increment_version(first)
+    return found
 
 
 def _elsewhere(first: Any) -> int | None:

@@ -22,7 +22,7 @@ from egpo_kernels.engine.operator import (
     policy_config,
 )
 from egpo_kernels.formulas import metrics
-from egpo_kernels.formulas.rows import Counts, Material, Measured, Purpose
+from egpo_kernels.formulas.rows import NO_COUNTS, Counts, Material, Measured, Purpose
 from egpo_kernels.inputs import validation
 from egpo_kernels.inputs.segments import Segments
 
@@ -70,11 +70,12 @@ def material_of(
 ) -> Material:
     """What rows are made of, from the arguments of an operator, see `token_rows`."""
     *fields, offsets, poison, num_tokens, num_sequences = given
-    tokens, sequences = numbers
-    counts = Counts(
-        num_tokens if num_tokens is not None else None if math.isnan(tokens) else tokens,
-        num_sequences if num_sequences is not None else None if math.isnan(sequences) else sequences,
-    )
+    counts = NO_COUNTS
+    if num_tokens is not None or num_sequences is not None or not all(map(math.isnan, numbers)):
+        tokens, sequences = (None if math.isnan(number) else number for number in numbers)
+        counts = Counts(
+            tokens if num_tokens is None else num_tokens, sequences if num_sequences is None else num_sequences
+        )
     segments, purpose = Segments(size[0], size[1], offsets), purpose_of(config, dtype, only_active)
     return Material(fields, kinds, segments, poison, counts, purpose)
 

@@ -7,14 +7,11 @@ from torch import Tensor
 
 from egpo_kernels.config.settings import PolicyLossConfig, Rows
 from egpo_kernels.engine import row_ops
-from egpo_kernels.formulas.rows import Counts, Material, Purpose, token_rows
+from egpo_kernels.formulas.rows import NO_COUNTS, Counts, Material, Purpose, token_rows
 from egpo_kernels.inputs.layout import PER_TOKEN, Layout
 from egpo_kernels.inputs.segments import counted_rows, flat
 
 MASK, TOKENS, TEMPERATURE, ADVANTAGES, _, OLD_LOG_PROBS, REF_LOG_PROBS, ROLLOUT_WEIGHTS = range(len(Rows._fields))
-
-
-NO_COUNTS = Counts()
 
 
 class Given(NamedTuple):

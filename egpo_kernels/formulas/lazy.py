@@ -59,8 +59,8 @@ class LazyMetrics(dict[str, Any]):
     @classmethod
     def of(cls, *parts: Part) -> "LazyMetrics":
         """Name entries of vectors; of two with the same key the later counts."""
-        made = cls()
-        for part in parts:
+        made = cls(parts[0].unread)
+        for part in parts[1:]:
             dict.update(made, part.unread)
         made._parts = parts
         return made

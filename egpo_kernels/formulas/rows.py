@@ -55,6 +55,9 @@ class Counts(NamedTuple):
     sequences: Tensor | float | None = None
 
 
+NO_COUNTS = Counts()
+
+
 class Material(NamedTuple):
     """What rows are made of: what the caller gave and of which ``kinds`` it is (see `egpo_kernels.inputs.layout`),
     the sequences, what is NaN (0-d) where those are not sound and goes into the factor, counts, and what for.

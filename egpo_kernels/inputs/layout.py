@@ -1,6 +1,5 @@
 """From what callers hold (padded or packed, per sequence or per token) to flat rows `[N]`."""
 
-import math
 import uuid
 from collections.abc import Callable
 from reprlib import repr as shown
@@ -10,22 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.fields import check_number, entries, plain
+from egpo_kernels.config.fields import entries, plain
 from egpo_kernels.inputs.segments import Segments, counted_rows, even_offsets, per_row, segment_index
 from egpo_kernels.inputs.validation import check_complete, check_dense, check_tensor, check_whole, is_fit
 
 # How many numbers a tensor holds: none, one for each token, for each sequence, or one for all.
 ABSENT, PER_TOKEN, PER_SEQUENCE, FOR_ALL = range(4)
-
-
-class Field(NamedTuple):
-    """A checked tensor of a caller's: of the tokens' shape, ``[S]`` or ``[1]`` by its kind."""
-
-    values: Tensor | None = None
-    kind: int = ABSENT
-
-
-NO_FIELD = Field()
 
 
 class Layout(NamedTuple):
@@ -84,31 +73,32 @@ class Layout(NamedTuple):
             return value
         return check_tensor(name, value, kind, self._token_shapes(), self.device)
 
-    def field(self, name: str, value: Any, kind: str, counts: Callable[[], Tensor]) -> tuple[Field, Tensor | None]:
+    def field(
+        self, name: str, value: Any, kind: str, counts: Callable[[], Tensor]
+    ) -> tuple[Tensor, int, Tensor | None]:
         """Check a tensor given per sequence (where shapes agree; ``[S]`` then) or per token, whose shape is left.
 
-        Beside it a 0-d 1.0 where its shape can be read both ways, NaN where they differ in the rows of ``counts``
-        and a device may not be asked; else None.
+        Beside it which of both it is, and a 0-d 1.0 where its shape can be read both ways, NaN where they differ in the
+        rows of ``counts`` and a device may not be asked; else None.
         """
         by_sequence = ((self.num_sequences,), (self.num_sequences, 1))
         if not is_fit(value, kind, self.device) or value.shape not in (*by_sequence, self.shape):
             shapes = {"[S]": by_sequence[0], "[S, 1]": by_sequence[1], **self._token_shapes()}
             value = check_tensor(name, value, kind, shapes, self.device)
         if value.shape not in by_sequence:
-            return Field(value, PER_TOKEN), None
+            return value, PER_TOKEN, None
         flat = value if value.dim() == 1 else value.reshape(-1)
         if value.shape != self.shape or len(self.shape) == 2:
-            return Field(flat, PER_SEQUENCE), None
+            return flat, PER_SEQUENCE, None
         rows = per_row(flat, self.sequence)
         sound = torch.ops.egpo_kernels.read_either_way(rows.detach(), flat.detach(), counts(), name)
-        return Field(rows, PER_TOKEN), sound
+        return rows, PER_TOKEN, sound
 
     def per_token_or_sequence(
         self, name: str, value: Any, kind: str, counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """As `field`, spread over rows ``[N]``; without ``counts`` every row in a sequence does."""
-        (values, found), sound = self.field(name, value, kind, lambda: self.inside() if counts is None else counts)
-        assert values is not None
+        values, found, sound = self.field(name, value, kind, lambda: self.inside() if counts is None else counts)
         return per_row(values, self.sequence) if found == PER_SEQUENCE else values.reshape(-1), sound
 
     def _token_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -144,18 +134,14 @@ def counted(mask: Any, tokens: Tensor | None, layout: Layout) -> Tensor:
     return counted_rows(flat, tokens, layout.known_offsets, layout.num_rows, layout.device)
 
 
-def temperature_field(temperature: Any, layout: Layout, counts: Callable[[], Tensor]) -> tuple[float, Field]:
-    """Return the temperature as a float, or as 1.0 and a field (NaN where it can be read two ways that differ)."""
-    if not isinstance(temperature, Tensor):
-        heat = check_number("temperature", temperature, low=0.0, high=math.inf, open_low=True)
-        return heat or 1.0, NO_FIELD
+def temperature_field(temperature: Tensor, layout: Layout, counts: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """Temperatures of tokens, of sequences or of all, NaN where they can be read two ways that differ; and of which."""
     if temperature.dim() == 0:
         number = check_tensor("temperature", temperature, "real", {}, layout.device)
-        return 1.0, Field(number.detach().reshape(1), FOR_ALL)
-    (values, kind), sound = layout.field("temperature", temperature, "real", counts)
-    assert values is not None
+        return number.detach().reshape(1), FOR_ALL
+    values, kind, sound = layout.field("temperature", temperature, "real", counts)
     values = values.detach()
-    return 1.0, Field(values if sound is None else values * sound, kind)
+    return values if sound is None else values * sound, kind
 
 
 def group_ids(

@@ -90,9 +90,10 @@ def check_logits(name: str, logits: Any, packed: bool) -> Tensor:
     if logits.dim() != (2 if packed else 3):
         wanted = "[N, V] with cu_seqlens" if packed else "[S, T, V] (or [N, V] with cu_seqlens)"
         raise ValueError(f"{name} has shape {list(logits.shape)}; it must be {wanted}")
-    if logits.shape[-1] < 1:
+    vocab = logits.shape[-1]
+    if vocab < 1:
         raise ValueError(f"{name} has shape {list(logits.shape)}; its vocabulary (last dimension) must not be empty")
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+    if vocab > 1 and logits.stride(-1) != 1:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} along the vocabulary; it must be 1: pass logits.contiguous()"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
 from egpo_kernels.formulas.rows import Material
 from egpo_kernels.inputs.segments import Segments
-from egpo_kernels.inputs.validation import check_rows
+from egpo_kernels.inputs.validation import check_rows, checks_values
 from egpo_kernels.triton.arithmetic import LOG2_E
 from egpo_kernels.triton.launch import Launch, Launched, choice_of, launch_for, num_programs
 from egpo_kernels.triton.launcher import Launches, lie
@@ -153,9 +153,10 @@ def logits_policy_loss(
     key, make = row_making(material)
 
     def checked(launches: Launches) -> RowPointers:
-        rows = make(launches)
-        check_rows(rows, vocab)
-        return RowPointers(*rows)
+        pointers = make(launches)
+        if checks_values(logits.device):
+            check_rows(Rows(*pointers), vocab)
+        return pointers
 
     made = _one_pass(logits, (key, reported), checked, config, temperature, grad_scale, want_entropy, out)
     # No token's loss depends on its sequence here.

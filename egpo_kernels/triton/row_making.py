@@ -13,7 +13,7 @@ from egpo_kernels.triton.launch import processors
 from egpo_kernels.triton.launcher import Launches, lie
 from egpo_kernels.triton.rows import Choices, Numbers, Whole, sequence_counts_kernel, token_rows_kernel
 from egpo_kernels.triton.segments import Flags
-from egpo_kernels.triton.settings import as_arguments, blocks_of, dense, triton_dtype
+from egpo_kernels.triton.settings import RowPointers, as_arguments, blocks_of, dense, triton_dtype
 
 BLOCK, BLOCK_COUNT, OPTIONS = 1024, 4096, {"num_warps": 8}
 NOTHING, NO_WHOLE = Numbers(None, None, None, None, None, None), Whole(None, None, None, None)
@@ -68,7 +68,7 @@ def _plan(given: Given, kinds: Sequence[int], packed: bool, known: bool, purpose
     )
 
 
-def row_making(material: Material) -> tuple[tuple[Hashable, ...], Callable[[Launches], Rows]]:
+def row_making(material: Material) -> tuple[tuple[Hashable, ...], Callable[[Launches], RowPointers]]:
     """How rows are made in the dtypes that kernels read, contiguous: by a function of launches whose key holds the one
     that comes first. It also says how the rows lie.
     """
@@ -87,7 +87,7 @@ def row_making(material: Material) -> tuple[tuple[Hashable, ...], Callable[[Laun
         purpose.drops, known is not None, num_rows == 0, *[size >> 31 for size in sizes],
     )  # fmt: skip
 
-    def made(launches: Launches) -> Rows:
+    def made(launches: Launches) -> RowPointers:
         plan = launches.worked_out(_plan, given, kinds, offsets is not None, known is not None, purpose)
         made = [None if each is None else like.new_empty(num_rows, dtype=each) for each in plan.made]
         if num_rows:
@@ -97,9 +97,7 @@ def row_making(material: Material) -> tuple[tuple[Hashable, ...], Callable[[Laun
             arguments = (*rows, offsets, whole, values, plan.choices, *sizes, *plan.constants)
             programs = min(blocks_of(num_rows, BLOCK), processors(like.device))
             launches(token_rows_kernel, programs, arguments, OPTIONS)
-        mask, *others = [old if new is None else new for new, old in zip(made, given, strict=True)]
-        assert mask is not None
-        return Rows(mask, *others)
+        return RowPointers(*[old if new is None else new for new, old in zip(made, given, strict=True)])
 
     return key, made
 
@@ -107,7 +105,7 @@ def row_making(material: Material) -> tuple[tuple[Hashable, ...], Callable[[Laun
 def token_rows(material: Material) -> Rows:
     """Rows in the dtypes that kernels read, contiguous."""
     key, made = row_making(material)
-    return made(Launches(*key))
+    return Rows(*made(Launches(*key)))
 
 
 def _whole(
