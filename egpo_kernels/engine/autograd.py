@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from egpo_kernels.engine import given_ops, ops
 from egpo_kernels.engine.row_ops import How
@@ -45,6 +46,12 @@ def guarded(backend: str, gradient: Tensor, *parents: Tensor | None) -> Tensor:
 def no_gradients() -> contextlib.AbstractContextManager[Any]:
     """`torch.no_grad` where a backward pass runs under create_graph, which alone has them enabled."""
     return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
+
+
+def looks_at(tensor: Tensor) -> bool:
+    """Whether autograd may ask for a tensor's gradient, or must refuse what it cannot do: forward mode, functorch."""
+    watched = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return watched or (torch.is_grad_enabled() and tensor.requires_grad)
 
 
 class TokenLogProbs(torch.autograd.Function):

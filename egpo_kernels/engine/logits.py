@@ -42,7 +42,7 @@ class Logits(NamedTuple):
         if call.backend == "reference":
             check_rows(rows, self.vocab)
             log_probs, entropy = reference.token_log_probs(self.tensor, rows, call.temperature)
-        elif losses.is_differentiated(self):
+        elif autograd.looks_at(self.tensor):
             log_probs, entropy = autograd.TokenLogProbs.apply(
                 self.tensor, call.temperature, want_entropy, self.inplace, call.backend, *rows
             )
@@ -83,7 +83,7 @@ def read_logits(
     backend: str,
     one_sequence: bool = False,
 ) -> losses.Call:
-    """Check logits, tokens, mask and temperature; flatten what is per token."""
+    """Check logits, tokens, mask and temperature."""
     packed = cu_seqlens is not None or one_sequence
     logits = check_logits("logits", logits, packed)
     shape = tuple(logits.shape[:-1])

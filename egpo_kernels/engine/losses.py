@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from egpo_kernels import reference
 from egpo_kernels.config.fields import check_number
@@ -138,11 +137,6 @@ def read_log_probs(
     return call, TokenLogProbs(values, entropies)
 
 
-def is_differentiated(source: Source) -> bool:
-    """Whether a gradient of the source may be asked for, or is carried forward, which autograd then refuses."""
-    return (torch.is_grad_enabled() and source.requires_grad) or forward_ad._current_level >= 0
-
-
 def wants_entropy(config: PolicyLossConfig, mode: str) -> bool:
     """Whether the entropy is in the loss, or cheap enough to report while the row is read."""
     return config.entropy_coef != 0 or mode != "none"
@@ -245,7 +239,7 @@ def loss_of_tokens(
     unscaled = call.source.dtype == torch.float16 and scale == 1.0
     late = config.pools or config.reduction == "none" or unscaled or call.backend == "reference"
     entropy = wants_entropy(config, options.metrics)
-    if found is not None or late or not is_differentiated(call.source):
+    if found is not None or late or not (torch.is_grad_enabled() and call.source.requires_grad):
         made = unmade.made(call.backend)
         if found is None:
             found = call.source.log_probs(call, made, entropy, config.entropy_coef != 0)

@@ -1,4 +1,4 @@
-"""From what callers hold (padded or packed, per sequence or per token) to flat rows `[N]`."""
+"""How what callers hold (padded or packed, per sequence or per token) belongs to rows `[N]`."""
 
 import uuid
 from collections.abc import Callable

@@ -14,7 +14,9 @@ IGNORED = -100
 def counted_rows(
     mask: Tensor | None, tokens: Tensor | None, offsets: Tensor | None, num_rows: int, device: torch.device
 ) -> Tensor:
-    """Rows ``[N]`` that count: nonzero ``mask [N]``, else ``tokens [N] != -100``, else all; none past ``offsets``."""
+    """Rows that count: nonzero ``mask``, else ``tokens != -100``, else all ``[N]``; none past ``offsets``, where all
+    are ``[N]``; otherwise mask and tokens may be of any shape, which the result has.
+    """
     if mask is not None:
         rows = mask if mask.dtype == torch.bool else mask != 0
     elif tokens is not None:

@@ -114,7 +114,7 @@ class Given(NamedTuple):
 def read_hidden(
     given: Given, tokens: Any, mask: Any, cu_seqlens: Any, temperature: Any, backend: str, one_sequence: bool = False
 ) -> losses.Call:
-    """Check hidden states, head, tokens, mask and temperature; flatten what is per token."""
+    """Check hidden states, head, tokens, mask and temperature."""
     packed = cu_seqlens is not None or one_sequence
     hidden = check_dense("hidden", given.hidden, "floating")
     hidden = check_tensor("hidden", hidden, "floating", {}, hidden.device)

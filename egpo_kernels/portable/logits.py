@@ -10,7 +10,6 @@ from egpo_kernels.inputs.validation import check_rows
 from egpo_kernels.portable.chunks import Chunk, chunk_rows, chunks, step_rows
 from egpo_kernels.portable.policy_loss import policy_loss, policy_loss_gradient
 from egpo_kernels.portable.softmax import (
-    Statistics,
     Sums,
     exponentials,
     exponentials_again,
@@ -32,9 +31,9 @@ def row_statistics(
     for chunk in chunks(logits, rows.mask, (chunk_rows if want_entropy else step_rows)(logits), want_entropy):
         exponentials(chunk, _heat_at(heat, chunk.place), sums)
     # Once for all rows: a small operation on each chunk takes as long as some thousand logits.
-    found = read_off(own_logits(logits, rows)[1], heat, sums)
-    log_probs = torch.where(rows.mask, found.log_probs, 0.0)
-    entropy = log_probs.new_empty(0) if found.entropy is None else torch.where(rows.mask, found.entropy, 0.0)
+    log_probs, entropy = read_off(own_logits(logits, rows)[1], heat, sums)
+    log_probs = torch.where(rows.mask, log_probs, 0.0)
+    entropy = log_probs.new_empty(0) if entropy is None else torch.where(rows.mask, entropy, 0.0)
     return log_probs, entropy, sums.maximum, sums.sum_exp
 
 
@@ -56,18 +55,16 @@ def logits_gradient(
     heat, (column, own) = heats(rows, temperature), own_logits(logits, rows)
     if grad_entropy is None:
         maximum, sum_exp, _ = statistics
-        # Of log-probs only -inf is read, which a token's has where its logit is that.
-        known = Statistics(own, None, sum_exp, sum_exp)
-        slope = slopes(known, rows.mask, heat, grad_log_probs, None)
+        slope = slopes(own, sum_exp, None, rows.mask, heat, grad_log_probs, None)
         for chunk in chunks(logits, live, step_rows(logits), False, out):
             exponentials_again(chunk, _heat_at(heat, chunk.place), maximum[chunk.place])
             write_gradient(chunk, column[chunk.place], slope.at(chunk.place))
         return
     for chunk in chunks(logits, live, chunk_rows(logits), True, out):
         place, heat_here = chunk.place, _heat_at(heat, chunk.place)
-        found = _softmax(chunk, own[place], heat_here, True)
-        slope = slopes(found, rows.mask[place], heat_here, grad_log_probs[place], grad_entropy[place])
-        write_gradient(chunk, column[place], slope)
+        _, entropy, sum_exp = _softmax(chunk, own[place], heat_here, True)
+        given = (rows.mask[place], heat_here, grad_log_probs[place], grad_entropy[place])
+        write_gradient(chunk, column[place], slopes(own[place], sum_exp, entropy, *given))
 
 
 def logits_loss_gradient(
@@ -85,22 +82,24 @@ def logits_loss_gradient(
     flows = config.entropy_coef != 0
     for chunk in chunks(logits, rows.mask, chunk_rows(logits), want_entropy, out):
         place, heat_here = chunk.place, _heat_at(heat, chunk.place)
-        found = _softmax(chunk, own[place], heat_here, want_entropy)
+        scored, spread, sum_exp = _softmax(chunk, own[place], heat_here, want_entropy)
         here = Rows(rows.mask[place], *(None if field is None else field[place] for field in rows[1:]))
-        alone = Segments(found.log_probs.shape[0], 1)
-        slope, bonus = policy_loss_gradient(found.log_probs, here, alone, config, grad_scale, flows)
-        log_probs[place] = torch.where(here.mask, found.log_probs, 0.0)
-        if found.entropy is not None:
-            entropy[place] = torch.where(here.mask, found.entropy, 0.0)
-        write_gradient(chunk, column[place], slopes(found, here.mask, heat_here, slope, bonus if flows else None))
+        slope, bonus = policy_loss_gradient(scored, here, Segments(len(scored), 1), config, grad_scale, flows)
+        log_probs[place] = torch.where(here.mask, scored, 0.0)
+        if spread is not None:
+            entropy[place] = torch.where(here.mask, spread, 0.0)
+        given = (here.mask, heat_here, slope, bonus if flows else None)
+        write_gradient(chunk, column[place], slopes(own[place], sum_exp, spread, *given))
     return log_probs, entropy if want_entropy else None
 
 
-def _softmax(chunk: Chunk, own: Tensor, heat: Tensor | float, want_entropy: bool) -> Statistics:
-    """What the chunk's rows say, with `exponentials` left in its memory."""
+def _softmax(
+    chunk: Chunk, own: Tensor, heat: Tensor | float, want_entropy: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Log-prob, entropy, sum of exponentials of the chunk's rows, with `exponentials` left in its memory."""
     sums = Sums.nothing(chunk.logits.shape[0], chunk.logits, want_entropy)
     exponentials(chunk._replace(place=slice(0, own.shape[0])), heat, sums)
-    return read_off(own, heat, sums)
+    return *read_off(own, heat, sums), sums.sum_exp
 
 
 def _heat_at(heat: Tensor | float, place: slice) -> Tensor | float:

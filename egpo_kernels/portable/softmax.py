@@ -28,15 +28,6 @@ class Sums(NamedTuple):
         return cls(made[0], made[1], made[2] if want_entropy else None)
 
 
-class Statistics(NamedTuple):
-    """What rows' logits say, ``[N]`` each; entropy is None unless it was asked for."""
-
-    log_probs: Tensor
-    entropy: Tensor | None
-    sum_exp: Tensor
-    log_sum: Tensor
-
-
 class Slopes(NamedTuple):
     """What a row's gradient is made of, ``[N]`` each: of its token, of p, of p x (None: no part), and where there is
     one at all.
@@ -99,13 +90,13 @@ def _exponents(logits: Tensor, maximum: Tensor, heat: Tensor | float, out: Tenso
     return out
 
 
-def read_off(own: Tensor, heat: Tensor | float, sums: Sums) -> Statistics:
+def read_off(own: Tensor, heat: Tensor | float, sums: Sums) -> tuple[Tensor, Tensor | None]:
     """Log-prob and entropy of rows ``[N]``, from their tokens' logits, their temperatures and their sums."""
     maximum, sum_exp, sum_x = sums
     log_sum = sum_exp.log()
     log_probs = torch.where(own == -torch.inf, -torch.inf, (own - maximum) / heat - log_sum)
     entropy = None if sum_x is None else torch.where(maximum == -torch.inf, 0.0, log_sum - sum_x / sum_exp)
-    return Statistics(log_probs, entropy, sum_exp, log_sum)
+    return log_probs, entropy
 
 
 def _row_sums(matrix: Tensor, out: Tensor) -> None:
@@ -125,18 +116,27 @@ def _sum_of_exponents(chunk: Chunk, out: Tensor) -> None:
 
 
 def slopes(
-    found: Statistics, mask: Tensor, heat: Tensor | float, grad_log_probs: Tensor, grad_entropy: Tensor | None
+    own: Tensor,
+    sum_exp: Tensor,
+    entropy: Tensor | None,
+    mask: Tensor,
+    heat: Tensor | float,
+    grad_log_probs: Tensor,
+    grad_entropy: Tensor | None,
 ) -> Slopes:
-    """What gradients of rows ``[N]`` are made of; rows with nothing upstream have none."""
+    """What gradients of rows ``[N]`` are made of, from their tokens' ``own`` logits and what is known of them.
+
+    Rows with nothing upstream, or whose token cannot be, have none.
+    """
     live = mask & (grad_log_probs != 0)
-    own, tilt = grad_log_probs / heat, None
-    level = -own
-    if grad_entropy is not None and found.entropy is not None:
+    slope, tilt = grad_log_probs / heat, None
+    level = -slope
+    if grad_entropy is not None and entropy is not None:
         live = live | (mask & (grad_entropy != 0))
         tilt = -grad_entropy / heat
-        level = level + tilt * (found.entropy - found.log_sum)
-        tilt = tilt / found.sum_exp
-    return Slopes(own, level / found.sum_exp, tilt, live & (found.log_probs != -torch.inf))
+        level = level + tilt * (entropy - sum_exp.log())
+        tilt = tilt / sum_exp
+    return Slopes(slope, level / sum_exp, tilt, live & (own != -torch.inf))
 
 
 def write_gradient(chunk: Chunk, column: Tensor, slope: Slopes) -> None:

@@ -176,7 +176,9 @@ def _one_pass(
     """Launch over the rows, of which ``key`` says how they lie; what is returned is ready for the loss."""
     where, length, where_key = matrix(logits)
     target, out_length, target_key = (where, length, None) if out is logits else matrix(out)
-    launches = Launches(logits.device, choice_of(KERNEL, logits), where_key, target_key, key, config.json, want_entropy)
+    # Not the config, whose coefficients may be others at every step.
+    chosen = (choice_of(KERNEL, logits), config.surrogate, choices_of(config), config.entropy_coef != 0, want_entropy)
+    launches = Launches(logits.device, chosen, where_key, target_key, key)
     plan = launches.worked_out(_plan, logits, out, config, want_entropy)
     pointers, dtype = make(launches), compute_dtype(logits.dtype)
     num_rows = pointers.mask_ptr.numel()

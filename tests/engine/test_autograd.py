@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import egpo_kernels as ek
 from tests.support.batches import EVERY_WAY, FAST, make_batch
@@ -119,3 +120,20 @@ def test_no_gradient_from_upstream_is_none(path, backend):
     logits = batch.logits.clone().requires_grad_()
     Dropped.apply(path(batch._replace(logits=logits), backend).loss).backward()
     assert logits.grad is None or not logits.grad.any()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_forward_mode_is_refused_and_writes_over_no_logits(backend):
+    batch = make_batch("padded")
+    logits, given = batch.logits.detach(), (batch.tokens, batch.advantages, batch.mask)
+    before = logits.clone()
+    with forward_ad.dual_level():
+        ek.logits_policy_loss(logits, *given, inplace_grad=True, backend=backend)
+        dual = forward_ad.make_dual(logits, torch.ones_like(logits))
+        for score in (
+            lambda: ek.logits_policy_loss(dual, *given, inplace_grad=True, backend=backend),
+            lambda: ek.token_log_probs(dual, batch.tokens, backend=backend),
+        ):
+            with pytest.raises(NotImplementedError):
+                score()
+    assert torch.equal(logits, before)
