@@ -47,10 +47,11 @@ def check_number(
     name: str, value: Any, *, low: float, high: float, open_low: bool = False, optional: bool = False
 ) -> float | None:
     """Return ``value`` as a float, or raise naming what it must be."""
+    if type(value) is float and low < value <= high and TINY <= value <= LARGEST:
+        return value  # as almost every number is
     if value is None and optional:
         return None
-    if type(value) is not float:
-        value = plain(value)
+    value = plain(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not (low <= value <= high and fits_float32(value)) or (open_low and value == low):
         wanted = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"

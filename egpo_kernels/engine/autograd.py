@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from egpo_kernels.engine import given_ops, ops
 from egpo_kernels.engine.row_ops import How
@@ -38,7 +39,7 @@ def guarded(backend: str, gradient: Tensor, *parents: Tensor | None) -> Tensor:
 
     The node stands between the gradient and its ``parents``, so that every way to what they depend on leads through it.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or is_compiling():
         return gradient
     return _RefuseBackward.apply(backend, gradient.detach().requires_grad_(), *parents)
 
@@ -74,7 +75,7 @@ class TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         """Gradient with respect to the logits only."""
         temperature, want_entropy, inplace, backend = ctx.options
-        if inplace and not torch.compiler.is_compiling():
+        if inplace and not is_compiling():
             if ctx.overwritten:
                 raise RuntimeError(CONSUMED)
             ctx.overwritten = True
@@ -210,7 +211,7 @@ class LogitsPolicyLoss(torch.autograd.Function):
             loss, vector, gradient = ops.logits_policy_loss(logits, *arguments)
         ctx.options = (scalars[1], inplace, options[-1], len(given))
         # An attribute can be given away in backward; a saved tensor cannot, and leaf logits would get a copy of it.
-        if torch.compiler.is_compiling():
+        if is_compiling():
             ctx.save_for_backward(gradient)
         else:
             ctx.save_for_backward(loss)  # which leads to the logits, for `guarded`, and keeps none of them
@@ -225,7 +226,7 @@ class LogitsPolicyLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
         grad_scale, inplace, backend, num_given = ctx.options
-        if torch.compiler.is_compiling():
+        if is_compiling():
             (gradient,) = ctx.saved_tensors
             gradient = (gradient * (upstream / grad_scale)).to(gradient.dtype)
         else:
@@ -236,7 +237,7 @@ class LogitsPolicyLoss(torch.autograd.Function):
 
 def parents_of(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
     """The loss, which leads to all that it was made of, and the upstream gradient: `guarded` needs them if anything."""
-    return (*ctx.saved_tensors, upstream) if torch.is_grad_enabled() and not torch.compiler.is_compiling() else ()
+    return (*ctx.saved_tensors, upstream) if torch.is_grad_enabled() and not is_compiling() else ()
 
 
 def take_gradients(ctx: Any, inplace: bool = False) -> list[Tensor]:
@@ -252,6 +253,8 @@ def take_gradients(ctx: Any, inplace: bool = False) -> list[Tensor]:
 
 def graph_is_kept() -> bool:
     """Whether the backward that is running leaves the graph for another."""
-    # Not public; where a torch lacks it, a second backward fails with CONSUMED instead of getting a copy.
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps is not None and keeps()
+    return _KEEPS is not None and _KEEPS()
+
+
+# Not public; where a torch lacks it, a second backward fails with CONSUMED instead of getting a copy.
+_KEEPS = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)

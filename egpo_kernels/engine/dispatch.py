@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from egpo_kernels.inputs.validation import check_choice, kind_of
+from egpo_kernels.inputs.validation import check_choice, environment, kind_of
 
 BACKENDS = ("auto", "triton", "portable", "reference")
 TRITON_DEVICES = ("cuda", "xpu")
@@ -45,7 +45,7 @@ def auto_backend(device: torch.device) -> tuple[str, str]:
     Raises:
         ValueError: ``EGPO_KERNELS_BACKEND`` is no backend.
     """
-    named = os.environ.get("EGPO_KERNELS_BACKEND")
+    named = environment("EGPO_KERNELS_BACKEND")
     if named and check_choice("EGPO_KERNELS_BACKEND", named, BACKENDS) != "auto":
         return named, "EGPO_KERNELS_BACKEND says so"
     if kind_of(device) not in TRITON_DEVICES:

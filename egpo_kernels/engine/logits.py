@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from egpo_kernels import reference
 from egpo_kernels.config.fields import check_bool
@@ -69,7 +70,7 @@ class Logits(NamedTuple):
             [call.temperature, scale],
             (self.inplace, want_entropy, reported, call.backend),
             # A list is one argument, which costs the host less; a compiler must see what is in it.
-            *(given if torch.compiler.is_compiling() else [given]),
+            *(given if is_compiling() else [given]),
         )
 
 

@@ -1,11 +1,13 @@
 """Token level behind the public functions: from checked inputs to a loss, along the cheapest path that is right."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from egpo_kernels import reference
 from egpo_kernels.config.fields import check_number
@@ -31,6 +33,14 @@ from egpo_kernels.inputs.segments import flat
 from egpo_kernels.inputs.validation import check_choice, check_count, check_dense, check_tensor
 
 PER_TOKEN_OR_SEQUENCE = (("advantages", rows.ADVANTAGES), ("rollout_weights", rows.ROLLOUT_WEIGHTS))
+
+# Metrics by whether there is a KL, an entropy, and an entropy in the loss.
+LEFT_OUT = {
+    (with_kl, has_entropy, with_bonus): (() if with_kl else ("policy/ref_kl", "policy/loss/kl"))
+    + (() if has_entropy else ("policy/entropy",))
+    + (() if with_bonus else ("policy/loss/entropy",))
+    for with_kl, has_entropy, with_bonus in itertools.product((False, True), repeat=3)
+}
 
 
 class Source(Protocol):
@@ -183,7 +193,7 @@ def _count(name: str, value: Any, call: Call, counted: Callable[[], Tensor]) -> 
     found = check_count(name, value, call.layout.device, counted)
     if isinstance(found, Tensor):
         return found.detach() if found.requires_grad else found
-    if not torch.compiler.is_compiling() or found is None:
+    if not is_compiling() or found is None:
         return found
     # Not full, which would take a number as it is now for good.
     return found * torch.ones((), dtype=call.dtype, device=call.layout.device)
@@ -286,7 +296,4 @@ def loss_from_log_probs(
 def _named(vector: Tensor, with_kl: bool, config: PolicyLossConfig, options: Options, has_entropy: bool) -> Metrics:
     if options.metrics == "none":
         return {}
-    without: tuple[str, ...] = () if with_kl else ("policy/ref_kl", "policy/loss/kl")
-    without += () if has_entropy else ("policy/entropy",)
-    without += () if config.entropy_coef != 0 else ("policy/loss/entropy",)
-    return metrics.named(vector, metrics.TOKEN, without)
+    return metrics.named(vector, metrics.TOKEN, LEFT_OUT[with_kl, has_entropy, config.entropy_coef != 0])

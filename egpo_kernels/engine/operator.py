@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch._ops import OpOverload
+from torch.compiler import is_compiling
 
 from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, compute_dtype
 from egpo_kernels.formulas.metrics import Table
@@ -24,7 +26,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 # What an operator may be given as it is; any other tensor, number or mode must be dispatched.
-_PLAIN = {list, Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None), bool, int, float, str, torch.dtype}
+_PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None), bool, int, float, str, torch.dtype}
 
 
 class Operator:
@@ -35,7 +37,7 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """Call it with all of its arguments, in order."""
-        if torch.compiler.is_compiling() or _is_watched() or not _are_plain(arguments):
+        if is_compiling() or _is_watched() or not _are_plain(arguments):
             return self.overload(*arguments)
         if self.writes or _elsewhere(arguments[0]) is not None:
             return _run(self.function, self.writes, *arguments)
@@ -43,15 +45,19 @@ class Operator:
 
 
 def _is_watched() -> bool:
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+    return _len_torch_dispatch_stack() > 0 or _are_functorch_transforms_active()
 
 
 def _are_plain(arguments: Iterable[Any]) -> bool:
-    kinds = set(map(type, arguments))
     for argument in arguments:
-        if type(argument) is list:
-            kinds.update(map(type, argument))
-    return kinds <= _PLAIN
+        kind = type(argument)
+        if kind is list:
+            for part in argument:
+                if type(part) not in _PLAIN:
+                    return False
+        elif kind not in _PLAIN:
+            return False
+    return True
 
 
 def operator(fake: Callable, mutates: str | None = None) -> Callable[[Callable], Operator]:

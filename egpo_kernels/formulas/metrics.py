@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from egpo_kernels.config.settings import Metrics
 from egpo_kernels.formulas.arrays import at_hand
@@ -157,7 +158,7 @@ def named(vector: Tensor, table: Table, without: Sequence[str] = ()) -> Metrics:
     The dict is filled when somebody looks; while torch.compile traces, at once.
     """
     vector, without = vector.detach() if vector.requires_grad else vector, tuple(without)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         entries = zip(table.keys, vector.unbind(), strict=True)
         return {key: value for key, value in entries if not key.startswith(without)}
     keys, places = _kept(table, without)

@@ -107,7 +107,7 @@ class Segments(NamedTuple):
     @property
     def length(self) -> int:
         """Rows of each sequence where there are as many of each."""
-        return self.num_rows // max(self.num_sequences, 1)
+        return self.num_rows // (self.num_sequences or 1)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from egpo_kernels.config.fields import fits_float32, plain
 from egpo_kernels.config.settings import Rows
@@ -48,7 +49,7 @@ def is_fit(value: Any, kind: str, device: torch.device) -> bool:
         and value.dtype in _KINDS[kind]
         and value.device == device
         and value.layout is torch.strided
-        and not (torch.compiler.is_compiling() or value.is_nested or value.is_neg() or value.is_inference())
+        and not (is_compiling() or value.is_nested or value.is_neg() or value.is_inference())
     )
 
 
@@ -60,7 +61,7 @@ def check_tensor(name: str, value: Any, kind: str, shapes: Shapes, device: torch
     if shapes and value.shape not in shapes.values():
         wanted = " or ".join(f"{text} = {list(shape)}" for text, shape in shapes.items())
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be {wanted}")
-    if torch.compiler.is_compiling():
+    if is_compiling():
         # A compiler takes no tensor as two arguments.
         return value.view_as(value)
     # Operators refuse a view that is still to be negated, and autograd does not save what inference_mode made.
@@ -77,7 +78,7 @@ def check_rewards(rewards: Any) -> Tensor:
 
 def check_held(name: str, values: Tensor, held: Tensor) -> None:
     """Raise where whole numbers ``[S]`` are not the same in float32, by ``held [S]``."""
-    if not torch.compiler.is_compiling() and checks_values(values.device) and not held.all():
+    if not is_compiling() and checks_values(values.device) and not held.all():
         raise ValueError(
             f"{name} holds {int(values[int((~held).nonzero()[0])])}, which float32 does not; they must be floating: "
             f"pass {name}.double()"
@@ -97,7 +98,7 @@ def check_logits(name: str, logits: Any, packed: bool) -> Tensor:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} along the vocabulary; it must be 1: pass logits.contiguous()"
         )
-    return logits if torch.compiler.is_compiling() else logits.resolve_neg()
+    return logits if is_compiling() or not logits.is_neg() else logits.resolve_neg()
 
 
 def check_not_overlapping(logits: Tensor) -> None:
@@ -134,7 +135,7 @@ def check_count(name: str, value: Any, device: torch.device, counted: Callable[[
         return None
     number = value = plain(value)
     wanted = "it must be a number >= 0 that float32 holds, a 0-d tensor or None"
-    seen = not torch.compiler.is_compiling() and checks_values(device)
+    seen = not is_compiling() and checks_values(device)
     if isinstance(value, Tensor):
         value = check_tensor(name, value, "real", {"a 0-d tensor": ()}, device)
         number = value.item() if seen else 1
@@ -164,12 +165,21 @@ def check_whole(name: str, value: Any, low: int, bits: int = 63) -> int | None:
 
 def checks_values(device: torch.device) -> bool:
     """Whether values that live on ``device`` may be looked at: always on a CPU, elsewhere (a sync) under debug."""
-    return kind_of(device) == "cpu" or os.environ.get("EGPO_KERNELS_DEBUG") == "1"
+    return kind_of(device) == "cpu" or environment("EGPO_KERNELS_DEBUG") == "1"
+
+
+def environment(name: str) -> str | None:
+    """An environment variable as it is now."""
+    known = None if is_compiling() else getattr(os.environ, "_data", None)
+    # Where it is not set, as it mostly is not, `os.environ.get` raises and catches twice.
+    if known is not None and os.environ.encodekey(name) not in known:
+        return None
+    return os.environ.get(name)
 
 
 def kind_of(device: torch.device) -> str:
     """``device.type``, which torch makes anew each time it is asked, at some microseconds."""
-    return device.type if torch.compiler.is_compiling() else _kind_of(device)
+    return device.type if is_compiling() else _kind_of(device)
 
 
 @functools.cache

@@ -105,6 +105,7 @@ class Plan(NamedTuple):
 
     kernel: Any
     launched: Launched
+    dtype: torch.dtype
     choices: Choices
     surrogate: Any
     constants: tuple[Any, ...]
@@ -112,10 +113,10 @@ class Plan(NamedTuple):
 
 def _plan(logits: Tensor, out: Tensor, config: PolicyLossConfig, want_entropy: bool) -> Plan:
     launched = launch_for(KERNEL, logits, out, may_ring=True)
-    surrogate = SURROGATES[config.surrogate]
-    constants = (surrogate, triton_dtype(compute_dtype(logits.dtype)), want_entropy, config.entropy_coef != 0)
-    kernel = kernel_of(launched.launch)
-    return Plan(kernel, launched, choices_of(config), surrogate, (launched.extent, launched.launch, *constants))
+    dtype, surrogate = compute_dtype(logits.dtype), SURROGATES[config.surrogate]
+    of_loss = (surrogate, triton_dtype(dtype), want_entropy, config.entropy_coef != 0)
+    constants = (launched.extent, launched.launch, *of_loss)
+    return Plan(kernel_of(launched.launch), launched, dtype, choices_of(config), surrogate, constants)
 
 
 def logits_loss_gradient(
@@ -180,7 +181,7 @@ def _one_pass(
     chosen = (choice_of(KERNEL, logits), config.surrogate, choices_of(config), config.entropy_coef != 0, want_entropy)
     launches = Launches(logits.device, chosen, where_key, target_key, key)
     plan = launches.worked_out(_plan, logits, out, config, want_entropy)
-    pointers, dtype = make(launches), compute_dtype(logits.dtype)
+    pointers, dtype = make(launches), plan.dtype
     num_rows = pointers.mask_ptr.numel()
     log_probs = logits.new_empty(num_rows, dtype=dtype)
     entropy = torch.empty_like(log_probs) if want_entropy else None
