@@ -130,7 +130,8 @@ FLOPs alone. Errors are those of loss and whole gradients; where logits are 16-b
 
 def notes(report: Report) -> str:
     """How to read the table."""
-    rounds = max((one["seconds"]["rounds"] for one in report["results"] if one["refused"] is None), default=0)
+    counts = {one["seconds"]["rounds"] for one in report["results"] if one["refused"] is None} or {0}
+    rounds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     linear = LINEAR_NOTES if any(_unit(case) == "FLOPs" for case in cases_of(report)) else ""
     versions = ", ".join(f"{package} {found}" for package, found in report["rivals"].items())
     # Older reports do not say.
