@@ -169,8 +169,7 @@ class GivenPolicyLoss(torch.autograd.Function):
         given: list[Tensor | None],
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.engine.given_ops.given_policy_loss`; ``wanted`` are gradients by log-probs and entropy."""
-        values = log_probs.detach(), None if entropy is None else entropy.detach()
-        loss, vector, *gradients = given_ops.given_policy_loss(*values, given, *how, *wanted, reported)
+        loss, vector, *gradients = given_ops.given_policy_loss(log_probs, entropy, given, *how, *wanted, reported)
         # Not the loss, which leads to both as well: callers divide it in place.
         ctx.save_for_backward(log_probs, entropy, *gradients)
         ctx.mark_non_differentiable(vector)

@@ -48,9 +48,8 @@ class Logits(NamedTuple):
                 self.tensor, call.temperature, want_entropy, self.inplace, call.backend, *rows
             )
         else:
-            log_probs, entropy, *_ = ops.row_statistics(
-                self.tensor, list(rows), call.temperature, want_entropy, call.backend
-            )
+            options = (call.temperature, want_entropy, call.backend)
+            log_probs, entropy = [*ops.token_scores(self.tensor, list(rows), *options), None][:2]
         return TokenLogProbs(log_probs, entropy if want_entropy else None)
 
     def loss(

@@ -81,6 +81,23 @@ def row_statistics(
     return implementation(backend).row_statistics(logits, read, temperature, want_entropy)
 
 
+def _fake_scores(
+    logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
+) -> Tensors:
+    count, dtype = logits.shape[0] * logits.shape[1], compute_dtype(logits.dtype)
+    return [logits.new_empty(count, dtype=dtype) for _ in range(1 + want_entropy)]
+
+
+@operator(_fake_scores)
+def token_scores(
+    logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
+) -> Tensors:
+    """As `row_statistics` where no gradient is asked for: log-prob and, if wanted, entropy ``[N]``."""
+    read = read_rows(rows, backend)
+    validation.check_rows(read, logits.shape[-1])
+    return implementation(backend).token_scores(logits, read, temperature, want_entropy)
+
+
 @operator(_fake_gradient)
 def logits_gradient(
     logits: Tensor,

@@ -1,5 +1,6 @@
 """What a batch of tokens fills into the raw slots of `egpo_kernels.formulas.metrics.TOKEN`."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,12 @@ def token_metrics(
 
     ratio = counted.keep(terms.ratio if calm else torch.where(live.rows, terms.ratio, 1.0))
     clipped, plain, weights = live.keep(terms.clipped), terms.kl is None and entropy is None, rows.rollout_weights
-    count, whole, how_many, upward = number(rows.mask), told(loss), told(wide_sum(clipped.abs())), total(clipped)
+    count, whole, how_many, upward = (
+        number(rows.mask),
+        told(loss),
+        told(wide_sum(clipped.abs())),
+        told(wide_sum(clipped)),
+    )
     # With no row but live ones, a factor that is NaN makes the loss NaN.
     factors_are_known = calm and not loss.isnan()
     sums = (
@@ -68,7 +74,9 @@ def token_metrics(
         none if weights is None else number(rows.mask & weights.isnan()),
         none if factors_are_known else number(rows.mask & factor.isnan()),
     )
-    high, low = told(ratio.amax()), told(counted.least(ratio))
+    high = told(ratio.amax())
+    # A NaN ratio makes both NaN.
+    low = high if seen and math.isnan(high) else counted.least(ratio)
     if seen:
         nothing: Any = 0.0 if count else NOTHING
         return torch.tensor((*sums, nothing + high, nothing - low), dtype=ratio.dtype, device=ratio.device)

@@ -3,7 +3,13 @@
 from egpo_kernels.formulas.rows import token_rows
 from egpo_kernels.formulas.whole_groups import group_advantages
 from egpo_kernels.portable.chunks import scratch_bytes
-from egpo_kernels.portable.logits import logits_gradient, logits_loss_gradient, logits_policy_loss, row_statistics
+from egpo_kernels.portable.logits import (
+    logits_gradient,
+    logits_loss_gradient,
+    logits_policy_loss,
+    row_statistics,
+    token_scores,
+)
 from egpo_kernels.portable.policy_loss import (
     policy_loss,
     policy_loss_and_gradient,
@@ -25,4 +31,5 @@ __all__ = [
     "scaled_gradients",
     "scratch_bytes",
     "token_rows",
+    "token_scores",
 ]

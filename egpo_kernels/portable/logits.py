@@ -37,6 +37,11 @@ def row_statistics(
     return log_probs, entropy, sums.maximum, sums.sum_exp
 
 
+def token_scores(logits: Tensor, rows: Rows, temperature: float, want_entropy: bool) -> list[Tensor]:
+    """Log-prob and, if wanted, entropy ``[N]``; 0 outside the mask."""
+    return list(row_statistics(logits, rows, temperature, want_entropy)[: 1 + want_entropy])
+
+
 def logits_gradient(
     logits: Tensor,
     rows: Rows,

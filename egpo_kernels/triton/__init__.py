@@ -9,7 +9,7 @@ from egpo_kernels.triton.logits_policy_loss import logits_loss_gradient, logits_
 from egpo_kernels.triton.policy_loss import policy_loss, policy_loss_gradient
 from egpo_kernels.triton.rescale import rescale_
 from egpo_kernels.triton.row_making import token_rows
-from egpo_kernels.triton.row_statistics import row_statistics
+from egpo_kernels.triton.row_statistics import row_statistics, token_scores
 from egpo_kernels.triton.softmax import scratch_bytes
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "row_statistics",
     "scratch_bytes",
     "token_rows",
+    "token_scores",
 ]

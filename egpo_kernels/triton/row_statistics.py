@@ -30,8 +30,9 @@ def row_statistics_kernel(
     row = tl.program_id(0)
     if tl.load(rows.mask_ptr + row) == 0:
         tl.store(log_probs_ptr + row, 0.0)
-        tl.store(maximum_ptr + row, 0.0)
-        tl.store(sum_exp_ptr + row, 0.0)
+        if maximum_ptr is not None:
+            tl.store(maximum_ptr + row, 0.0)
+            tl.store(sum_exp_ptr + row, 0.0)
         if ENTROPY:
             tl.store(entropy_ptr + row, 0.0)
         return
@@ -41,8 +42,9 @@ def row_statistics_kernel(
     found = sweep_statistics(row_ptr, extent, LOG2_E * inverse_temperature, launch, DTYPE, ENTROPY)
     log_prob, entropy = token_statistics(found, logit, inverse_temperature)
     tl.store(log_probs_ptr + row, log_prob)
-    tl.store(maximum_ptr + row, found.maximum)
-    tl.store(sum_exp_ptr + row, found.sum_exp)
+    if maximum_ptr is not None:
+        tl.store(maximum_ptr + row, found.maximum)
+        tl.store(sum_exp_ptr + row, found.sum_exp)
     if ENTROPY:
         tl.store(entropy_ptr + row, entropy)
 
@@ -51,16 +53,29 @@ def row_statistics(
     logits: Tensor, rows: Rows, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-prob, entropy (``[0]`` unless wanted), maximum and sum of exponentials ``[N]``; 0 outside the mask."""
-    num_rows = rows.mask.numel()
-    dtype = compute_dtype(logits.dtype)
-    log_probs, maximum, sum_exp = (logits.new_empty(num_rows, dtype=dtype) for _ in range(3))
-    entropy = logits.new_empty(num_rows if want_entropy else 0, dtype=dtype)
+    log_probs, entropy, maximum, sum_exp = _launched(logits, rows, temperature, want_entropy, True)
+    assert log_probs is not None and maximum is not None and sum_exp is not None
+    return log_probs, log_probs.new_empty(0) if entropy is None else entropy, maximum, sum_exp
+
+
+def token_scores(logits: Tensor, rows: Rows, temperature: float, want_entropy: bool) -> list[Tensor]:
+    """Log-prob and, if wanted, entropy ``[N]``; 0 outside the mask."""
+    found = _launched(logits, rows, temperature, want_entropy, False)
+    return [values for values in found if values is not None]
+
+
+def _launched(
+    logits: Tensor, rows: Rows, temperature: float, want_entropy: bool, saves: bool
+) -> tuple[Tensor | None, ...]:
+    """Log-prob, entropy, maximum and sum; the last two, which a backward pass needs, where it ``saves`` them."""
+    num_rows, dtype = rows.mask.numel(), compute_dtype(logits.dtype)
+    wanted = (True, want_entropy, saves, saves)
+    results = tuple([logits.new_empty(num_rows, dtype=dtype) if each else None for each in wanted])
     if num_rows == 0:
-        return log_probs, entropy, maximum, sum_exp
+        return results
     pointers, (where, length, key) = row_pointers(rows), matrix(logits)
-    launches = Launches(logits.device, choice_of(KERNEL, logits), key, lie(pointers), want_entropy)
+    launches = Launches(logits.device, choice_of(KERNEL, logits), key, lie(pointers), wanted)
     launched = launches.worked_out(launch_for, KERNEL, logits)
-    results = (log_probs, entropy, maximum, sum_exp)
     numbers = temperature_of(temperature, dtype)
     constants = (launched.launch, triton_dtype(dtype), want_entropy)
     arguments = (where, pointers, *results, numbers, length, launched.extent, *constants)
