@@ -44,6 +44,15 @@ def token_log_probs(batch: Batch, backend: str, entropy: bool) -> Outputs:
     return values | _gradients(total, leaves)
 
 
+def scores(batch: Batch, backend: str) -> Outputs:
+    """Log-probs and entropy where no gradient is asked for."""
+    kind, leaves, options = _source(batch, True, False)
+    options |= {"mask": batch.mask, "return_entropy": True, "backend": backend}
+    with torch.no_grad():
+        found = FUNCTIONS[kind][0](*leaves.values(), batch.tokens, **options)
+    return {"log_probs": found.log_probs, "entropy": found.entropy}
+
+
 def loss(
     batch: Batch,
     backend: str,

@@ -81,6 +81,7 @@ def of_logits(problems: list[Problem]) -> Iterator[Check]:
     """Those of the kernels over logits."""
     for entropy, name in ((False, "token_log_probs"), (True, "token_log_probs, entropy")):
         yield Check(name, partial(calls.token_log_probs, entropy=entropy), terms.of_log_probs, problems)
+    yield Check("token_log_probs, no gradient", calls.scores, terms.of_log_probs, problems)
     loss = partial(_loss, problems=problems)
     scaled: dict[str, Any] = {"times": SCALE, "grad_scale": SCALE}
     yield loss("logits_policy_loss, one pass", recipe=PLAIN, **scaled)

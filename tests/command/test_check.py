@@ -143,6 +143,7 @@ def half_as_many(function):
 FAULTS = [
     ("token_rows", half_as_many, "egpo_loss, on-policy", "gradient of logits"),
     ("row_statistics", times(1.01), "token_log_probs", "log_probs"),
+    ("token_scores", each_times(1.01), "token_log_probs, no gradient", "log_probs"),
     ("row_statistics", only(0, torch.nan), "linear_token_log_probs", "log_probs"),
     ("logits_gradient", times(1.01), "token_log_probs", "gradient of logits"),
     ("logits_gradient", unwritten, "egpo_loss, on-policy", "gradient of logits"),
