@@ -37,6 +37,13 @@ def read_rows(fields: OptionalTensors, backend: str) -> Rows:
     return rows if backend == "triton" else flat_rows(rows)
 
 
+def checked_rows(fields: OptionalTensors, vocab: int, backend: str) -> Rows:
+    """As `read_rows`, with the values looked at where that costs no sync."""
+    rows = read_rows(fields, backend)
+    validation.check_rows(rows, vocab)
+    return rows
+
+
 def _new_gradient(logits: Tensor) -> Tensor:
     if not _keeps_memory(logits.device) or logits.numel() == 0:
         return logits.new_empty(logits.shape)
@@ -76,8 +83,7 @@ def row_statistics(
     logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
 ) -> Tensors4:
     """Of each row of ``logits [B, T, V]``: log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials."""
-    read = read_rows(rows, backend)
-    validation.check_rows(read, logits.shape[-1])
+    read = checked_rows(rows, logits.shape[-1], backend)
     return implementation(backend).row_statistics(logits, read, temperature, want_entropy)
 
 
@@ -93,8 +99,7 @@ def token_scores(
     logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
 ) -> Tensors:
     """As `row_statistics` where no gradient is asked for: log-prob and, if wanted, entropy ``[N]``."""
-    read = read_rows(rows, backend)
-    validation.check_rows(read, logits.shape[-1])
+    read = checked_rows(rows, logits.shape[-1], backend)
     return implementation(backend).token_scores(logits, read, temperature, want_entropy)
 
 

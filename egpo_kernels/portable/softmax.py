@@ -108,7 +108,7 @@ def _row_sums(matrix: Tensor, out: Tensor) -> None:
 
 
 def _sum_of_exponents(chunk: Chunk, out: Tensor) -> None:
-    """Turn ``chunk.x`` from x into x exp e and fill ``out`` with its row sums."""
+    """Turn ``chunk.x`` from x into x e^x and fill ``out`` with its row sums."""
     _row_sums(chunk.x.mul_(chunk.power), out)
     # 0 * -inf is NaN where a probability is 0; looking for it is free on a CPU. A row that is NaN stays so by its sum.
     if chunk.x.device.type != "cpu" or out.isnan().any():
