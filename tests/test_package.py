@@ -34,7 +34,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Inside a room that holds a path from inputs to a loss, likewise, lowest first.
 STEPS = {
-    "config": ("fields", "settings", "recipes"),
+    "config": ("fields", "results", "settings", "recipes"),
     "inputs": ("segments", "validation", "layout"),
     "formulas": (
         "arrays",

@@ -6,7 +6,7 @@ import torch
 
 import egpo_kernels.triton as backend
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
-from egpo_kernels.config.settings import Rows
+from egpo_kernels.config.results import Rows
 from egpo_kernels.formulas.advantages import collapse_tolerance
 from egpo_kernels.formulas.rows import Counts, Material, Measured, Purpose
 from egpo_kernels.inputs.layout import PER_SEQUENCE, PER_TOKEN

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import egpo_kernels as ek
 import egpo_kernels.triton as backend
-from egpo_kernels.config.settings import Rows
+from egpo_kernels.config.results import Rows
 from egpo_kernels.triton import launch
 from egpo_kernels.triton.launch import Constants, Ring
 

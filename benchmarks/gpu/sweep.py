@@ -19,7 +19,7 @@ from benchmarks.gpu import lines
 from benchmarks.gpu.candidates import KERNELS, Candidate, Problem, candidates, problem_of, using
 from benchmarks.gpu.trial import VOCAB
 from benchmarks.timing import timed_once
-from egpo_kernels.config.settings import Rows
+from egpo_kernels.config.results import Rows
 
 ROWS = {"cuda": (8192, 2048), "cpu": (8, 4)}
 ROUNDS = {"cuda": 9, "cpu": 1}

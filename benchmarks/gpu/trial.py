@@ -23,7 +23,7 @@ from benchmarks.errors import allowance, distance
 from benchmarks.gpu.ask import Jobs, ask, context_is_lost
 from benchmarks.gpu.candidates import CONFIG, KERNELS, Candidate, Outputs, Problem, candidates, problem_of, using
 from benchmarks.gpu.lines import Entry
-from egpo_kernels.config.settings import Rows
+from egpo_kernels.config.results import Rows
 from egpo_kernels.triton import launcher
 from egpo_kernels.triton.launch import processors
 

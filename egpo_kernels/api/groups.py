@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from egpo_kernels.config import recipes
-from egpo_kernels.config.settings import AdvantageConfig, GroupAdvantages
+from egpo_kernels.config.results import GroupAdvantages
+from egpo_kernels.config.settings import AdvantageConfig
 from egpo_kernels.engine.dispatch import choose_backend
 from egpo_kernels.engine.groups import PerToken, advantages_of_groups
 from egpo_kernels.inputs.layout import make_layout

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from egpo_kernels.config import recipes
 from egpo_kernels.config.fields import check_bool
-from egpo_kernels.config.settings import LossOutput, PolicyLossConfig, Recipe, TokenLogProbs
+from egpo_kernels.config.results import LossOutput, TokenLogProbs
+from egpo_kernels.config.settings import PolicyLossConfig, Recipe
 from egpo_kernels.engine import losses
 from egpo_kernels.inputs.validation import check_instance
 from egpo_kernels.linear.source import Given, read_hidden

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from egpo_kernels.config import recipes
 from egpo_kernels.config.fields import check_bool
-from egpo_kernels.config.settings import LossOutput, PolicyLossConfig, Recipe, TokenLogProbs
+from egpo_kernels.config.results import LossOutput, TokenLogProbs
+from egpo_kernels.config.settings import PolicyLossConfig, Recipe
 from egpo_kernels.engine import losses
 from egpo_kernels.engine.logits import read_logits
 from egpo_kernels.inputs.validation import check_choice, check_instance

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from egpo_kernels.api import groups, linear, logits
 from egpo_kernels.command.batches import Batch
-from egpo_kernels.config.settings import AdvantageConfig, LossOutput, PolicyLossConfig, Recipe
+from egpo_kernels.config.results import LossOutput
+from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Recipe
 
 Outputs = dict[str, Tensor]
 

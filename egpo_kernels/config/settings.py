@@ -1,12 +1,11 @@
-"""Settings, results, and the row tensors every backend is handed."""
+"""Settings of advantages and losses, and the recipe that holds both."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from egpo_kernels.config.fields import Checked, check_keys, check_number, check_pair, choice, number
 
@@ -158,6 +157,12 @@ class PolicyLossConfig(Checked):
         """Whether a token's loss depends on the log-ratios of its whole sequence."""
         return self.ratio != "token" or self.trims
 
+    @property
+    def has_bonus(self) -> bool:
+        """Whether the entropy is in the loss."""
+        # A branch, as torch's compiler makes a symbol of a comparison, and a symbol is no key of a dict.
+        return True if self.entropy_coef != 0 else False  # noqa: SIM210
+
     def _check_together(self) -> None:
         self._check_only("norm_length", "reduction", "seq_mean_token_sum_norm")
         self._check_only("ratio_cap", "surrogate", "cispo")
@@ -243,58 +248,3 @@ class Recipe:
         if "loss" in made:
             made["loss"] = PolicyLossConfig.from_dict(made["loss"])
         return cls(**made)
-
-
-Metrics = dict[str, Tensor]
-
-
-class LossOutput(NamedTuple):
-    """``loss``, 0-d (or per token), and ``metrics``, a dict of detached 0-d tensors."""
-
-    loss: Tensor
-    metrics: Metrics
-
-
-class GroupAdvantages(NamedTuple):
-    """Per-sequence results of `group_advantages`, each ``[S]`` and without gradient.
-
-    ``advantages = weights * base``; ``uncertainty`` is H in nats per token, NaN where it is not known.
-    """
-
-    advantages: Tensor
-    weights: Tensor
-    base: Tensor
-    uncertainty: Tensor
-    metrics: Metrics
-
-
-class TokenLogProbs(NamedTuple):
-    """Log-probs of the tokens and, if asked for, the entropy of each position, both in nats."""
-
-    log_probs: Tensor
-    entropy: Tensor | None
-
-
-class ResponseSpans(NamedTuple):
-    """``thinking`` and ``answer``: bool per token; ``untagged``: the number of responses without a closing tag."""
-
-    thinking: Tensor
-    answer: Tensor
-    untagged: Tensor
-
-
-class Rows(NamedTuple):
-    """What the backends are handed per token, ``[N]``; None where the caller gave nothing.
-
-    ``mask`` says which rows are looked at; every other field may hold anything where it is False. What is there as the
-    caller gave it may lie ``[S, T]``, until somebody asks for `flat_rows`: a view costs a call as much as a check.
-    """
-
-    mask: Tensor
-    tokens: Tensor | None = None
-    temperature: Tensor | None = None
-    advantages: Tensor | None = None
-    factor: Tensor | None = None
-    old_log_probs: Tensor | None = None
-    ref_log_probs: Tensor | None = None
-    rollout_weights: Tensor | None = None

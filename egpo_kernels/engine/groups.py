@@ -7,7 +7,8 @@ from torch import Tensor
 
 from egpo_kernels import reference
 from egpo_kernels.config.fields import plain
-from egpo_kernels.config.settings import AdvantageConfig, GroupAdvantages
+from egpo_kernels.config.results import GroupAdvantages
+from egpo_kernels.config.settings import AdvantageConfig
 from egpo_kernels.engine import row_ops
 from egpo_kernels.formulas import metrics
 from egpo_kernels.formulas.advantages import collapse_tolerance, rewards_in

@@ -8,7 +8,8 @@ from torch.compiler import is_compiling
 
 from egpo_kernels import reference
 from egpo_kernels.config.fields import check_bool
-from egpo_kernels.config.settings import PolicyLossConfig, Rows, TokenLogProbs
+from egpo_kernels.config.results import Rows, TokenLogProbs
+from egpo_kernels.config.settings import PolicyLossConfig
 from egpo_kernels.engine import autograd, losses, ops
 from egpo_kernels.engine.rows import Unmade
 from egpo_kernels.inputs import layout as layouts

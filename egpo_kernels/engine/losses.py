@@ -11,15 +11,8 @@ from torch.compiler import is_compiling
 
 from egpo_kernels import reference
 from egpo_kernels.config.fields import check_number
-from egpo_kernels.config.settings import (
-    LossOutput,
-    Metrics,
-    PolicyLossConfig,
-    Recipe,
-    Rows,
-    TokenLogProbs,
-    compute_dtype,
-)
+from egpo_kernels.config.results import LossOutput, Metrics, Rows, TokenLogProbs
+from egpo_kernels.config.settings import PolicyLossConfig, Recipe, compute_dtype
 from egpo_kernels.engine import autograd, rows
 from egpo_kernels.engine.dispatch import choose_backend
 from egpo_kernels.engine.groups import PerToken, advantages_of_groups
@@ -134,7 +127,7 @@ def read_log_probs(
 ) -> tuple[Call, TokenLogProbs]:
     """Check and flatten log-probs and entropy in place of logits."""
     check_dense("log_probs", log_probs, "floating")
-    if entropy is None and config.entropy_coef != 0:
+    if entropy is None and config.has_bonus:
         raise ValueError(f"entropy is None with entropy_coef = {config.entropy_coef}; it must be given per token")
     layout = layouts.make_layout("log_probs", tuple(log_probs.shape), cu_seqlens, log_probs.device)
     dtype = compute_dtype(log_probs.dtype)
@@ -149,7 +142,7 @@ def read_log_probs(
 
 def wants_entropy(config: PolicyLossConfig, mode: str) -> bool:
     """Whether the entropy is in the loss, or cheap enough to report while the row is read."""
-    return config.entropy_coef != 0 or mode != "none"
+    return config.has_bonus or mode != "none"
 
 
 def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: Options) -> Unmade:
@@ -215,7 +208,7 @@ def loss_of_groups(call: Call, given: Constants, grouping: Grouping, recipe: Rec
     old, entropy, found = given.old_log_probs, None, None
     if config.weight != "none" and (old is None or config.statistic == "shannon"):
         want_entropy = config.statistic == "shannon" or wants_entropy(recipe.loss, options.metrics)
-        found = call.source.log_probs(call, call.rows(), want_entropy, recipe.loss.entropy_coef != 0)
+        found = call.source.log_probs(call, call.rows(), want_entropy, recipe.loss.has_bonus)
         old = found.log_probs.detach().view(layout.shape) if old is None else old
         entropy = None if found.entropy is None else found.entropy.detach().view(layout.shape)
     grouped = advantages_of_groups(
@@ -252,7 +245,7 @@ def loss_of_tokens(
     if found is not None or late or not (torch.is_grad_enabled() and call.source.requires_grad):
         made = unmade.made(call.backend)
         if found is None:
-            found = call.source.log_probs(call, made, entropy, config.entropy_coef != 0)
+            found = call.source.log_probs(call, made, entropy, config.has_bonus)
         return loss_from_log_probs(call, made, config, options, found)
     loss, vector = call.source.loss(call, unmade, config, scale, entropy, options.metrics != "none")
     return LossOutput(loss, _named(vector, given.ref_log_probs is not None, config, options, entropy))
@@ -266,7 +259,7 @@ def loss_from_log_probs(
     Rows that are not made are for `portable` to make as it needs them, with a loss that is one number.
     """
     layout, per_token, reported = call.layout, config.reduction == "none", options.metrics != "none"
-    if found.entropy is not None and config.entropy_coef == 0:
+    if found.entropy is not None and not config.has_bonus:
         # A gradient of zeros would have the source differentiate an entropy that is only reported.
         found = found._replace(entropy=found.entropy.detach())
     if isinstance(made, Unmade):
@@ -296,4 +289,4 @@ def loss_from_log_probs(
 def _named(vector: Tensor, with_kl: bool, config: PolicyLossConfig, options: Options, has_entropy: bool) -> Metrics:
     if options.metrics == "none":
         return {}
-    return metrics.named(vector, metrics.TOKEN, LEFT_OUT[with_kl, has_entropy, config.entropy_coef != 0])
+    return metrics.named(vector, metrics.TOKEN, LEFT_OUT[with_kl, has_entropy, config.has_bonus])

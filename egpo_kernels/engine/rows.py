@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import PolicyLossConfig
 from egpo_kernels.engine import row_ops
 from egpo_kernels.formulas.rows import NO_COUNTS, Counts, Material, Purpose, token_rows
 from egpo_kernels.inputs.layout import PER_TOKEN, Layout
@@ -15,7 +16,7 @@ MASK, TOKENS, TEMPERATURE, ADVANTAGES, _, OLD_LOG_PROBS, REF_LOG_PROBS, ROLLOUT_
 
 
 class Given(NamedTuple):
-    """Tensors in the order of `egpo_kernels.config.settings.Rows`, None where not given, and the kind of each.
+    """Tensors in the order of `egpo_kernels.config.results.Rows`, None where not given, and the kind of each.
 
     One of a number for each token has the tokens' shape.
     """

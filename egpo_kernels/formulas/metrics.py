@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from egpo_kernels.config.settings import Metrics
+from egpo_kernels.config.results import Metrics
 from egpo_kernels.formulas.arrays import at_hand
 from egpo_kernels.formulas.arrays import total as total
 from egpo_kernels.formulas.lazy import LazyMetrics, Part, unread

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import PolicyLossConfig
 from egpo_kernels.formulas.arrays import at_hand
 from egpo_kernels.formulas.reduction import reduction_factor
 from egpo_kernels.inputs.layout import FOR_ALL, PER_SEQUENCE, PER_TOKEN
@@ -40,7 +41,7 @@ class Purpose(NamedTuple):
     def drops(self) -> bool:
         """Whether rows whose gradient is known to be 0 are not looked at."""
         config = self.config
-        return self.only_active and config is not None and config.kl_coef == 0 and config.entropy_coef == 0
+        return self.only_active and config is not None and config.kl_coef == 0 and not config.has_bonus
 
     @property
     def masks(self) -> bool:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from egpo_kernels.config.results import Rows
 from egpo_kernels.config.settings import SURROGATES as NAMES
-from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.config.settings import PolicyLossConfig
 from egpo_kernels.formulas.selection import Standing
 from egpo_kernels.inputs.segments import Segments, accumulation_dtype
 

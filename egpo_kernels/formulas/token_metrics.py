@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import PolicyLossConfig
 from egpo_kernels.formulas.arrays import at_hand
 from egpo_kernels.formulas.metrics import NOTHING, TOKEN
 from egpo_kernels.formulas.selection import Standing

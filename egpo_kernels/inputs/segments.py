@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import Rows
+from egpo_kernels.config.results import Rows
 
 IGNORED = -100
 """The token id that marks a position as not counted when no mask is given."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from egpo_kernels.config.fields import fits_float32, plain
-from egpo_kernels.config.settings import Rows
+from egpo_kernels.config.results import Rows
 from egpo_kernels.inputs.segments import flat_rows
 
 Shapes = dict[str, tuple[int, ...]]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import LossOutput, TokenLogProbs
+from egpo_kernels.config.results import LossOutput, TokenLogProbs
 from egpo_kernels.inputs.validation import checks_values
 
 

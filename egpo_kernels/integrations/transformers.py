@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from egpo_kernels.api.linear import linear_egpo_loss, linear_policy_loss, linear_token_log_probs
-from egpo_kernels.config.settings import LossOutput, TokenLogProbs
+from egpo_kernels.config.results import LossOutput, TokenLogProbs
 from egpo_kernels.integrations.fused_call import FusedCall
 from egpo_kernels.integrations.heads import Curve, head_arguments, head_modules, linear_of
 from egpo_kernels.integrations.probe import measured

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import Rows
+from egpo_kernels.config.results import Rows
 from egpo_kernels.inputs.validation import checks_values
 from egpo_kernels.linear import sizes
 from egpo_kernels.linear.head import Head, Wanted, sums_apart

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import Rows, compute_dtype
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import compute_dtype
 
 SLAB = 4096
 """Rows of a 16-bit weight that are float32 at a time, where products cannot be summed up in float32 otherwise."""

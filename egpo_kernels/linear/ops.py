@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import Rows, compute_dtype
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.engine.dispatch import implementation
 from egpo_kernels.engine.operator import OptionalTensors, Tensors, fake_vector, operator, policy_config
 from egpo_kernels.engine.ops import read_rows

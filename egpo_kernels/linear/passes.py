@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import PolicyLossConfig, compute_dtype
 from egpo_kernels.inputs.segments import accumulation_dtype
 from egpo_kernels.linear.chunks import Chunk, Plan, active_rows, chunk_rows, chunks
 from egpo_kernels.linear.head import Head, HeadGradients, Wanted

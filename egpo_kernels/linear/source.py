@@ -8,7 +8,8 @@ from torch import Tensor
 
 from egpo_kernels import reference
 from egpo_kernels.config.fields import check_number
-from egpo_kernels.config.settings import PolicyLossConfig, Rows, TokenLogProbs
+from egpo_kernels.config.results import Rows, TokenLogProbs
+from egpo_kernels.config.settings import PolicyLossConfig
 from egpo_kernels.engine import losses
 from egpo_kernels.engine.rows import Unmade
 from egpo_kernels.inputs import layout as layouts

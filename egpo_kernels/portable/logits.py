@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import PolicyLossConfig, compute_dtype
 from egpo_kernels.formulas.rows import Material, token_rows
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.inputs.validation import check_rows
@@ -84,7 +85,7 @@ def logits_loss_gradient(
     """Log-prob and entropy ``[N]`` of each row, and its gradient written to ``out`` while the row is in cache."""
     log_probs, entropy = (logits.new_zeros(rows.mask.shape[0], dtype=compute_dtype(logits.dtype)) for _ in range(2))
     heat, (column, own) = heats(rows, temperature), own_logits(logits, rows)
-    flows = config.entropy_coef != 0
+    flows = config.has_bonus
     for chunk in chunks(logits, rows.mask, chunk_rows(logits), want_entropy, out):
         place, heat_here = chunk.place, _heat_at(heat, chunk.place)
         scored, spread, sum_exp = _softmax(chunk, own[place], heat_here, want_entropy)

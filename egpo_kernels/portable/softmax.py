@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import Rows, compute_dtype
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.portable.chunks import Chunk
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import Rows, compute_dtype
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import compute_dtype
 
 
 def token_log_probs(logits: Tensor, rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:

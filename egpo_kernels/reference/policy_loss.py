@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import PolicyLossConfig
 from egpo_kernels.formulas import metrics
 from egpo_kernels.formulas.selection import standing
 from egpo_kernels.formulas.surrogates import own_log_ratios, token_terms

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.config.fields import check_number, entries, plain
-from egpo_kernels.config.settings import ResponseSpans, compute_dtype
+from egpo_kernels.config.results import ResponseSpans
+from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.inputs.layout import counted, make_layout
 from egpo_kernels.inputs.segments import per_row
 from egpo_kernels.inputs.validation import check_dense

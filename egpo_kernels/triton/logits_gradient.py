@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from egpo_kernels.config.settings import Rows, compute_dtype
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.triton.launch import choice_of, launch_for, num_programs
 from egpo_kernels.triton.launcher import Launches, lie
 from egpo_kernels.triton.settings import read_temperature, row_pointers, temperature_of, triton_dtype

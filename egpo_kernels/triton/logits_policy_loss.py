@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from egpo_kernels.config.settings import PolicyLossConfig, Rows, compute_dtype
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import PolicyLossConfig, compute_dtype
 from egpo_kernels.formulas.rows import Material
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.inputs.validation import check_rows, checks_values
@@ -114,7 +115,7 @@ class Plan(NamedTuple):
 def _plan(logits: Tensor, out: Tensor, config: PolicyLossConfig, want_entropy: bool) -> Plan:
     launched = launch_for(KERNEL, logits, out, may_ring=True)
     dtype, surrogate = compute_dtype(logits.dtype), SURROGATES[config.surrogate]
-    of_loss = (surrogate, triton_dtype(dtype), want_entropy, config.entropy_coef != 0)
+    of_loss = (surrogate, triton_dtype(dtype), want_entropy, config.has_bonus)
     constants = (launched.extent, launched.launch, *of_loss)
     return Plan(kernel_of(launched.launch), launched, dtype, choices_of(config), surrogate, constants)
 
@@ -178,7 +179,7 @@ def _one_pass(
     where, length, where_key = matrix(logits)
     target, out_length, target_key = (where, length, None) if out is logits else matrix(out)
     # Not the config, whose coefficients may be others at every step.
-    chosen = (choice_of(KERNEL, logits), config.surrogate, choices_of(config), config.entropy_coef != 0, want_entropy)
+    chosen = (choice_of(KERNEL, logits), config.surrogate, choices_of(config), config.has_bonus, want_entropy)
     launches = Launches(logits.device, chosen, where_key, target_key, key)
     plan = launches.worked_out(_plan, logits, out, config, want_entropy)
     pointers, dtype = make(launches), plan.dtype

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import PolicyLossConfig
 from egpo_kernels.formulas import metrics
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.arithmetic import exponential

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.settings import Rows
+from egpo_kernels.config.results import Rows
 from egpo_kernels.formulas.rows import Counts, Given, Material, Purpose
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.triton.launch import processors

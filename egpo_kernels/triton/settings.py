@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import PolicyLossConfig
 
 
 class Settings(NamedTuple):
@@ -54,7 +55,7 @@ def choices_of(config: PolicyLossConfig) -> Choices:
 
 
 class RowPointers(NamedTuple):
-    """`egpo_kernels.config.settings.Rows` inside a kernel: a pointer per field, None (at compile time) where absent."""
+    """`egpo_kernels.config.results.Rows` inside a kernel: a pointer per field, None (at compile time) where absent."""
 
     mask_ptr: Any
     tokens_ptr: Any

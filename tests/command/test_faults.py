@@ -8,7 +8,7 @@ import torch
 from egpo_kernels import portable
 from egpo_kernels.api import groups
 from egpo_kernels.command import checks
-from egpo_kernels.config.settings import Rows
+from egpo_kernels.config.results import Rows
 from egpo_kernels.engine import losses
 from egpo_kernels.inputs.segments import Segments
 

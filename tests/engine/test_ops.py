@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Rows, compute_dtype
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, compute_dtype
 from egpo_kernels.engine import given_ops, ops, row_ops
 from egpo_kernels.engine.operator import Operator
 from egpo_kernels.formulas import metrics

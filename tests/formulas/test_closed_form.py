@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from egpo_kernels import portable, reference
-from egpo_kernels.config.settings import PolicyLossConfig, Rows
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import PolicyLossConfig
 from egpo_kernels.formulas.metrics import TOKEN
 from egpo_kernels.formulas.token_metrics import BLOCK, wide_sum
 from egpo_kernels.inputs.segments import Segments

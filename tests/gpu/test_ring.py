@@ -12,7 +12,7 @@ import torch
 
 import egpo_kernels as ek
 import egpo_kernels.triton as backend
-from egpo_kernels.config.settings import Rows
+from egpo_kernels.config.results import Rows
 from egpo_kernels.triton.launch import architecture
 from tests.support.accuracy import assert_bits
 from tests.support.device import DEVICE, size

@@ -11,7 +11,7 @@ import torch
 import egpo_kernels as ek
 import egpo_kernels.triton as backend
 from benchmarks.counts.traffic import count_traffic
-from egpo_kernels.config.settings import Rows
+from egpo_kernels.config.results import Rows
 from egpo_kernels.triton import launch
 from egpo_kernels.triton.launch import Constants, Rule
 from tests.support.accuracy import assert_accurate, assert_bits

@@ -3,7 +3,7 @@
 import torch
 
 import egpo_kernels as ek
-from egpo_kernels.config.settings import Rows
+from egpo_kernels.config.results import Rows
 from tests.support.accuracy import assert_bits
 from tests.support.device import DEVICE
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import egpo_kernels as ek
-from egpo_kernels.config.settings import GroupAdvantages, PolicyLossConfig
+from egpo_kernels.config.results import GroupAdvantages
+from egpo_kernels.config.settings import PolicyLossConfig
 from tests.support.case import Case
 
 
