@@ -58,7 +58,7 @@ def group_advantages(
     check_instance("config", config, AdvantageConfig)
     rewards = check_rewards(rewards)
     sequences, device = rewards.shape[0], rewards.device
-    layout = flat = None
+    layout = None
     shaping = {"old_log_probs": old_log_probs, "entropy": entropy, "mask": mask}
     name = next((name for name, given in shaping.items() if given is not None), None)
     if name is not None:
@@ -68,11 +68,11 @@ def group_advantages(
             raise ValueError(
                 f"rewards has {sequences} entries; {name} holds {layout.num_sequences} sequences; they must be as many"
             )
-        flat = None if mask is None else layout.per_token("mask", mask, "real")
+        mask = None if mask is None else layout.shaped("mask", mask, "real")
     for name, given in (("entropy_mask", entropy_mask), ("cu_seqlens", cu_seqlens)):
         if given is not None:
             check_instance(name, given, Tensor)
     reported = check_choice("metrics", metrics, ("all", "none")) == "all"
-    per_token = PerToken(old_log_probs, entropy, entropy_mask, flat)
+    per_token = PerToken(old_log_probs, entropy, entropy_mask, mask)
     backend = choose_backend(backend, device)
     return advantages_of_groups(groups, rewards, per_token, correct, layout, config, group_size, reported, backend)

@@ -19,7 +19,7 @@ from egpo_kernels.inputs.validation import check_complete, check_tensor
 
 
 class PerToken(NamedTuple):
-    """What the group level may read per token: as the caller gave it, but for mask and tokens, checked and flat."""
+    """What the group level may read per token: as the caller gave it, but for mask and tokens, which are checked."""
 
     old_log_probs: Any = None
     entropy: Any = None
@@ -80,13 +80,13 @@ def advantages_of_groups(
 
 
 def _measured(per_token: PerToken, layout: Layout | None, config: AdvantageConfig) -> Measured:
-    """The numbers ``[N]`` whose mean is H, and where; raise where the weight needs what was not given."""
+    """The numbers whose mean is H, and where; raise where the weight needs what was not given."""
     given = {"old_log_probs": per_token.old_log_probs, "entropy": per_token.entropy}
     entropy_mask, values = None, {}
     if layout is not None:
-        values = {name: layout.per_token(name, it, "floating") for name, it in given.items() if it is not None}
+        values = {name: layout.shaped(name, it, "floating") for name, it in given.items() if it is not None}
         if per_token.entropy_mask is not None:
-            entropy_mask = layout.per_token("entropy_mask", per_token.entropy_mask, "real")
+            entropy_mask = layout.shaped("entropy_mask", per_token.entropy_mask, "real")
     name = "entropy" if config.statistic == "shannon" else "old_log_probs"
     if config.weight != "none" and name not in values:
         raise ValueError(

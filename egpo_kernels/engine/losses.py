@@ -22,7 +22,6 @@ from egpo_kernels.formulas.lazy import merged
 from egpo_kernels.formulas.rows import NO_COUNTS, Counts
 from egpo_kernels.inputs import layout as layouts
 from egpo_kernels.inputs.layout import Layout
-from egpo_kernels.inputs.segments import flat
 from egpo_kernels.inputs.validation import check_choice, check_count, check_dense, check_tensor
 
 PER_TOKEN_OR_SEQUENCE = (("advantages", rows.ADVANTAGES), ("rollout_weights", rows.ROLLOUT_WEIGHTS))
@@ -214,7 +213,7 @@ def loss_of_groups(call: Call, given: Constants, grouping: Grouping, recipe: Rec
     grouped = advantages_of_groups(
         grouping.groups,
         rewards,
-        PerToken(old, entropy, grouping.entropy_mask, *map(flat, call.given.tensors[: rows.TOKENS + 1])),
+        PerToken(old, entropy, grouping.entropy_mask, *call.given.tensors[: rows.TOKENS + 1]),
         grouping.correct,
         layout,
         config,

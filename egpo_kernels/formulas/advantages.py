@@ -16,7 +16,7 @@ from egpo_kernels.config.settings import AdvantageConfig
 from egpo_kernels.formulas import group_metrics, metrics
 from egpo_kernels.formulas.arrays import Array, at_hand, clamp, floating, isfinite, maximum, total, where
 from egpo_kernels.formulas.groups import Groups, Known, Rules, both, chosen, groups_at_hand, known, make_groups
-from egpo_kernels.formulas.uncertainty import as_uncertainty, token_sums
+from egpo_kernels.formulas.uncertainty import as_uncertainty, token_sums, token_sums_at_hand
 from egpo_kernels.inputs.segments import accumulation_dtype
 from egpo_kernels.inputs.validation import check_held
 
@@ -213,14 +213,16 @@ def group_advantages(
         look: Whether to compute in numpy's arrays on a CPU, which is faster for few sequences.
         negated: Whether ``values`` are log-probs, the uncertainty their mean negated.
     """
-    totals, counts = (None, None) if values is None else token_sums(values, mask, offsets)
-    given = (rewards, correct, totals, counts, lengths)
     if not look or ids.shape[0] == 0 or not (at_hand(ids) and at_hand(rewards)):
+        totals, counts = (None, None) if values is None else token_sums(values, mask, offsets)
+        given = (rewards, correct, totals, counts, lengths)
         found, raw = _of_groups(make_groups(ids), given, negated, tolerance, config, group_size, reported)
         return Advantages(*found, rewards.new_empty(0) if raw is None else metrics.finish(raw, metrics.GROUP))
-    arrays = tuple(None if it is None else it.numpy() for it in given)
     # Some of the numbers that are chosen from are made of nothing; torch does not mention that either.
     with np.errstate(all="ignore"):
+        totals, counts = (None, None) if values is None else token_sums_at_hand(values, mask, offsets)
+        of_correct, of_lengths = (None if it is None else it.numpy() for it in (correct, lengths))
+        arrays = (rewards.numpy(), of_correct, totals, counts, of_lengths)
         found, raw = _of_groups(groups_at_hand(ids.numpy()), arrays, negated, tolerance, config, group_size, reported)
         reports = np.empty(0, found[0].dtype) if raw is None else metrics.finish_array(raw, metrics.GROUP)
     advantages, weights, base, uncertainty = (torch.from_numpy(it) for it in found)

@@ -129,7 +129,7 @@ def _active(rows: Rows, segments: Segments, config: PolicyLossConfig) -> Tensor:
 
 
 class Measured(NamedTuple):
-    """What a sequence's uncertainty is the mean of, flat ``[N]``, and where it counts, as the caller gave it."""
+    """What a sequence's uncertainty is the mean of and where it counts: as given, ``[S, T]`` or ``[N]``."""
 
     values: Tensor | None = None
     mask: Tensor | None = None
@@ -138,15 +138,13 @@ class Measured(NamedTuple):
     negated: bool = False
 
     def rows(self, values: Tensor, counted: Tensor, segments: Segments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Values and where they count, of the ``counted [N]``: ``[S, T]`` each, or ``[N]`` where packed."""
-        values = values.to(dtype)
+        """Values and where they count, of the ``counted``: ``[S, T]`` each, or ``[N]`` where packed."""
+        values = segments.laid(values.to(dtype).contiguous())
         if self.entropy_mask is not None:
-            counted = counted & (self.entropy_mask != 0)
-        if segments.offsets is not None:
-            return values, counted
-        shape = (segments.num_sequences, segments.length)
-        return values.view(shape), counted.view(shape)
+            counted = counted & segments.laid((self.entropy_mask != 0).contiguous())
+        return values, counted
 
     def counted(self, segments: Segments, device: torch.device) -> Tensor:
-        """Rows ``[N]`` that count."""
-        return counted_rows(self.mask, self.tokens, segments.offsets, segments.num_rows, device)
+        """Rows that count, of `Segments.shape`."""
+        rows = counted_rows(self.mask, self.tokens, segments.offsets, segments.num_rows, device)
+        return segments.laid(rows.contiguous())

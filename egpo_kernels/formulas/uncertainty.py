@@ -1,11 +1,17 @@
 """Uncertainty H of a sequence (EGPO, arXiv 2602.22751, Eq. 5/6): the mean of what its counted tokens say."""
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from egpo_kernels.formulas.arrays import Array, at_hand, at_least
 from egpo_kernels.formulas.token_metrics import BLOCK
 from egpo_kernels.inputs.segments import accumulation_dtype, counts_per_sequence
+
+FEW = 1 << 16
+"""Tokens up to which numpy takes no longer in one thread than torch in those that it would use."""
 
 
 def token_sums(values: Tensor, mask: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -25,6 +31,19 @@ def token_sums(values: Tensor, mask: Tensor | None, offsets: Tensor | None) -> t
     bits = mask.to(whole)
     counts = bits.sum(1, dtype=torch.int32) if offsets is None else _sums(bits, offsets)
     return _sums(bits.mul_(values.view(whole)).view(values.dtype), offsets), counts
+
+
+def token_sums_at_hand(values: Tensor, mask: Tensor | None, offsets: Tensor | None) -> tuple[Array, Array]:
+    """As `token_sums`, of tensors at hand, in arrays."""
+    if offsets is not None or mask is None or values.numel() > FEW:
+        totals, counts = token_sums(values, mask, offsets)
+        return totals.numpy(), counts.numpy()
+    numbers, bits = values.numpy(), mask.numpy()
+    total = np.add.reduce(numbers * bits, axis=1, dtype=np.float64)
+    if not math.isfinite(np.add.reduce(total)):
+        # What does not count may be infinite or NaN, and 0 times that is NaN.
+        total = np.add.reduce(np.where(bits, numbers, 0.0), axis=1, dtype=np.float64)
+    return total, np.add.reduce(bits, axis=1, dtype=np.int32)
 
 
 def token_mean(values: Tensor, mask: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:

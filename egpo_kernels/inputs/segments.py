@@ -114,6 +114,10 @@ class Segments(NamedTuple):
         """Of numbers per row, as sequences lie: ``(S, T)`` where there are as many rows of each, else ``(N,)``."""
         return (self.num_sequences, self.length) if self.offsets is None else (self.num_rows,)
 
+    def laid(self, values: Tensor) -> Tensor:
+        """Contiguous ``values`` per row, of `shape`; a view costs more than a look at it."""
+        return values if values.shape == self.shape else values.view(self.shape)
+
     def bounds(self, device: torch.device) -> Tensor:
         """``[S + 1]``: sequence i owns rows ``bounds[i] : bounds[i + 1]``."""
         return even_offsets(self.num_rows, self.num_sequences, device) if self.offsets is None else self.offsets

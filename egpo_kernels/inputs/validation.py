@@ -65,7 +65,7 @@ def check_tensor(name: str, value: Any, kind: str, shapes: Shapes, device: torch
         # A compiler takes no tensor as two arguments.
         return value.view_as(value)
     # Operators refuse a view that is still to be negated, and autograd does not save what inference_mode made.
-    value = value.resolve_neg()
+    value = value.resolve_neg() if value.is_neg() else value
     return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
 
 

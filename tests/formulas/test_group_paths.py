@@ -164,14 +164,29 @@ def test_both_ways_to_mask(packed, dtype, monkeypatch):
     assert torch.equal(values.nan_to_num(), before.nan_to_num())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("few", [0, uncertainty.FEW])
+def test_few_tokens_are_added_up_by_numpy(few, dtype, monkeypatch):
+    """The same sums either way; what is masked may be anything, and one sequence of what counts is not finite."""
+    monkeypatch.setattr(uncertainty, "FEW", few)
+    _, _, values, mask = inputs("even", "binary", dtype, True)
+    wide = torch.where(mask, values, 0.0).double()
+    for column in (values, values.t().contiguous().t()):
+        total, counts = uncertainty.token_sums_at_hand(column, mask, None)
+        assert counts.tolist() == mask.sum(1).tolist() and total.dtype == "float64"
+        assert torch.from_numpy(total).isfinite().tolist() == [place != 5 for place in range(12)]
+        assert_rounding(torch.from_numpy(total).nan_to_num().to(dtype), wide.sum(1).nan_to_num())
+
+
 @pytest.mark.parametrize("length", [BLOCK - 1, BLOCK, 64 * BLOCK])
 def test_sums_of_sequences_lose_no_more_than_their_blocks(length):
     """Equal numbers, whose roundings all go one way: however many there are, two eps are enough."""
     values, mask = torch.full((3, length), 0.1), torch.arange(length).expand(3, -1) >= torch.tensor([[0], [1], [9]])
-    found, counts = uncertainty.token_sums(values, mask, None)
-    exact = values[0, 0].double() * counts
-    assert found.dtype == torch.float64 and counts.tolist() == [length, length - 1, length - 9]
-    assert ((found - exact).abs() <= 2 * torch.finfo(torch.float32).eps * exact).all()
+    at_hand = map(torch.from_numpy, uncertainty.token_sums_at_hand(values, mask, None))
+    for found, counts in (uncertainty.token_sums(values, mask, None), at_hand):
+        exact = values[0, 0].double() * counts
+        assert found.dtype == torch.float64 and counts.tolist() == [length, length - 1, length - 9]
+        assert ((found - exact).abs() <= 2 * torch.finfo(torch.float32).eps * exact).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)], ids=str)
