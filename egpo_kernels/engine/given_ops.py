@@ -19,9 +19,9 @@ from egpo_kernels.formulas.rows import broad_rows
 def _fake_loss(log_probs: Tensor, *others: Any) -> Tensors5:
     want_slope, want_bonus, reported = others[-3:]
     loss, vector = log_probs.new_empty(()), fake_vector(log_probs, metrics.TOKEN, reported)
-    count = log_probs.shape[0]
-    slope, bonus = (log_probs.new_empty(count if wanted else 0) for wanted in (want_slope, want_bonus))
-    return loss, vector, slope, bonus, log_probs.new_empty(count if want_slope else 0, dtype=torch.bool)
+    shape = log_probs.shape
+    slope, bonus = (log_probs.new_empty(shape if wanted else 0) for wanted in (want_slope, want_bonus))
+    return loss, vector, slope, bonus, log_probs.new_empty(shape if want_slope else 0, dtype=torch.bool)
 
 
 @operator(_fake_loss)
@@ -38,15 +38,16 @@ def given_policy_loss(
     want_bonus: bool,
     reported: bool,
 ) -> Tensors5:
-    """Loss 0-d of ``log_probs [N]``, the metrics vector where it is ``reported``, and gradients for an upstream of 1.
+    """Loss 0-d of ``log_probs``, the metrics vector where it is ``reported``, and gradients for an upstream of 1.
 
-    Those by ``log_probs`` and entropy, and which rows they reach, are ``[N]``, or ``[0]`` where they are not wanted;
-    whoever wants the second wants the first. ``given`` to ``only_active``: see
+    ``log_probs`` and ``entropy`` are ``[S, T]`` or packed ``[N]``. The gradients by them, and which rows they reach,
+    are so too, or ``[0]`` where not wanted; whoever wants the second wants the first. ``given`` to ``only_active``: see
     `egpo_kernels.engine.row_ops.token_rows`.
     """
     material = material_of(given, kinds, size, numbers, config, only_active, log_probs.dtype)
     settings, segments, rows = policy_config(config), material.segments, broad_rows(material)
-    log_probs, entropy = log_probs.view(segments.shape), None if entropy is None else entropy.view(segments.shape)
+    shape, log_probs = log_probs.shape, segments.laid(log_probs.contiguous())
+    entropy = None if entropy is None else segments.laid(entropy.contiguous())
     if not want_slope:
         loss, vector = portable.policy_loss(log_probs, entropy, rows, segments, settings, 0, False, reported)
         return loss, vector, log_probs.new_empty(0), log_probs.new_empty(0), rows.mask.new_empty(0)
@@ -54,10 +55,10 @@ def given_policy_loss(
         log_probs, entropy, rows, segments, settings, reported, want_bonus
     )
     # Live rows may be the mask itself, and no operator may return what it was given.
-    return loss, vector, slope.reshape(-1), bonus.reshape(-1), live.reshape(-1).clone()
+    return loss, vector, slope.view(shape), bonus.view(shape) if want_bonus else bonus, live.clone().view(shape)
 
 
 @operator(lambda gradients, live, upstream: [torch.empty_like(gradient) for gradient in gradients])
 def scaled_gradients(gradients: Tensors, live: Tensor, upstream: Tensor) -> Tensors:
-    """Gradients ``[N]`` from upstream 0-d, of those for an upstream of 1; rows that are not ``live`` get 0."""
+    """Gradients from upstream 0-d, of those for an upstream of 1; rows that are not ``live`` get 0."""
     return portable.scaled_gradients(gradients, live, upstream)

@@ -22,6 +22,7 @@ from egpo_kernels.formulas.lazy import merged
 from egpo_kernels.formulas.rows import NO_COUNTS, Counts
 from egpo_kernels.inputs import layout as layouts
 from egpo_kernels.inputs.layout import Layout
+from egpo_kernels.inputs.segments import flat
 from egpo_kernels.inputs.validation import check_choice, check_count, check_dense, check_tensor
 
 PER_TOKEN_OR_SEQUENCE = (("advantages", rows.ADVANTAGES), ("rollout_weights", rows.ROLLOUT_WEIGHTS))
@@ -124,14 +125,14 @@ def read_tokens(source: Source, layout: Layout, tokens: Any, mask: Any, temperat
 def read_log_probs(
     log_probs: Any, entropy: Any, mask: Any, cu_seqlens: Any, config: PolicyLossConfig, backend: str
 ) -> tuple[Call, TokenLogProbs]:
-    """Check and flatten log-probs and entropy in place of logits."""
+    """Check log-probs and entropy in place of logits, and leave their shape."""
     check_dense("log_probs", log_probs, "floating")
     if entropy is None and config.has_bonus:
         raise ValueError(f"entropy is None with entropy_coef = {config.entropy_coef}; it must be given per token")
     layout = layouts.make_layout("log_probs", tuple(log_probs.shape), cu_seqlens, log_probs.device)
     dtype = compute_dtype(log_probs.dtype)
-    values = layout.per_token("log_probs", log_probs, "floating").to(dtype)
-    entropies = None if entropy is None else layout.per_token("entropy", entropy, "floating").to(dtype)
+    values = layout.shaped("log_probs", log_probs, "floating").to(dtype)
+    entropies = None if entropy is None else layout.shaped("entropy", entropy, "floating").to(dtype)
     given = Given.nothing()
     if mask is not None:
         given.put(rows.MASK, layout.shaped("mask", mask, "real"))
@@ -253,11 +254,11 @@ def loss_of_tokens(
 def loss_from_log_probs(
     call: Call, made: Rows | Unmade, config: PolicyLossConfig, options: Options, found: TokenLogProbs
 ) -> LossOutput:
-    """Loss of log-probs ``[N]``, the middle step between statistics and gradient of the logits.
+    """Loss of log-probs, ``[N]`` or as they lie, the middle step between statistics and gradient of the logits.
 
     Rows that are not made are for `portable` to make as it needs them, with a loss that is one number.
     """
-    layout, per_token, reported = call.layout, config.reduction == "none", options.metrics != "none"
+    reported = options.metrics != "none"
     if found.entropy is not None and not config.has_bonus:
         # A gradient of zeros would have the source differentiate an entropy that is only reported.
         found = found._replace(entropy=found.entropy.detach())
@@ -265,24 +266,24 @@ def loss_from_log_probs(
         wanted = tuple(torch.is_grad_enabled() and it is not None and it.requires_grad for it in found)
         both = (any(wanted), wanted[1])
         loss, vector = autograd.GivenPolicyLoss.apply(*found, made.how(), both, reported, made.tensors())
-    elif call.backend == "reference":
-        loss, vector = reference.policy_loss(*found, made, layout.segments, config, call.vocab, per_token, reported)
     else:
-        loss, vector = autograd.PolicyLoss.apply(
-            *found,
-            layout.known_offsets,
-            layout.num_sequences,
-            config.json,
-            call.vocab,
-            per_token,
-            reported,
-            call.backend,
-            *made,
-        )
-    loss = loss.view(layout.shape) if per_token else loss
+        loss, vector = _loss_of_rows(call, flat(found.log_probs), flat(found.entropy), made, config, reported)
+    loss = loss.view(call.layout.shape) if config.reduction == "none" else loss
     fields = made.given.tensors if isinstance(made, Unmade) else made
     with_kl = fields[rows.REF_LOG_PROBS] is not None
     return LossOutput(loss, _named(vector, with_kl, config, options, found.entropy is not None))
+
+
+def _loss_of_rows(
+    call: Call, log_probs: Tensor, entropy: Tensor | None, made: Rows, config: PolicyLossConfig, reported: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss of log-probs ``[N]``, 0-d or per token, and the metrics vector."""
+    layout, per_token = call.layout, config.reduction == "none"
+    if call.backend == "reference":
+        segments = layout.segments
+        return reference.policy_loss(log_probs, entropy, made, segments, config, call.vocab, per_token, reported)
+    whole = (config.json, call.vocab, per_token, reported, call.backend)
+    return autograd.PolicyLoss.apply(log_probs, entropy, layout.known_offsets, layout.num_sequences, *whole, *made)
 
 
 def _named(vector: Tensor, with_kl: bool, config: PolicyLossConfig, options: Options, has_entropy: bool) -> Metrics:

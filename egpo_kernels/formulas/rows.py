@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,7 +120,7 @@ def _active(rows: Rows, segments: Segments, config: PolicyLossConfig) -> Tensor:
     """Counted rows whose gradient is not known to be zero before they are read."""
     assert rows.advantages is not None
     factors = [rows.advantages] if rows.rollout_weights is None else [rows.advantages, rows.rollout_weights]
-    if all(at_hand(each) and each.numpy().all() for each in factors):
+    if all(at_hand(each) and np.count_nonzero(each.numpy()) == each.numel() for each in factors):
         return rows.mask
     active = functools.reduce(torch.logical_and, [each != 0 for each in factors])
     # A CPU combines bools four times as fast where both are whole.

@@ -1,6 +1,6 @@
 """Rows and the sequences they belong to: sums over segments, and values spread back over rows."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,10 @@ def counted_rows(
     return rows if offsets is None else rows & (torch.arange(num_rows, device=device) < offsets[-1])
 
 
-def flat(values: Tensor | None) -> Tensor | None:
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
+
+def flat(values: MaybeTensor) -> MaybeTensor:
     """``[N]``, of a tensor per token in any shape."""
     return values if values is None or values.dim() == 1 else values.reshape(-1)
 
