@@ -55,7 +55,9 @@ def given_policy_loss(
         log_probs, entropy, rows, segments, settings, reported, want_bonus
     )
     # Live rows may be the mask itself, and no operator may return what it was given.
-    return loss, vector, slope.view(shape), bonus.view(shape) if want_bonus else bonus, live.clone().view(shape)
+    live = live.clone(memory_format=torch.contiguous_format).view(shape)
+    slope, bonus = (it.contiguous().view(shape if wanted else 0) for it, wanted in ((slope, True), (bonus, want_bonus)))
+    return loss, vector, slope, bonus, live
 
 
 @operator(lambda gradients, live, upstream: [torch.empty_like(gradient) for gradient in gradients])

@@ -149,6 +149,16 @@ def test_opcheck(name, backend):
     torch.library.opcheck(MADE[name].overload, arguments(name, backend))
 
 
+def test_opcheck_of_columns():
+    """What lies in columns has results in rows, as the fake says: a compiler relies on it."""
+    log_probs, entropy, given, *others = arguments("given_policy_loss", "portable")
+    columns = [it.view(4, 4).t() if it is not None and it.shape == (16,) else it for it in given]
+    columns = [None if it is OFFSETS else it for it in columns]
+    given = (log_probs.view(4, 4).t(), entropy.view(4, 4).t(), columns, *others)
+    torch.library.opcheck(MADE["given_policy_loss"].overload, given)
+    assert all(it.is_contiguous() for it in given_ops.given_policy_loss(*given))
+
+
 @pytest.mark.parametrize("name", ["row_statistics", "logits_policy_loss", "logits_gradient", *NAMES[-3:]])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_fakes_know_other_dtypes(name, dtype):
