@@ -55,7 +55,7 @@ def launch_logits(
     """
     logits = torch.zeros(*size, vocab, dtype=dtype, device=device)
     rows = make_rows(torch.float64 if dtype == torch.float64 else torch.float32, full, size, device)
-    tilted = config.entropy_coef != 0
+    tilted = config.has_bonus
     entropy = tilted or reported
     log_probs, bonus, maximum, sum_exp = backend.row_statistics(logits, rows, scale, entropy)
     upstream = [log_probs, log_probs.clone() if tilted else None]
@@ -68,7 +68,7 @@ def launch_one_pass(dtype: torch.dtype, full: bool, config: PolicyLossConfig, vo
     """The kernel of `logits_policy_loss` that reads the logits, with its entropy where the loss has it."""
     logits = torch.zeros(*SMALL, vocab, dtype=dtype)
     rows = make_rows(torch.float32, full, SMALL, "cpu")
-    backend.logits_loss_gradient(logits, rows, config, 1.0, 1.0, config.entropy_coef != 0, torch.zeros_like(logits))
+    backend.logits_loss_gradient(logits, rows, config, 1.0, 1.0, config.has_bonus, torch.zeros_like(logits))
 
 
 def make_segments(packed: bool, size: Size, device: str) -> Segments:

@@ -34,7 +34,7 @@ def token_metrics(
     Nothing may require a gradient. On a CPU what a look shows to be 0 is not added up.
     """
     assert rows.factor is not None
-    (counted, live, calm), factor, seen = found, rows.factor, at_hand(log_probs)
+    (counted, live, calm), factor, seen = found, rows.factor, at_hand(terms.ratio)
     if log_probs.numel() == 0:
         return torch.cat([log_probs.new_zeros(len(TOKEN.sums)), log_probs.new_full((len(TOKEN.maxima),), NOTHING)])
     none: Any = 0.0 if seen else log_probs.new_zeros(())

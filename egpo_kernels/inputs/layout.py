@@ -11,7 +11,7 @@ from torch import Tensor
 
 from egpo_kernels.config.fields import entries, plain
 from egpo_kernels.inputs.segments import Segments, counted_rows, even_offsets, per_row, segment_index
-from egpo_kernels.inputs.validation import check_complete, check_dense, check_tensor, check_whole, is_fit
+from egpo_kernels.inputs.validation import check_complete, check_dense, check_tensor, check_whole, has_shape, is_fit
 
 # How many numbers a tensor holds: none, one for each token, for each sequence, or one for all.
 ABSENT, PER_TOKEN, PER_SEQUENCE, FOR_ALL = range(4)
@@ -82,10 +82,10 @@ class Layout(NamedTuple):
         rows of ``counts`` and a device may not be asked; else None.
         """
         by_sequence = ((self.num_sequences,), (self.num_sequences, 1))
-        if not is_fit(value, kind, self.device) or value.shape not in (*by_sequence, self.shape):
+        if not is_fit(value, kind, self.device) or not has_shape(value, (*by_sequence, self.shape)):
             shapes = {"[S]": by_sequence[0], "[S, 1]": by_sequence[1], **self._token_shapes()}
             value = check_tensor(name, value, kind, shapes, self.device)
-        if value.shape not in by_sequence:
+        if not has_shape(value, by_sequence):
             return value, PER_TOKEN, None
         flat = value if value.dim() == 1 else value.reshape(-1)
         if value.shape != self.shape or len(self.shape) == 2:

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from reprlib import repr as shown
 from typing import Any
 
@@ -53,12 +53,17 @@ def is_fit(value: Any, kind: str, device: torch.device) -> bool:
     )
 
 
+def has_shape(value: Tensor, shapes: Iterable[tuple[int, ...]]) -> bool:
+    """Whether a tensor has one of these shapes; torch 2.13's compiler sometimes gets ``shape in shapes`` wrong."""
+    return any(value.shape == shape for shape in shapes)
+
+
 def check_tensor(name: str, value: Any, kind: str, shapes: Shapes, device: torch.device) -> Tensor:
     """Return ``value`` when it is a tensor of that kind, of one of the shapes (of any if none), on that device."""
     check_dense(name, value, kind)
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}; it must be on {device} like the other tensors: move it there")
-    if shapes and value.shape not in shapes.values():
+    if shapes and not has_shape(value, shapes.values()):
         wanted = " or ".join(f"{text} = {list(shape)}" for text, shape in shapes.items())
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be {wanted}")
     if is_compiling():

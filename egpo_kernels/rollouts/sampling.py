@@ -10,7 +10,7 @@ from egpo_kernels.config.fields import check_number, check_pair, fits_float32
 from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.inputs.layout import Layout, counted, make_layout
 from egpo_kernels.inputs.segments import counts_per_sequence, per_row, segment_sum
-from egpo_kernels.inputs.validation import check_choice, check_dense
+from egpo_kernels.inputs.validation import check_choice, check_dense, has_shape
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios to the sampler are clamped to +- this, in nats."""
@@ -104,7 +104,7 @@ def off_policy_mask(
     near = drift <= threshold * counts_per_sequence(counts, layout.offsets)
     rows, _ = layout.per_token_or_sequence("advantages", advantages, "real", counts)
     kept = (rows >= 0) | per_row(near, layout.sequence)
-    if advantages.shape not in ((layout.num_sequences,), (layout.num_sequences, 1)):
+    if not has_shape(advantages, ((layout.num_sequences,), (layout.num_sequences, 1))):
         return kept.view(layout.shape)
     kept = (advantages >= 0) | near.view(advantages.shape)
     # What comes out may be ambiguous where advantages are not.

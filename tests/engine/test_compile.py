@@ -121,6 +121,19 @@ def test_group_advantages(layout, backend):
             assert found.metrics.keys() == wanted.metrics.keys()
 
 
+@FAST_BACKEND
+def test_constants_may_be_made_inside(backend):
+    """Tensors of sizes that are written in the code, beside sizes that may change."""
+
+    def step(batch, backend):
+        advantages, mask = torch.tensor([1.0, -0.5, 0.0, 2.0], device=DEVICE), torch.ones(4, 4, device=DEVICE)
+        return ek.logits_policy_loss(batch.logits, batch.tokens, advantages, mask, backend=backend)
+
+    batch = make_batch("padded")
+    assert batch.mask.shape == (4, 4) and not batch.mask.all()
+    assert_close(differentiate(compiled(step), batch, backend), differentiate(step, batch, backend))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_helpers(layout):
     """A full graph also means that nothing waits for a value."""

@@ -68,6 +68,22 @@ def test_views_give_the_same_bits(name, how, layout, backend):
     assert_equal(name, found, results(name, differentiable(plain), backend))
 
 
+@EVERY_LAYOUT
+@EVERY_BACKEND
+def test_a_parameter_that_holds_nan_is_reported_as_a_tensor_that_does(layout, backend):
+    arguments = valid("policy_loss", layout)
+    counted = arguments["mask"].nonzero()[1]
+    arguments["log_probs"] = arguments["log_probs"].index_put(tuple(counted), torch.tensor(torch.nan, device=DEVICE))
+    wanted = call("policy_loss", arguments, backend).metrics
+    assert wanted["policy/ratio/min"].isnan() and wanted["policy/ratio/max"].isnan()
+    for wants_gradient in (True, False):
+        held = torch.nn.Parameter(arguments["log_probs"], requires_grad=wants_gradient)
+        found = call("policy_loss", arguments | {"log_probs": held}, backend).metrics
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert_alike(found[key], value, key)
+
+
 @pytest.mark.parametrize("name", ["egpo_loss", "logits_policy_loss", "policy_loss", *OF_HIDDEN[:2]])
 @EVERY_LAYOUT
 @EVERY_BACKEND
