@@ -82,10 +82,12 @@ class Layout(NamedTuple):
         rows of ``counts`` and a device may not be asked; else None.
         """
         by_sequence = ((self.num_sequences,), (self.num_sequences, 1))
-        if not is_fit(value, kind, self.device) or not has_shape(value, (*by_sequence, self.shape)):
+        fit = is_fit(value, kind, self.device)
+        if not fit or value.shape not in (*by_sequence, self.shape):
             shapes = {"[S]": by_sequence[0], "[S, 1]": by_sequence[1], **self._token_shapes()}
             value = check_tensor(name, value, kind, shapes, self.device)
-        if not has_shape(value, by_sequence):
+        # What is fit is not traced.
+        if value.shape not in by_sequence if fit else not has_shape(value, by_sequence):
             return value, PER_TOKEN, None
         flat = value if value.dim() == 1 else value.reshape(-1)
         if value.shape != self.shape or len(self.shape) == 2:
