@@ -94,7 +94,7 @@ def of_losses(batch: Batch) -> dict[str, Any]:
 def policy_loss(batch: Batch, backend: str, config: PolicyLossConfig) -> Outputs:
     """From log-probs and entropies that are given."""
     leaves = {name: getattr(batch, name).clone().requires_grad_() for name in ("log_probs", "entropy")}
-    if not config.entropy_coef:
+    if not config.has_bonus:
         del leaves["entropy"]
     found = logits.policy_loss(
         leaves["log_probs"],

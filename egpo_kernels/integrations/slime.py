@@ -41,7 +41,7 @@ def samples_policy_loss(
         TypeError: A wrong type or dtype.
     """
     check_instance("config", config, PolicyLossConfig)
-    if config.entropy_coef:
+    if config.has_bonus:
         raise ValueError(
             f"config.entropy_coef is {config.entropy_coef}; it must be 0, as a batch has no entropies: subtract the "
             "bonus from the loss, with those of get_log_probs_and_entropy(with_entropy=True)"
