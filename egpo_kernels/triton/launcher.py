@@ -46,23 +46,23 @@ class Launches:
         """Launch ``kernel``; ``arguments`` are all of its own, in its order, ``options`` what is compiled with."""
         place = self.place
         self.place = place + 1
-        compiled = self.known.get(place)
-        if compiled is None:
+        known = self.known.get(place)
+        if known is None:
             compiled = kernel[(programs,)](*arguments, **options)
             # Interpreted, there is none.
             if compiled is not None:
-                self.known[place] = compiled
+                # As they are looked up by Triton at each launch, which takes as long as they do.
+                self.known[place] = compiled, compiled.run, compiled.function, compiled.packed_metadata
             return
         stream = self.stream
         if stream is None:
             stream = self.stream = _stream()
+        compiled, run, function, metadata = known
         if stream is HOOKED:
             compiled[(programs, 1, 1)](*arguments)
         else:
             # As Triton launches, but for what it makes ready for hooks.
-            compiled.run(
-                programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
-            )
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
 
 
 def _stream() -> Any:
