@@ -83,10 +83,9 @@ def check_pair(name: str, value: Any, wanted: str) -> list[Any]:
 
 def check_bool(name: str, value: Any) -> bool:
     """Return ``value`` when it is True or False."""
-    value = plain(value)
-    if not isinstance(value, bool):
+    if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} is {shown(value)}; it must be True or False")
-    return value
+    return bool(value)
 
 
 class Checked:

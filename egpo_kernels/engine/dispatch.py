@@ -27,7 +27,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
     """
     check_choice("backend", backend, BACKENDS)
     if backend == "auto":
-        backend = auto_backend(device)[0]
+        backend = _named() or ("triton" if kind_of(device) in TRITON_DEVICES and TRITON_INSTALLED else "portable")
     if backend == "triton":
         if not TRITON_INSTALLED:
             raise RuntimeError("backend is 'triton' and triton is not installed; install egpo-kernels[triton]")
@@ -45,14 +45,20 @@ def auto_backend(device: torch.device) -> tuple[str, str]:
     Raises:
         ValueError: ``EGPO_KERNELS_BACKEND`` is no backend.
     """
-    named = environment("EGPO_KERNELS_BACKEND")
-    if named and check_choice("EGPO_KERNELS_BACKEND", named, BACKENDS) != "auto":
-        return named, "EGPO_KERNELS_BACKEND says so"
+    backend = choose_backend("auto", device)
+    if _named() is not None:
+        return backend, "EGPO_KERNELS_BACKEND says so"
     if kind_of(device) not in TRITON_DEVICES:
-        return "portable", f"triton's kernels run on {' and '.join(TRITON_DEVICES)} devices"
+        return backend, f"triton's kernels run on {' and '.join(TRITON_DEVICES)} devices"
     if not TRITON_INSTALLED:
-        return "portable", "triton is not installed; install egpo-kernels[triton]"
-    return "triton", "triton is installed, and its kernels run on this device"
+        return backend, "triton is not installed; install egpo-kernels[triton]"
+    return backend, "triton is installed, and its kernels run on this device"
+
+
+def _named() -> str | None:
+    """The backend that ``EGPO_KERNELS_BACKEND`` names."""
+    named = environment("EGPO_KERNELS_BACKEND")
+    return named if named and check_choice("EGPO_KERNELS_BACKEND", named, BACKENDS) != "auto" else None
 
 
 @functools.cache

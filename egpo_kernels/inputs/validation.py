@@ -103,7 +103,7 @@ def check_logits(name: str, logits: Any, packed: bool) -> Tensor:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} along the vocabulary; it must be 1: pass logits.contiguous()"
         )
-    return logits if is_compiling() or not logits.is_neg() else logits.resolve_neg()
+    return logits.resolve_neg() if not is_compiling() and logits.is_neg() else logits
 
 
 def check_not_overlapping(logits: Tensor) -> None:
@@ -177,9 +177,14 @@ def environment(name: str) -> str | None:
     """An environment variable as it is now."""
     known = None if is_compiling() else getattr(os.environ, "_data", None)
     # Where it is not set, as it mostly is not, `os.environ.get` raises and catches twice.
-    if known is not None and os.environ.encodekey(name) not in known:
+    if known is not None and _encoded(name) not in known:
         return None
     return os.environ.get(name)
+
+
+@functools.cache
+def _encoded(name: str) -> Any:
+    return os.environ.encodekey(name)
 
 
 def kind_of(device: torch.device) -> str:
