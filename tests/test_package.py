@@ -54,6 +54,7 @@ STEPS = {
     ),
     "engine": (
         "dispatch",
+        "kinds",
         "operator",
         "row_ops",
         "rows",

@@ -9,7 +9,8 @@ from egpo_kernels.config.fields import check_bool
 from egpo_kernels.config.results import LossOutput, TokenLogProbs
 from egpo_kernels.config.settings import PolicyLossConfig, Recipe
 from egpo_kernels.engine import losses
-from egpo_kernels.engine.logits import read_logits
+from egpo_kernels.engine.kinds import kind_of
+from egpo_kernels.engine.logits import LOSSES, SCORES, kind_of_loss, log_probs_of, read_logits
 from egpo_kernels.inputs.validation import check_choice, check_instance
 
 
@@ -194,9 +195,14 @@ def logits_policy_loss(
         ValueError: A wrong shape, device, value or combination.
         TypeError: A wrong type or dtype.
     """
-    check_instance("config", config, PolicyLossConfig)
-    call = read_logits(logits, tokens, mask, cu_seqlens, temperature, inplace_grad, backend)
+    rows = (mask, tokens, None, advantages, None, old_log_probs, ref_log_probs, rollout_weights)
     options = losses.Options(num_tokens, num_sequences, grad_scale, metrics)
+    kind = kind_of_loss(logits, rows, cu_seqlens, temperature, config, options, inplace_grad, backend)
+    way = LOSSES.get(kind)
+    if way is not None:
+        return way.loss(logits, rows, temperature, options)
+    check_instance("config", config, PolicyLossConfig)
+    call = read_logits(logits, tokens, mask, cu_seqlens, temperature, inplace_grad, backend, kind=kind)
     given = losses.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
     return losses.loss_of_tokens(call, given, config, options)
 
@@ -233,6 +239,10 @@ def token_log_probs(
         ValueError: A wrong shape, device or value.
         TypeError: A wrong type or dtype.
     """
+    kind = kind_of(logits, (mask, tokens), temperature, backend, return_entropy, inplace_grad)
+    way = SCORES.get(kind)
+    if way is not None:
+        return way.log_probs(logits, mask, tokens, temperature)
     packed = isinstance(logits, Tensor) and logits.dim() == 2
-    call = read_logits(logits, tokens, mask, None, temperature, inplace_grad, backend, one_sequence=packed)
-    return losses.shaped_log_probs(call, check_bool("return_entropy", return_entropy))
+    call = read_logits(logits, tokens, mask, None, temperature, inplace_grad, backend, packed, kind)
+    return log_probs_of(call, check_bool("return_entropy", return_entropy))

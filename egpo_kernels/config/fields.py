@@ -60,6 +60,13 @@ def check_number(
     return float(value)
 
 
+def check_positive(name: str, value: Any) -> float:
+    """Return ``value`` as a float when it is a number above 0."""
+    found = check_number(name, value, low=0.0, high=math.inf, open_low=True)
+    assert found is not None
+    return found
+
+
 def plain(value: Any) -> Any:
     """A scalar of numpy's as Python's own; anything else as it is."""
     return value.item() if isinstance(value, (np.number, np.bool_)) else value

@@ -158,6 +158,11 @@ class PolicyLossConfig(Checked):
         return self.ratio != "token" or self.trims
 
     @property
+    def late(self) -> bool:
+        """Whether a token's gradient depends on what is known only after all tokens are read, or in backward."""
+        return self.pools or self.reduction == "none"
+
+    @property
     def has_bonus(self) -> bool:
         """Whether the entropy is in the loss."""
         # A branch, as torch's compiler makes a symbol of a comparison, and a symbol is no key of a dict.

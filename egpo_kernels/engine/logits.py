@@ -1,5 +1,6 @@
 """Logits as what a loss is computed from."""
 
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -7,11 +8,13 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from egpo_kernels import reference
-from egpo_kernels.config.fields import check_bool
-from egpo_kernels.config.results import Rows, TokenLogProbs
-from egpo_kernels.config.settings import PolicyLossConfig
+from egpo_kernels.config.fields import check_bool, check_positive
+from egpo_kernels.config.results import LossOutput, Rows, TokenLogProbs
+from egpo_kernels.config.settings import PolicyLossConfig, compute_dtype
 from egpo_kernels.engine import autograd, losses, ops
-from egpo_kernels.engine.rows import Unmade
+from egpo_kernels.engine.kinds import kind_of, remember
+from egpo_kernels.engine.rows import REF_LOG_PROBS, Given, Unmade
+from egpo_kernels.formulas import metrics
 from egpo_kernels.inputs import layout as layouts
 from egpo_kernels.inputs.validation import check_logits, check_not_overlapping, check_rows
 
@@ -44,14 +47,9 @@ class Logits(NamedTuple):
         if call.backend == "reference":
             check_rows(rows, self.vocab)
             log_probs, entropy = reference.token_log_probs(self.tensor, rows, call.temperature)
-        elif autograd.looks_at(self.tensor):
-            log_probs, entropy = autograd.TokenLogProbs.apply(
-                self.tensor, call.temperature, want_entropy, self.inplace, call.backend, *rows
-            )
-        else:
-            options = (call.temperature, want_entropy, call.backend)
-            log_probs, entropy = [*ops.token_scores(self.tensor, list(rows), *options), None][:2]
-        return TokenLogProbs(log_probs, entropy if want_entropy else None)
+            return TokenLogProbs(log_probs, entropy if want_entropy else None)
+        options = (call.temperature, want_entropy, self.inplace, call.backend)
+        return _scores(ops.token_scores, self.tensor, list(rows), *options)
 
     def loss(
         self,
@@ -63,15 +61,122 @@ class Logits(NamedTuple):
         reported: bool,
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.engine.losses.Source`."""
-        given = unmade.tensors()
+        given, options = unmade.tensors(), (self.inplace, want_entropy, reported, call.backend)
+        left_out = losses.LEFT_OUT[given[REF_LOG_PROBS] is not None, want_entropy, config.has_bonus]
+        remember(LOSSES, call.kind, LossWay(unmade.given.kinds, config.json, unmade.only_active, options, left_out))
         return autograd.LogitsPolicyLoss.apply(
             self.tensor,
             unmade.how(),
             [call.temperature, scale],
-            (self.inplace, want_entropy, reported, call.backend),
+            options,
             # A list is one argument, which costs the host less; a compiler must see what is in it.
             *(given if is_compiling() else [given]),
         )
+
+
+def _scores(
+    operator: Callable[..., list[Tensor]],
+    logits: Tensor,
+    rows: list[Tensor | None],
+    temperature: float,
+    want_entropy: bool,
+    inplace: bool,
+    backend: str,
+) -> TokenLogProbs:
+    """Log-probs ``[N]`` and, if wanted, entropy; ``operator`` gives them where nobody asks for a gradient."""
+    if autograd.looks_at(logits):
+        found = autograd.TokenLogProbs.apply(logits, temperature, want_entropy, inplace, backend, *rows)
+    else:
+        found = operator(logits, rows, temperature, want_entropy, backend)
+    return TokenLogProbs(found[0], found[1] if want_entropy else None)
+
+
+def _padded(logits: Tensor) -> layouts.Layout:
+    return layouts.make_layout("logits", logits.shape[:2], None, logits.device)
+
+
+class LossWay(NamedTuple):
+    """How a kind of call gets its loss in one pass: how many numbers each tensor holds, the settings' JSON, whether
+    only active rows are looked at, the options of `egpo_kernels.engine.autograd.LogitsPolicyLoss`, and which metrics
+    are left out.
+    """
+
+    kinds: list[int]
+    config: str
+    only_active: bool
+    options: tuple[bool, bool, bool, str]
+    left_out: tuple[str, ...]
+
+    def loss(
+        self, logits: Tensor, given: Sequence[Tensor | None], temperature: Any, options: losses.Options
+    ) -> LossOutput:
+        """Loss and metrics; ``given`` is in the order of `egpo_kernels.config.results.Rows`."""
+        scalars = [check_positive("temperature", temperature), check_positive("grad_scale", options.grad_scale)]
+        inplace, _, reported, _ = self.options
+        if inplace:
+            check_not_overlapping(logits)
+        layout, dtype = _padded(logits), compute_dtype(logits.dtype)
+        numbers, counts = losses.read_counts(options, Given(list(given), self.kinds), layout, dtype).apart()
+        how = (self.kinds, [layout.num_rows, layout.num_sequences], numbers, self.config, self.only_active)
+        tensors = [*given, None, None, *counts]
+        loss, vector = autograd.LogitsPolicyLoss.apply(logits, how, scalars, self.options, tensors)
+        return LossOutput(loss, metrics.named(vector, metrics.TOKEN, self.left_out) if reported else {})
+
+
+class ScoresWay(NamedTuple):
+    """How a kind of call gets log-probs alone: how many numbers each tensor holds, whether all of them are rows as they
+    are, whether the entropy is wanted, whether the gradient goes over the logits, the backend.
+    """
+
+    kinds: list[int]
+    are_rows: bool
+    want_entropy: bool
+    inplace: bool
+    backend: str
+
+    def log_probs(self, logits: Tensor, mask: Tensor | None, tokens: Tensor, temperature: Any) -> TokenLogProbs:
+        """Log-probs and entropy ``[S, T]``."""
+        temperature = check_positive("temperature", temperature)
+        if self.inplace:
+            check_not_overlapping(logits)
+        rows = [mask, tokens, None, None, None, None, None, None]
+        if not self.are_rows:
+            unmade = Unmade(Given(rows, self.kinds), _padded(logits), compute_dtype(logits.dtype))
+            rows = list(unmade.made(self.backend))
+        log_probs, entropy = _scores(ops.token_scores.of_plain, logits, rows, temperature, *self[2:])
+        shape = logits.shape[:2]
+        return TokenLogProbs(log_probs.view(shape), None if entropy is None else entropy.view(shape))
+
+
+LOSSES: dict[Hashable, LossWay] = {}
+SCORES: dict[Hashable, ScoresWay] = {}
+
+
+def kind_of_loss(
+    logits: Any,
+    given: Sequence[Any],
+    cu_seqlens: Any,
+    temperature: Any,
+    config: Any,
+    options: losses.Options,
+    inplace_grad: Any,
+    backend: Any,
+) -> Hashable | None:
+    """The kind of a call whose loss may go in one pass; ``given`` as for `LossWay.loss`."""
+    wanted = isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled()
+    if not wanted or cu_seqlens is not None or type(config) is not PolicyLossConfig or config.late:
+        return None
+    chosen = (config.json, inplace_grad, options.metrics, options.grad_scale == 1.0)
+    return kind_of(logits, given, temperature, backend, *chosen)
+
+
+def log_probs_of(call: losses.Call, return_entropy: bool) -> TokenLogProbs:
+    """`egpo_kernels.engine.losses.shaped_log_probs`, whose way is remembered."""
+    assert isinstance(call.source, Logits)
+    if call.backend != "reference":
+        options = (return_entropy, call.source.inplace, call.backend)
+        remember(SCORES, call.kind, ScoresWay(call.given.kinds, not any(call.unmade().fresh()), *options))
+    return losses.shaped_log_probs(call, return_entropy)
 
 
 def read_logits(
@@ -83,8 +188,9 @@ def read_logits(
     inplace_grad: Any,
     backend: str,
     one_sequence: bool = False,
+    kind: Hashable | None = None,
 ) -> losses.Call:
-    """Check logits, tokens, mask and temperature."""
+    """Check logits, tokens, mask and temperature; the call's ``kind`` is only handed on."""
     packed = cu_seqlens is not None or one_sequence
     logits = check_logits("logits", logits, packed)
     shape = tuple(logits.shape[:-1])
@@ -93,7 +199,7 @@ def read_logits(
     else:
         layout = layouts.make_layout("logits", shape, cu_seqlens, logits.device)
     source = Logits(logits.unsqueeze(0) if packed else logits, check_bool("inplace_grad", inplace_grad))
-    call = losses.read_tokens(source, layout, tokens, mask, temperature, backend)
+    call = losses.read_tokens(source, layout, tokens, mask, temperature, backend, kind)
     if source.inplace:
         if call.backend == "reference":
             raise ValueError("inplace_grad is True with backend 'reference'; it must be False there")

@@ -1,8 +1,7 @@
 """Token level behind the public functions: from checked inputs to a loss, along the cheapest path that is right."""
 
 import itertools
-import math
-from collections.abc import Callable
+from collections.abc import Hashable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from egpo_kernels import reference
-from egpo_kernels.config.fields import check_number
+from egpo_kernels.config.fields import check_positive
 from egpo_kernels.config.results import LossOutput, Metrics, Rows, TokenLogProbs
 from egpo_kernels.config.settings import PolicyLossConfig, Recipe, compute_dtype
 from egpo_kernels.engine import autograd, rows
@@ -61,7 +60,9 @@ class Source(Protocol):
 
 
 class Call(NamedTuple):
-    """Checked inputs, ``given`` what is per token or per sequence; ``source`` is None where log-probs were given."""
+    """Checked inputs, ``given`` what is per token or per sequence; ``source`` is None where log-probs were given,
+    ``kind`` where the way of this call is not to be remembered, see `egpo_kernels.engine.known`.
+    """
 
     source: Source | None
     given: Given
@@ -69,15 +70,16 @@ class Call(NamedTuple):
     temperature: float
     dtype: torch.dtype
     backend: str
+    kind: Hashable | None = None
 
     @property
     def vocab(self) -> int:
         """Vocabulary size, 0 where there are no logits."""
         return 0 if self.source is None else self.source.vocab
 
-    def rows(self) -> Rows:
-        """Rows for log-probs alone."""
-        return Unmade(self.given, self.layout, self.dtype).made(self.backend)
+    def unmade(self) -> Unmade:
+        """What rows for log-probs alone are made of."""
+        return Unmade(self.given, self.layout, self.dtype)
 
 
 class Grouping(NamedTuple):
@@ -108,7 +110,9 @@ class Options(NamedTuple):
     metrics: Any = "all"
 
 
-def read_tokens(source: Source, layout: Layout, tokens: Any, mask: Any, temperature: Any, backend: str) -> Call:
+def read_tokens(
+    source: Source, layout: Layout, tokens: Any, mask: Any, temperature: Any, backend: str, kind: Hashable | None = None
+) -> Call:
     """Check tokens, mask and temperature; what the source holds was checked when it was made."""
     given = Given.nothing()
     if mask is not None:
@@ -118,8 +122,8 @@ def read_tokens(source: Source, layout: Layout, tokens: Any, mask: Any, temperat
     if isinstance(temperature, Tensor):
         given.put(rows.TEMPERATURE, *layouts.temperature_field(temperature, layout, lambda: given.counted(layout)))
     else:
-        heat = check_number("temperature", temperature, low=0.0, high=math.inf, open_low=True) or 1.0
-    return Call(source, given, layout, heat, compute_dtype(source.dtype), choose_backend(backend, layout.device))
+        heat = check_positive("temperature", temperature)
+    return Call(source, given, layout, heat, compute_dtype(source.dtype), choose_backend(backend, layout.device), kind)
 
 
 def read_log_probs(
@@ -156,9 +160,6 @@ def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: O
     if config.kl_coef > 0 and given.ref_log_probs is None:
         raise ValueError(f"ref_log_probs is None with kl_coef = {config.kl_coef}; it must be given per token")
 
-    def counted() -> Tensor:
-        return call.given.counted(layout)
-
     fields = call.given.copy()
     if given.old_log_probs is not None:
         fields.put(rows.OLD_LOG_PROBS, layout.shaped("old_log_probs", given.old_log_probs, "floating"))
@@ -167,35 +168,36 @@ def loss_rows(call: Call, given: Constants, config: PolicyLossConfig, options: O
     for name, place in PER_TOKEN_OR_SEQUENCE:
         value = getattr(given, name)
         if value is not None or place == rows.ADVANTAGES:
-            values, kind, sound = layout.field(name, value, "real", counted)
+            values, kind, sound = layout.field(name, value, "real", lambda: call.given.counted(layout))
             fields.put(place, values, kind)
             if sound is not None:
                 poison = sound if poison is None else poison * sound
-    counts = NO_COUNTS
-    if options.num_tokens is not None or options.num_sequences is not None:
-        counts = Counts(
-            _count("num_tokens", options.num_tokens, call, counted),
-            _count("num_sequences", options.num_sequences, call, counted),
-        )
+    counts = read_counts(options, call.given, layout, call.dtype)
     active = check_choice("metrics", options.metrics, ("all", "active", "none")) != "all"
     return Unmade(fields, layout, call.dtype, config, counts, poison, active)
 
 
-def _count(name: str, value: Any, call: Call, counted: Callable[[], Tensor]) -> Tensor | float | None:
-    """A checked global count; a traced call has it in a tensor, since operators' numbers are constants there."""
-    found = check_count(name, value, call.layout.device, counted)
-    if isinstance(found, Tensor):
-        return found.detach() if found.requires_grad else found
-    if not is_compiling() or found is None:
-        return found
-    # Not full, which would take a number as it is now for good.
-    return found * torch.ones((), dtype=call.dtype, device=call.layout.device)
+def read_counts(options: Options, given: Given, layout: Layout, dtype: torch.dtype) -> Counts:
+    """Check global counts; a traced call has them in tensors, since operators' numbers are constants there."""
+    if options.num_tokens is None and options.num_sequences is None:
+        return NO_COUNTS
+
+    def count(name: str, value: Any) -> Tensor | float | None:
+        found = check_count(name, value, layout.device, lambda: given.counted(layout))
+        if isinstance(found, Tensor):
+            return found.detach() if found.requires_grad else found
+        if not is_compiling() or found is None:
+            return found
+        # Not full, which would take a number as it is now for good.
+        return found * torch.ones((), dtype=dtype, device=layout.device)
+
+    return Counts(count("num_tokens", options.num_tokens), count("num_sequences", options.num_sequences))
 
 
 def shaped_log_probs(call: Call, return_entropy: bool) -> TokenLogProbs:
     """Log-probs and entropy in the caller's shape."""
     assert call.source is not None
-    log_probs, entropy = call.source.log_probs(call, call.rows(), return_entropy, False)
+    log_probs, entropy = call.source.log_probs(call, call.unmade().made(call.backend), return_entropy, False)
     shape = call.layout.shape
     return TokenLogProbs(log_probs.view(shape), None if entropy is None else entropy.view(shape))
 
@@ -208,7 +210,7 @@ def loss_of_groups(call: Call, given: Constants, grouping: Grouping, recipe: Rec
     old, entropy, found = given.old_log_probs, None, None
     if config.weight != "none" and (old is None or config.statistic == "shannon"):
         want_entropy = config.statistic == "shannon" or wants_entropy(recipe.loss, options.metrics)
-        found = call.source.log_probs(call, call.rows(), want_entropy, recipe.loss.has_bonus)
+        found = call.source.log_probs(call, call.unmade().made(call.backend), want_entropy, recipe.loss.has_bonus)
         old = found.log_probs.detach().view(layout.shape) if old is None else old
         entropy = None if found.entropy is None else found.entropy.detach().view(layout.shape)
     grouped = advantages_of_groups(
@@ -236,11 +238,10 @@ def loss_of_tokens(
     """
     assert call.source is not None
     unmade = loss_rows(call, given, config, options)
-    scale = check_number("grad_scale", options.grad_scale, low=0.0, high=math.inf, open_low=True)
-    assert scale is not None
+    scale = check_positive("grad_scale", options.grad_scale)
     # fp16 cannot hold an unscaled gradient: without a scale it waits for the upstream one.
     unscaled = call.source.dtype == torch.float16 and scale == 1.0
-    late = config.pools or config.reduction == "none" or unscaled or call.backend == "reference"
+    late = config.late or unscaled or call.backend == "reference"
     entropy = wants_entropy(config, options.metrics)
     if found is not None or late or not (torch.is_grad_enabled() and call.source.requires_grad):
         made = unmade.made(call.backend)

@@ -37,15 +37,17 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """Call it with all of its arguments, in order."""
-        if is_compiling() or _is_watched() or not _are_plain(arguments):
+        if is_compiling() or not _are_plain(arguments):
+            return self.overload(*arguments)
+        return self.of_plain(*arguments)
+
+    def of_plain(self, *arguments: Any) -> Any:
+        """Call it with arguments that are known to be plain, in a call that is not traced."""
+        if _len_torch_dispatch_stack() > 0 or _are_functorch_transforms_active():
             return self.overload(*arguments)
         if self.writes or _elsewhere(arguments[0]) is not None:
             return _run(self.function, self.writes, *arguments)
         return self.function(*arguments)
-
-
-def _is_watched() -> bool:
-    return _len_torch_dispatch_stack() > 0 or _are_functorch_transforms_active()
 
 
 def _are_plain(arguments: Iterable[Any]) -> bool:

@@ -57,23 +57,28 @@ class Unmade(NamedTuple):
 
     def tensors(self) -> list[Tensor | None]:
         """The operators' argument ``given``."""
-        counts = [count if isinstance(count, Tensor) else None for count in self.counts]
-        return [*self.given.tensors, self.layout.known_offsets, self.poison, *counts]
+        return [*self.given.tensors, self.layout.known_offsets, self.poison, *self.counts.apart()[1]]
 
     def how(self) -> row_ops.How:
         """The operators' arguments beside tensors."""
-        numbers = [torch.nan if count is None or isinstance(count, Tensor) else float(count) for count in self.counts]
-        size = [self.layout.num_rows, self.layout.num_sequences]
-        return self.given.kinds, size, numbers, "" if self.config is None else self.config.json, self.only_active
+        size, config = [self.layout.num_rows, self.layout.num_sequences], self.config
+        return self.given.kinds, size, self.counts.apart()[0], "" if config is None else config.json, self.only_active
+
+    @property
+    def purpose(self) -> Purpose:
+        """What the rows are made for."""
+        return Purpose(self.config, self.dtype, self.only_active)
+
+    def fresh(self) -> tuple[bool, ...]:
+        """Which rows must be made; the others are there already."""
+        return self.purpose.made(*self.given, self.layout.known_offsets is not None)
 
     def made(self, backend: str) -> Rows:
         """The rows, by one operator, or none where all is there already."""
-        given, layout = self.given, self.layout
-        purpose = Purpose(self.config, self.dtype, self.only_active)
         if backend == "reference":
-            return token_rows(Material(*given, layout.segments, self.poison, self.counts, purpose))
-        fresh = purpose.made(given.tensors, given.kinds, layout.known_offsets is not None)
-        rows = given.tensors
+            material = Material(*self.given, self.layout.segments, self.poison, self.counts, self.purpose)
+            return token_rows(material)
+        fresh, rows = self.fresh(), self.given.tensors
         if any(fresh):
             new = iter(row_ops.token_rows(self.tensors(), *self.how(), self.dtype, backend))
             rows = [next(new) if own else old for own, old in zip(fresh, rows, strict=True)]

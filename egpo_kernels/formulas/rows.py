@@ -56,6 +56,11 @@ class Counts(NamedTuple):
     tokens: Tensor | float | None = None
     sequences: Tensor | float | None = None
 
+    def apart(self) -> tuple[list[float], list[Tensor | None]]:
+        """Those that are numbers, NaN where one is not, and those that are tensors: two arguments of operators."""
+        numbers = [torch.nan if count is None or isinstance(count, Tensor) else float(count) for count in self]
+        return numbers, [count if isinstance(count, Tensor) else None for count in self]
+
 
 NO_COUNTS = Counts()
 

@@ -53,9 +53,16 @@ class Rule(NamedTuple):
     constants: Constants
 
 
+class Table(tuple[Rule, ...]):
+    """Rules, of which the first that fits is taken; hashed by what it is, not by what is in it, which takes long."""
+
+    __slots__ = ()
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+
 ANY = (2, 4, 8)
-# The first rule that fits is taken. What is not measured is predicted: see benchmarks/NOTES.md.
-TABLE = (
+# What is not measured is predicted: see benchmarks/NOTES.md.
+TABLE: Sequence[Rule] = Table((
     # Interpreted, a block is small, so that a vocabulary of a thousand has several.
     Rule("", "interpreter", ANY, 0, Constants(1, 4, 3, 4, 1)),
     Rule("", "gfx", ANY, 0, Constants(16, 2, 1, 2, 1)),
@@ -66,7 +73,7 @@ TABLE = (
     # 64 KiB of a row on their way; 64 elements a thread share the cost of a block.
     Rule("logits_policy_loss_kernel", "", (8,), 0, Constants(8, 4, 3, 4, 1)),
     Rule("logits_policy_loss_kernel", "", ANY, 0, Constants(8, 8, 3, 8, 1)),
-)
+))  # fmt: skip
 
 
 class Launch(NamedTuple):
@@ -125,8 +132,12 @@ def architecture(device: torch.device) -> str:
 
 def constants_for(kernel: str, vocab: int, itemsize: int, device: torch.device) -> Constants:
     """The table's constants of ``kernel``."""
-    found = architecture(device)
-    for rule in TABLE:
+    return _constants_for(kernel, vocab, itemsize, architecture(device), TABLE)
+
+
+@functools.lru_cache(maxsize=256)
+def _constants_for(kernel: str, vocab: int, itemsize: int, found: str, table: Sequence[Rule]) -> Constants:
+    for rule in table:
         if rule.kernel in ("", kernel) and found.startswith(rule.architecture):
             if itemsize in rule.itemsizes and vocab >= rule.vocab:
                 return rule.constants

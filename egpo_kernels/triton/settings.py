@@ -79,7 +79,7 @@ def blocks_of(count: int, size: int) -> int:
 
 def row_pointers(rows: Rows) -> RowPointers:
     """Row tensors as kernel arguments."""
-    return RowPointers(*map(dense, rows))
+    return RowPointers(*[None if each is None else each.contiguous() for each in rows])
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -91,7 +91,7 @@ def compared(counted: list[str], left_out: tuple[str, int] | None = None) -> Ite
         remembered = self.known.get(self.place)
         if remembered is not None:
             counted.append(kernel.__name__)
-            if kernel.run(*arguments, grid=(programs,), warmup=True, **options) is not remembered:
+            if kernel.run(*arguments, grid=(programs,), warmup=True, **options) is not remembered[0]:
                 raise Other(f"{kernel.__name__}: Triton would launch another kernel")
         call(self, kernel, programs, arguments, options)
 
