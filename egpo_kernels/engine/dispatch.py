@@ -27,7 +27,10 @@ def choose_backend(backend: str, device: torch.device) -> str:
     """
     check_choice("backend", backend, BACKENDS)
     if backend == "auto":
-        backend = _named() or ("triton" if kind_of(device) in TRITON_DEVICES and TRITON_INSTALLED else "portable")
+        named = _named()
+        if named is None:
+            return "triton" if TRITON_INSTALLED and kind_of(device) in TRITON_DEVICES else "portable"
+        backend = named
     if backend == "triton":
         if not TRITON_INSTALLED:
             raise RuntimeError("backend is 'triton' and triton is not installed; install egpo-kernels[triton]")

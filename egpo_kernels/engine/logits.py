@@ -15,6 +15,7 @@ from egpo_kernels.engine import autograd, losses, ops
 from egpo_kernels.engine.kinds import kind_of, remember
 from egpo_kernels.engine.rows import REF_LOG_PROBS, Given, Unmade
 from egpo_kernels.formulas import metrics
+from egpo_kernels.formulas.rows import NO_COUNTS
 from egpo_kernels.inputs import layout as layouts
 from egpo_kernels.inputs.validation import check_logits, check_not_overlapping, check_rows
 
@@ -115,10 +116,14 @@ class LossWay(NamedTuple):
         inplace, _, reported, _ = self.options
         if inplace:
             check_not_overlapping(logits)
-        layout, dtype = _padded(logits), compute_dtype(logits.dtype)
-        numbers, counts = losses.read_counts(options, Given(list(given), self.kinds), layout, dtype).apart()
-        how = (self.kinds, [layout.num_rows, layout.num_sequences], numbers, self.config, self.only_active)
-        tensors = [*given, None, None, *counts]
+        num_sequences, length, _ = logits.shape
+        counts = NO_COUNTS
+        if options.num_tokens is not None or options.num_sequences is not None:
+            fields = Given(list(given), self.kinds)
+            counts = losses.read_counts(options, fields, _padded(logits), compute_dtype(logits.dtype))
+        numbers, counted = counts.apart()
+        how = (self.kinds, [num_sequences * length, num_sequences], numbers, self.config, self.only_active)
+        tensors = [*given, None, None, *counted]
         loss, vector = autograd.LogitsPolicyLoss.apply(logits, how, scalars, self.options, tensors)
         return LossOutput(loss, metrics.named(vector, metrics.TOKEN, self.left_out) if reported else {})
 

@@ -58,6 +58,8 @@ class Counts(NamedTuple):
 
     def apart(self) -> tuple[list[float], list[Tensor | None]]:
         """Those that are numbers, NaN where one is not, and those that are tensors: two arguments of operators."""
+        if self.tokens is None and self.sequences is None:
+            return [torch.nan, torch.nan], [None, None]
         numbers = [torch.nan if count is None or isinstance(count, Tensor) else float(count) for count in self]
         return numbers, [count if isinstance(count, Tensor) else None for count in self]
 

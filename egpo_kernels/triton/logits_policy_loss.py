@@ -185,7 +185,7 @@ def _one_pass(
     pointers, dtype = make(launches), plan.dtype
     num_rows = pointers.mask_ptr.numel()
     log_probs = logits.new_empty(num_rows, dtype=dtype)
-    entropy = torch.empty_like(log_probs) if want_entropy else None
+    entropy = logits.new_empty(num_rows, dtype=dtype) if want_entropy else None
     if num_rows:
         numbers = settings_of(config, temperature, grad_scale, dtype)
         arguments = (where, target, pointers, log_probs, entropy, numbers, plan.choices, length, out_length, num_rows)
