@@ -9,7 +9,7 @@ from egpo_kernels.config.fields import check_bool
 from egpo_kernels.config.results import LossOutput, TokenLogProbs
 from egpo_kernels.config.settings import PolicyLossConfig, Recipe
 from egpo_kernels.engine import losses
-from egpo_kernels.engine.kinds import kind_of
+from egpo_kernels.engine.kinds import kind_of_call
 from egpo_kernels.engine.logits import LOSSES, SCORES, kind_of_loss, log_probs_of, read_logits
 from egpo_kernels.inputs.validation import check_choice, check_instance
 
@@ -239,7 +239,7 @@ def token_log_probs(
         ValueError: A wrong shape, device or value.
         TypeError: A wrong type or dtype.
     """
-    kind = kind_of(logits, (mask, tokens), temperature, backend, return_entropy, inplace_grad)
+    kind = kind_of_call(logits, (mask, tokens), temperature, backend, return_entropy, inplace_grad)
     way = SCORES.get(kind)
     if way is not None:
         return way.log_probs(logits, mask, tokens, temperature)

@@ -28,7 +28,7 @@ def remember(known: dict[Hashable, Way], kind: Hashable | None, way: Way) -> Non
         known[kind] = way
 
 
-def kind_of(logits: Any, given: Sequence[Any], temperature: Any, backend: Any, *options: Any) -> Hashable | None:
+def kind_of_call(logits: Any, given: Sequence[Any], temperature: Any, backend: Any, *options: Any) -> Hashable | None:
     """The kind of a call with padded logits, and what is ``given`` per token or per sequence.
 
     None where there is none to go by: in a traced call, and where an argument must be looked at in each call, or is not

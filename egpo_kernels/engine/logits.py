@@ -12,7 +12,7 @@ from egpo_kernels.config.fields import check_bool, check_positive
 from egpo_kernels.config.results import LossOutput, Rows, TokenLogProbs
 from egpo_kernels.config.settings import PolicyLossConfig, compute_dtype
 from egpo_kernels.engine import autograd, losses, ops
-from egpo_kernels.engine.kinds import kind_of, remember
+from egpo_kernels.engine.kinds import kind_of_call, remember
 from egpo_kernels.engine.rows import REF_LOG_PROBS, Given, Unmade
 from egpo_kernels.formulas import metrics
 from egpo_kernels.formulas.rows import NO_COUNTS
@@ -172,7 +172,7 @@ def kind_of_loss(
     if not wanted or cu_seqlens is not None or type(config) is not PolicyLossConfig or config.late:
         return None
     chosen = (config.json, inplace_grad, options.metrics, options.grad_scale == 1.0)
-    return kind_of(logits, given, temperature, backend, *chosen)
+    return kind_of_call(logits, given, temperature, backend, *chosen)
 
 
 def log_probs_of(call: losses.Call, return_entropy: bool) -> TokenLogProbs:

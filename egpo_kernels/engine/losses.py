@@ -61,7 +61,7 @@ class Source(Protocol):
 
 class Call(NamedTuple):
     """Checked inputs, ``given`` what is per token or per sequence; ``source`` is None where log-probs were given,
-    ``kind`` where the way of this call is not to be remembered, see `egpo_kernels.engine.known`.
+    ``kind`` where the way of this call is not to be remembered, see `egpo_kernels.engine.kinds`.
     """
 
     source: Source | None

@@ -268,7 +268,7 @@ def test_what_is_known_changes_nothing(call, known):
 @pytest.mark.parametrize("part", [0, 1, 2, 3, 4, 5, torch.dtype, int, type(None)])
 def test_a_kind_that_misses_a_part_is_noticed(call, known, part, monkeypatch):
     def without(*given):
-        kind = kinds.kind_of(*given)
+        kind = kinds.kind_of_call(*given)
         if kind is None:
             return None
         if isinstance(part, int):
@@ -276,6 +276,6 @@ def test_a_kind_that_misses_a_part_is_noticed(call, known, part, monkeypatch):
         options = len(given) - 4 + 2
         return kind[:options] + tuple(each for each in kind[options:] if type(each) is not part)
 
-    monkeypatch.setattr(logits, "kind_of", without)
-    monkeypatch.setattr(api, "kind_of", without)
+    monkeypatch.setattr(logits, "kind_of_call", without)
+    monkeypatch.setattr(api, "kind_of_call", without)
     assert differing(call, CALLS + CALLS)
