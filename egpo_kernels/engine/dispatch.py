@@ -25,7 +25,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
         ValueError: An unknown backend, or triton on tensors it cannot run on.
         RuntimeError: Triton is asked for and not installed.
     """
-    check_choice("backend", backend, BACKENDS)
+    backend = check_choice("backend", backend, BACKENDS)
     if backend == "auto":
         named = _named()
         if named is None:

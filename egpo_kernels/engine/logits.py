@@ -112,7 +112,7 @@ class LossWay(NamedTuple):
         self, logits: Tensor, given: Sequence[Tensor | None], temperature: Any, options: losses.Options
     ) -> LossOutput:
         """Loss and metrics; ``given`` is in the order of `egpo_kernels.config.results.Rows`."""
-        scalars = [check_positive("temperature", temperature), check_positive("grad_scale", options.grad_scale)]
+        heat = check_positive("temperature", temperature)
         inplace, _, reported, _ = self.options
         if inplace:
             check_not_overlapping(logits)
@@ -121,6 +121,7 @@ class LossWay(NamedTuple):
         if options.num_tokens is not None or options.num_sequences is not None:
             fields = Given(list(given), self.kinds)
             counts = losses.read_counts(options, fields, _padded(logits), compute_dtype(logits.dtype))
+        scalars = [heat, check_positive("grad_scale", options.grad_scale)]
         numbers, counted = counts.apart()
         how = (self.kinds, [num_sequences * length, num_sequences], numbers, self.config, self.only_active)
         tensors = [*given, None, None, *counted]

@@ -119,12 +119,12 @@ def check_not_overlapping(logits: Tensor) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """Return ``value`` when it is one of ``choices``."""
+    """Return the one of ``choices`` that ``value`` is: a plain string, where an enumeration's member may be given."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is {shown(value)}; it must be one of {', '.join(map(repr, choices))}")
     if value not in choices:
         raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(map(repr, choices))}")
-    return value
+    return choices[choices.index(value)]
 
 
 def check_instance(name: str, value: Any, kind: type) -> Any:
