@@ -13,7 +13,7 @@ from egpo_kernels.config.results import LossOutput, Rows, TokenLogProbs
 from egpo_kernels.config.settings import PolicyLossConfig, compute_dtype
 from egpo_kernels.engine import autograd, losses, ops
 from egpo_kernels.engine.kinds import kind_of_call, remember
-from egpo_kernels.engine.rows import REF_LOG_PROBS, Given, Unmade
+from egpo_kernels.engine.rows import REF_LOG_PROBS, Given, Unmade, operands
 from egpo_kernels.formulas import metrics
 from egpo_kernels.formulas.rows import NO_COUNTS
 from egpo_kernels.inputs import layout as layouts
@@ -62,17 +62,13 @@ class Logits(NamedTuple):
         reported: bool,
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.engine.losses.Source`."""
-        given, options = unmade.tensors(), (self.inplace, want_entropy, reported, call.backend)
-        left_out = losses.LEFT_OUT[given[REF_LOG_PROBS] is not None, want_entropy, config.has_bonus]
+        options = (self.inplace, want_entropy, reported, call.backend)
+        left_out = losses.LEFT_OUT[unmade.given.tensors[REF_LOG_PROBS] is not None, want_entropy, config.has_bonus]
         remember(LOSSES, call.kind, LossWay(unmade.given.kinds, config.json, unmade.only_active, options, left_out))
-        return autograd.LogitsPolicyLoss.apply(
-            self.tensor,
-            unmade.how(),
-            [call.temperature, scale],
-            options,
-            # A list is one argument, which costs the host less; a compiler must see what is in it.
-            *(given if is_compiling() else [given]),
-        )
+        tensors, how = unmade.operands()
+        # A list is one argument, which costs the host less; a compiler must see what is in it.
+        given = tensors if is_compiling() else [tensors]
+        return autograd.LogitsPolicyLoss.apply(self.tensor, how, [call.temperature, scale], options, *given)
 
 
 def _scores(
@@ -116,15 +112,14 @@ class LossWay(NamedTuple):
         inplace, _, reported, _ = self.options
         if inplace:
             check_not_overlapping(logits)
-        num_sequences, length, _ = logits.shape
         counts = NO_COUNTS
         if options.num_tokens is not None or options.num_sequences is not None:
             fields = Given(list(given), self.kinds)
             counts = losses.read_counts(options, fields, _padded(logits), compute_dtype(logits.dtype))
         scalars = [heat, check_positive("grad_scale", options.grad_scale)]
-        numbers, counted = counts.apart()
-        how = (self.kinds, [num_sequences * length, num_sequences], numbers, self.config, self.only_active)
-        tensors = [*given, None, None, *counted]
+        num_sequences, length, _ = logits.shape
+        size = (num_sequences * length, num_sequences)
+        tensors, how = operands(given, self.kinds, size, counts, self.config, self.only_active)
         loss, vector = autograd.LogitsPolicyLoss.apply(logits, how, scalars, self.options, tensors)
         return LossOutput(loss, metrics.named(vector, metrics.TOKEN, self.left_out) if reported else {})
 
@@ -149,9 +144,7 @@ class ScoresWay(NamedTuple):
         if not self.are_rows:
             unmade = Unmade(Given(rows, self.kinds), _padded(logits), compute_dtype(logits.dtype))
             rows = list(unmade.made(self.backend))
-        log_probs, entropy = _scores(ops.token_scores.of_plain, logits, rows, temperature, *self[2:])
-        shape = logits.shape[:2]
-        return TokenLogProbs(log_probs.view(shape), None if entropy is None else entropy.view(shape))
+        return losses.shaped(_scores(ops.token_scores.of_plain, logits, rows, temperature, *self[2:]), logits.shape[:2])
 
 
 LOSSES: dict[Hashable, LossWay] = {}

@@ -1,7 +1,7 @@
 """Token level behind the public functions: from checked inputs to a loss, along the cheapest path that is right."""
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -197,8 +197,13 @@ def read_counts(options: Options, given: Given, layout: Layout, dtype: torch.dty
 def shaped_log_probs(call: Call, return_entropy: bool) -> TokenLogProbs:
     """Log-probs and entropy in the caller's shape."""
     assert call.source is not None
-    log_probs, entropy = call.source.log_probs(call, call.unmade().made(call.backend), return_entropy, False)
-    shape = call.layout.shape
+    made = call.unmade().made(call.backend)
+    return shaped(call.source.log_probs(call, made, return_entropy, False), call.layout.shape)
+
+
+def shaped(found: TokenLogProbs, shape: Sequence[int]) -> TokenLogProbs:
+    """Those of rows ``[N]`` in another shape."""
+    log_probs, entropy = found
     return TokenLogProbs(log_probs.view(shape), None if entropy is None else entropy.view(shape))
 
 
@@ -266,7 +271,8 @@ def loss_from_log_probs(
     if isinstance(made, Unmade):
         wanted = tuple(torch.is_grad_enabled() and it is not None and it.requires_grad for it in found)
         both = (any(wanted), wanted[1])
-        loss, vector = autograd.GivenPolicyLoss.apply(*found, made.how(), both, reported, made.tensors())
+        tensors, how = made.operands()
+        loss, vector = autograd.GivenPolicyLoss.apply(*found, how, both, reported, tensors)
     else:
         loss, vector = _loss_of_rows(call, flat(found.log_probs), flat(found.entropy), made, config, reported)
     loss = loss.view(call.layout.shape) if config.reduction == "none" else loss

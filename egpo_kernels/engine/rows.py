@@ -1,5 +1,6 @@
 """What the caller gave per token or per sequence, checked, and the rows that are made of it."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,21 @@ class Given(NamedTuple):
         return counted_rows(flat(mask), flat(tokens), layout.known_offsets, layout.num_rows, layout.device)
 
 
+def operands(
+    tensors: Sequence[Tensor | None],
+    kinds: list[int],
+    size: tuple[int, int],
+    counts: Counts,
+    config: str,
+    only_active: bool,
+    offsets: Tensor | None = None,
+    poison: Tensor | None = None,
+) -> tuple[list[Tensor | None], row_ops.How]:
+    """What operators that make rows are given: their argument ``given``, and those beside tensors."""
+    numbers, counted = counts.apart()
+    return [*tensors, offsets, poison, *counted], (kinds, [*size], numbers, config, only_active)
+
+
 class Unmade(NamedTuple):
     """What rows are made of, for an operator that makes them on its way; without a ``config`` for log-probs alone."""
 
@@ -55,14 +71,12 @@ class Unmade(NamedTuple):
     poison: Tensor | None = None
     only_active: bool = False
 
-    def tensors(self) -> list[Tensor | None]:
-        """The operators' argument ``given``."""
-        return [*self.given.tensors, self.layout.known_offsets, self.poison, *self.counts.apart()[1]]
-
-    def how(self) -> row_ops.How:
-        """The operators' arguments beside tensors."""
-        size, config = [self.layout.num_rows, self.layout.num_sequences], self.config
-        return self.given.kinds, size, self.counts.apart()[0], "" if config is None else config.json, self.only_active
+    def operands(self) -> tuple[list[Tensor | None], row_ops.How]:
+        """See `operands`."""
+        (tensors, kinds), layout, _, config, counts, poison, only_active = self
+        size = (layout.num_rows, layout.num_sequences)
+        settings = "" if config is None else config.json
+        return operands(tensors, kinds, size, counts, settings, only_active, layout.known_offsets, poison)
 
     @property
     def purpose(self) -> Purpose:
@@ -80,7 +94,8 @@ class Unmade(NamedTuple):
             return token_rows(material)
         fresh, rows = self.fresh(), self.given.tensors
         if any(fresh):
-            new = iter(row_ops.token_rows(self.tensors(), *self.how(), self.dtype, backend))
+            tensors, how = self.operands()
+            new = iter(row_ops.token_rows(tensors, *how, self.dtype, backend))
             rows = [next(new) if own else old for own, old in zip(fresh, rows, strict=True)]
         mask, *others = rows
         assert mask is not None

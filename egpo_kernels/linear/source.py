@@ -82,19 +82,20 @@ class Linear(NamedTuple):
         reported: bool,
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.engine.losses.Source`."""
+        tensors, how = unmade.operands()
         return autograd.PolicyLoss.apply(
             self.hidden,
             *self.head[:4],
             (call.temperature, *self.head[4:7]),
             (self.num_active, self.max_chunk_bytes, self.head.logits_dtype),
-            unmade.how(),
+            how,
             scale,
             want_entropy,
             reported,
             self.wanted,
             call.backend,
             self.host_mask,
-            *unmade.tensors(),
+            *tensors,
         )
 
 

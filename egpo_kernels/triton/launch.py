@@ -62,7 +62,7 @@ class Table(tuple[Rule, ...]):
 
 ANY = (2, 4, 8)
 # What is not measured is predicted: see benchmarks/NOTES.md.
-TABLE: Sequence[Rule] = Table((
+TABLE: tuple[Rule, ...] = Table((
     # Interpreted, a block is small, so that a vocabulary of a thousand has several.
     Rule("", "interpreter", ANY, 0, Constants(1, 4, 3, 4, 1)),
     Rule("", "gfx", ANY, 0, Constants(16, 2, 1, 2, 1)),
@@ -136,7 +136,7 @@ def constants_for(kernel: str, vocab: int, itemsize: int, device: torch.device) 
 
 
 @functools.lru_cache(maxsize=256)
-def _constants_for(kernel: str, vocab: int, itemsize: int, found: str, table: Sequence[Rule]) -> Constants:
+def _constants_for(kernel: str, vocab: int, itemsize: int, found: str, table: tuple[Rule, ...]) -> Constants:
     for rule in table:
         if rule.kernel in ("", kernel) and found.startswith(rule.architecture):
             if itemsize in rule.itemsizes and vocab >= rule.vocab:

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import egpo_kernels as ek
 from egpo_kernels.api import logits as api
@@ -49,7 +50,9 @@ def outcome(call, change, around):
                 tensors, others, gradients = call(given)
         except Exception as error:
             return type(error), str(error)
-        found = [(it.dtype, it.shape, it.detach().double().numpy().tobytes()) for it in tensors + gradients]
+        # Logits too, which only a gradient that was asked for may be written over.
+        tensors = [*tensors, given["logits"], *gradients]
+        found = [(it.dtype, it.shape, it.detach().double().numpy().tobytes()) for it in tensors]
         last = tensors[0].grad_fn
         ways = [] if last is None else [type(each) for each in (last, *(before for before, _ in last.next_functions))]
         return ways, others, found
@@ -102,3 +105,70 @@ def test_a_kind_that_misses_a_part_is_noticed(call, known, part, monkeypatch):
     monkeypatch.setattr(logits, "kind_of_call", without)
     monkeypatch.setattr(api, "kind_of_call", without)
     assert differing(call, CALLS + CALLS)
+
+
+def refusing(**changed):
+    """The kind of a call that differs from one with a kind in this."""
+    given = {"logits": torch.randn(3, 4, 5), "rows": torch.ones(3, 4), "temperature": 1.0, "option": True} | changed
+    return kinds.kind_of_call(given["logits"], (given["rows"], None), given["temperature"], "portable", given["option"])
+
+
+def test_what_must_be_looked_at_anew_has_no_kind():
+    assert refusing() is not None
+    draw = torch.randn
+    with torch.inference_mode():
+        made = torch.ones(3, 4)
+    for changed in (
+        {"logits": torch._neg_view(draw(3, 4, 5))}, {"logits": draw(3, 4, 5, 1)}, {"logits": draw(12, 5)},
+        {"logits": torch.nested.nested_tensor([draw(4, 5)])}, {"logits": draw(3, 4, 5).to_sparse()},
+        {"logits": torch.nn.Parameter(draw(3, 4, 5))}, {"logits": draw(3, 4, 0)},
+        {"logits": draw(3, 5, 4).transpose(1, 2)}, {"logits": draw(3, 1, 5), "rows": torch.ones(3, 1)},
+        {"logits": None}, {"rows": torch._neg_view(torch.ones(3, 4))}, {"rows": torch.ones(3, 4).to_sparse()},
+        {"rows": torch.nested.nested_tensor([torch.ones(4)])}, {"rows": torch.ones(3, 4, requires_grad=True)},
+        {"rows": made}, {"rows": torch.nn.Parameter(torch.ones(3, 4), requires_grad=False)}, {"rows": torch.ones(3, 1)},
+        {"rows": torch.ones(3, 4, device="meta")}, {"rows": [1.0]}, {"temperature": torch.tensor(1.0)}, {"option": 1},
+        {"option": None}, {"option": ["all"]},
+    ):  # fmt: skip
+        assert refusing(**changed) is None, changed
+
+
+def test_a_traced_call_has_no_kind():
+    def step(values):
+        return values + 1 if kinds.kind_of_call(values, (), 1.0, "portable") is None else values
+
+    assert torch.compile(step, backend="eager", fullgraph=True)(torch.zeros(2, 3, 4)).all()
+
+
+def test_a_bounded_number_of_kinds_is_kept():
+    known = {}
+    for number in range(3 * kinds.MOST):
+        kinds.remember(known, number, "way")
+        assert 0 < len(known) <= kinds.MOST and number in known
+    kinds.remember(known, None, "way")
+    assert None not in known
+
+
+class Seen(TorchDispatchMode):
+    """The operators that a mode is told of."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("call, name", [(loss, "logits_policy_loss"), (scores, "token_scores")])
+def test_a_dispatch_mode_is_told_of_calls_of_a_known_kind(call, name):
+    forget()
+    seen = []
+    for _ in range(2):
+        given = arguments()
+        if call is scores:
+            given["logits"] = given["logits"].detach()
+        with Seen() as mode:
+            call(given)
+        seen.append(mode.names.count(f"egpo_kernels::{name}"))
+    assert seen == [1, 1]

@@ -26,6 +26,12 @@ class Wrapped(Tensor):
     """A subclass as those that wrap models make them."""
 
 
+class Settings(ek.PolicyLossConfig):
+    """Settings that say something else than their fields."""
+
+    has_bonus = True
+
+
 def arguments():
     """Of a loss; everything is made anew, since a gradient may be written over the logits."""
     torch.manual_seed(0)
@@ -141,6 +147,7 @@ CHANGES |= {f"logits: {name}": leaf(change) for name, change in {
 }.items()}  # fmt: skip
 CHANGES |= {
     "logits: constants": same("logits", Tensor.detach),
+    "logits: constants, in place": lambda given: given.update(logits=given["logits"].detach(), inplace_grad=True),
     "logits: ints": same("logits", lambda values: values.detach().int()),
     "logits: nested": same("logits", lambda values: torch.nested.nested_tensor(list(values.detach()))),
     "logits: none": to(logits=None),
@@ -177,7 +184,11 @@ for changed in (
     {"reduction": "seq_mean_token_mean"}, {"ratio": "sequence"}, {"surrogate": "gmpo"}, {"dual_clip": 3.0},
 ):  # fmt: skip
     CHANGES[f"config: {changed}"] = to(config=ek.PolicyLossConfig(**changed))
-CHANGES |= {"config: a recipe": to(config=ek.recipes.EGPO), "config: none": to(config=None)}
+CHANGES |= {
+    "config: a subclass": to(config=Settings()),
+    "config: a recipe": to(config=ek.recipes.EGPO),
+    "config: none": to(config=None),
+}
 CHANGES |= {
     "with a KL": to(config=ek.PolicyLossConfig(kl_coef=0.1), ref_log_probs=torch.full((S, T), -2.0)),
     "half and a scale": lambda given: (leaf(Tensor.half)(given), given.update(grad_scale=8.0)),
@@ -205,4 +216,5 @@ AROUND = {
     "unknown by environment": lambda: mock.patch.dict("os.environ", EGPO_KERNELS_BACKEND="unknown"),
     "triton by environment": lambda: mock.patch.dict("os.environ", EGPO_KERNELS_BACKEND="triton", TRITON_INTERPRET="0"),
 }
-CALLS = [(change, "") for change in CHANGES] + [("nothing", around) for around in AROUND]
+CALLS = [(change, "") for change in CHANGES]
+CALLS += [(change, around) for around in AROUND for change in ("nothing", "inplace_grad: True")]
