@@ -4,7 +4,7 @@ from egpo_kernels import recipes
 from egpo_kernels.api.groups import group_advantages
 from egpo_kernels.api.linear import linear_egpo_loss, linear_policy_loss, linear_token_log_probs
 from egpo_kernels.api.logits import egpo_loss, logits_policy_loss, policy_loss, token_log_probs
-from egpo_kernels.config.results import GroupAdvantages, LossOutput, ResponseSpans, TokenLogProbs
+from egpo_kernels.config.results import GroupAdvantages, LossOutput, ResponseSpans, SamplingSupport, TokenLogProbs
 from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Recipe
 from egpo_kernels.engine import ops as ops  # registers the operators that the others call by name
 from egpo_kernels.formulas.metrics import combine_metrics
@@ -22,6 +22,7 @@ __all__ = [
     "PolicyLossConfig",
     "Recipe",
     "ResponseSpans",
+    "SamplingSupport",
     "TokenLogProbs",
     "combine_metrics",
     "egpo_loss",

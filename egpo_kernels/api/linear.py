@@ -7,9 +7,10 @@ from torch import Tensor
 
 from egpo_kernels.config import recipes
 from egpo_kernels.config.fields import check_bool
-from egpo_kernels.config.results import LossOutput, TokenLogProbs
+from egpo_kernels.config.results import LossOutput, SamplingSupport, TokenLogProbs
 from egpo_kernels.config.settings import PolicyLossConfig, Recipe
-from egpo_kernels.engine import losses
+from egpo_kernels.engine import calls, losses
+from egpo_kernels.engine.support import reported
 from egpo_kernels.inputs.validation import check_instance
 from egpo_kernels.linear.source import Given, read_hidden
 
@@ -36,6 +37,7 @@ def linear_egpo_loss(
     correct: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    support: SamplingSupport | None = None,
     recipe: Recipe | str = recipes.EGPO,
     num_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
@@ -74,6 +76,8 @@ def linear_egpo_loss(
         correct: ``[S]`` bool.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
         temperature: A float, ``[S]`` or per token.
+        support: What the sampler kept for each row (top-k, top-p, min-p), a `SamplingSupport`: log-probs, entropy and
+            gradient are over these tokens, and old and reference log-probs must be too. None: the whole vocabulary.
         recipe: A `Recipe` or its name.
         num_tokens: Tokens in the mask over the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
         num_sequences: Sequences with a token in the mask over the whole batch, for the ``seq_mean`` reductions.
@@ -93,11 +97,11 @@ def linear_egpo_loss(
     """
     recipe = recipes.get(recipe)
     given = Given(hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes, logits_dtype)
-    call = read_hidden(given, tokens, mask, cu_seqlens, temperature, backend)
-    grouping = losses.Grouping(groups, rewards, entropy_mask, correct, group_size)
-    constants = losses.Constants(None, old_log_probs, ref_log_probs, rollout_weights)
-    options = losses.Options(num_tokens, num_sequences, grad_scale, metrics)
-    return losses.loss_of_groups(call, constants, grouping, recipe, options)
+    call = read_hidden(given, tokens, mask, cu_seqlens, temperature, support, backend)
+    grouping = calls.Grouping(groups, rewards, entropy_mask, correct, group_size)
+    constants = calls.Constants(None, old_log_probs, ref_log_probs, rollout_weights)
+    options = calls.Options(num_tokens, num_sequences, grad_scale, metrics)
+    return reported(call, losses.loss_of_groups(call, constants, grouping, recipe, options), options.metrics)
 
 
 def linear_policy_loss(
@@ -117,6 +121,7 @@ def linear_policy_loss(
     rollout_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    support: SamplingSupport | None = None,
     config: PolicyLossConfig = recipes.EGPO.loss,
     num_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
@@ -168,6 +173,8 @@ def linear_policy_loss(
             it.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
         temperature: Sampling temperature, a float, ``[S]`` or per token.
+        support: What the sampler kept for each row (top-k, top-p, min-p), a `SamplingSupport`: log-probs, entropy and
+            gradient are over these tokens, and old and reference log-probs must be too. None: the whole vocabulary.
         config: Settings of the loss.
         num_tokens: Tokens in the mask over the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
         num_sequences: Sequences with a token in the mask over the whole batch, for the ``seq_mean`` reductions.
@@ -190,10 +197,10 @@ def linear_policy_loss(
     """
     check_instance("config", config, PolicyLossConfig)
     given = Given(hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes, logits_dtype)
-    call = read_hidden(given, tokens, mask, cu_seqlens, temperature, backend)
-    constants = losses.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
-    options = losses.Options(num_tokens, num_sequences, grad_scale, metrics)
-    return losses.loss_of_tokens(call, constants, config, options)
+    call = read_hidden(given, tokens, mask, cu_seqlens, temperature, support, backend)
+    constants = calls.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
+    options = calls.Options(num_tokens, num_sequences, grad_scale, metrics)
+    return reported(call, losses.loss_of_tokens(call, constants, config, options), options.metrics)
 
 
 def linear_token_log_probs(
@@ -208,6 +215,7 @@ def linear_token_log_probs(
     logits_dtype: torch.dtype | None = None,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    support: SamplingSupport | None = None,
     return_entropy: bool = False,
     num_active: int | None = None,
     max_chunk_bytes: int | None = None,
@@ -229,6 +237,8 @@ def linear_token_log_probs(
         logits_dtype: Dtype of the logits; see `linear_policy_loss`.
         mask: Shaped like tokens, nonzero where a token is in the mask; None: where ``tokens != -100``.
         temperature: A float, ``[S]`` (padded) or per token.
+        support: What the sampler kept for each row (top-k, top-p, min-p), a `SamplingSupport`: log-probs, entropy and
+            gradient are over these tokens, and old and reference log-probs must be too. None: the whole vocabulary.
         return_entropy: Also return the entropy.
         num_active: Number of tokens in the mask, or an upper bound; see `linear_policy_loss`.
         max_chunk_bytes: Largest memory of a chunk; see `linear_policy_loss`.
@@ -243,5 +253,5 @@ def linear_token_log_probs(
     """
     packed = isinstance(hidden, Tensor) and hidden.dim() == 2
     given = Given(hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes, logits_dtype)
-    call = read_hidden(given, tokens, mask, None, temperature, backend, one_sequence=packed)
+    call = read_hidden(given, tokens, mask, None, temperature, support, backend, one_sequence=packed)
     return losses.shaped_log_probs(call, check_bool("return_entropy", return_entropy))

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from egpo_kernels.config import recipes
 from egpo_kernels.config.fields import check_bool
-from egpo_kernels.config.results import LossOutput, TokenLogProbs
+from egpo_kernels.config.results import LossOutput, SamplingSupport, TokenLogProbs
 from egpo_kernels.config.settings import PolicyLossConfig, Recipe
-from egpo_kernels.engine import losses
+from egpo_kernels.engine import calls, losses
 from egpo_kernels.engine.kinds import kind_of_call
 from egpo_kernels.engine.logits import LOSSES, SCORES, kind_of_loss, log_probs_of, read_logits
+from egpo_kernels.engine.support import reported
 from egpo_kernels.inputs.validation import check_choice, check_instance
 
 
@@ -28,6 +29,7 @@ def egpo_loss(
     correct: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    support: SamplingSupport | None = None,
     recipe: Recipe | str = recipes.EGPO,
     num_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
@@ -60,6 +62,8 @@ def egpo_loss(
         correct: ``[S]`` bool; None: ``reward > correct_threshold``.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
         temperature: Sampling temperature, a float, ``[S]`` or per token.
+        support: What the sampler kept for each row (top-k, top-p, min-p), a `SamplingSupport`: log-probs, entropy and
+            gradient are over these tokens, and old and reference log-probs must be too. None: the whole vocabulary.
         recipe: A `Recipe` or its name.
         num_tokens: Tokens in the mask over the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
         num_sequences: Sequences with a token in the mask over the whole batch, for the ``seq_mean`` reductions.
@@ -77,11 +81,11 @@ def egpo_loss(
         TypeError: A wrong type or dtype.
     """
     recipe = recipes.get(recipe)
-    call = read_logits(logits, tokens, mask, cu_seqlens, temperature, inplace_grad, backend)
-    grouping = losses.Grouping(groups, rewards, entropy_mask, correct, group_size)
-    given = losses.Constants(None, old_log_probs, ref_log_probs, rollout_weights)
-    options = losses.Options(num_tokens, num_sequences, grad_scale, metrics)
-    return losses.loss_of_groups(call, given, grouping, recipe, options)
+    call = read_logits(logits, tokens, mask, cu_seqlens, temperature, support, inplace_grad, backend)
+    grouping = calls.Grouping(groups, rewards, entropy_mask, correct, group_size)
+    given = calls.Constants(None, old_log_probs, ref_log_probs, rollout_weights)
+    options = calls.Options(num_tokens, num_sequences, grad_scale, metrics)
+    return reported(call, losses.loss_of_groups(call, given, grouping, recipe, options), options.metrics)
 
 
 def policy_loss(
@@ -129,8 +133,8 @@ def policy_loss(
     """
     check_instance("config", config, PolicyLossConfig)
     call, found = losses.read_log_probs(log_probs, entropy, mask, cu_seqlens, config, backend)
-    options = losses.Options(num_tokens, num_sequences, metrics=check_choice("metrics", metrics, ("all", "none")))
-    given = losses.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
+    options = calls.Options(num_tokens, num_sequences, metrics=check_choice("metrics", metrics, ("all", "none")))
+    given = calls.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
     rows = losses.loss_rows(call, given, config, options)
     at_once = call.backend == "portable" and config.reduction != "none"
     made = rows if at_once else rows.made(call.backend)
@@ -148,6 +152,7 @@ def logits_policy_loss(
     rollout_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    support: SamplingSupport | None = None,
     config: PolicyLossConfig = recipes.EGPO.loss,
     num_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
@@ -176,6 +181,8 @@ def logits_policy_loss(
             it.
         cu_seqlens: ``[S + 1]`` integer, for the packed layout.
         temperature: Sampling temperature, a float, ``[S]`` or per token.
+        support: What the sampler kept for each row (top-k, top-p, min-p), a `SamplingSupport`: log-probs, entropy and
+            gradient are over these tokens, and old and reference log-probs must be too. None: the whole vocabulary.
         config: Settings of the loss.
         num_tokens: Tokens in the mask over the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
         num_sequences: Sequences with a token in the mask over the whole batch, for the ``seq_mean`` reductions.
@@ -196,15 +203,17 @@ def logits_policy_loss(
         TypeError: A wrong type or dtype.
     """
     rows = (mask, tokens, None, advantages, None, old_log_probs, ref_log_probs, rollout_weights)
-    options = losses.Options(num_tokens, num_sequences, grad_scale, metrics)
-    kind = kind_of_loss(logits, rows, cu_seqlens, temperature, config, options, inplace_grad, backend)
+    options = calls.Options(num_tokens, num_sequences, grad_scale, metrics)
+    kind = None
+    if support is None:
+        kind = kind_of_loss(logits, rows, cu_seqlens, temperature, config, options, inplace_grad, backend)
     way = LOSSES.get(kind)
     if way is not None:
         return way.loss(logits, rows, temperature, options)
     check_instance("config", config, PolicyLossConfig)
-    call = read_logits(logits, tokens, mask, cu_seqlens, temperature, inplace_grad, backend, kind=kind)
-    given = losses.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
-    return losses.loss_of_tokens(call, given, config, options)
+    call = read_logits(logits, tokens, mask, cu_seqlens, temperature, support, inplace_grad, backend, kind=kind)
+    given = calls.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
+    return reported(call, losses.loss_of_tokens(call, given, config, options), options.metrics)
 
 
 def token_log_probs(
@@ -213,6 +222,7 @@ def token_log_probs(
     *,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    support: SamplingSupport | None = None,
     return_entropy: bool = False,
     inplace_grad: bool = False,
     backend: str = "auto",
@@ -227,6 +237,8 @@ def token_log_probs(
         tokens: ``[S, T]`` or ``[N]``, integer.
         mask: Shaped like tokens, nonzero where a token is in the mask; None: where ``tokens != -100``.
         temperature: A float, ``[S]`` (padded) or per token.
+        support: What the sampler kept for each row (top-k, top-p, min-p), a `SamplingSupport`: log-probs, entropy and
+            gradient are over these tokens, and old and reference log-probs must be too. None: the whole vocabulary.
         return_entropy: Also return the entropy.
         inplace_grad: Write the gradient over the logits in backward.
         backend: ``auto``, ``triton``, ``portable`` or ``reference``.
@@ -239,10 +251,12 @@ def token_log_probs(
         ValueError: A wrong shape, device or value.
         TypeError: A wrong type or dtype.
     """
-    kind = kind_of_call(logits, (mask, tokens), temperature, backend, return_entropy, inplace_grad)
+    kind = None
+    if support is None:
+        kind = kind_of_call(logits, (mask, tokens), temperature, backend, return_entropy, inplace_grad)
     way = SCORES.get(kind)
     if way is not None:
         return way.log_probs(logits, mask, tokens, temperature)
     packed = isinstance(logits, Tensor) and logits.dim() == 2
-    call = read_logits(logits, tokens, mask, None, temperature, inplace_grad, backend, packed, kind)
+    call = read_logits(logits, tokens, mask, None, temperature, support, inplace_grad, backend, packed, kind)
     return log_probs_of(call, check_bool("return_entropy", return_entropy))

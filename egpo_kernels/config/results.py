@@ -57,3 +57,15 @@ class Rows(NamedTuple):
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
     rollout_weights: Tensor | None = None
+
+
+class SamplingSupport(NamedTuple):
+    """The tokens that a sampler kept (top-k, top-p, min-p) for each row: ``ids[offsets[r] : offsets[r + 1]]`` of row r.
+
+    Rows are a batch's positions in order: ``s * T + t`` of padded ``[S, T]``, or the packed ones. An empty row has no
+    record: it keeps the whole vocabulary. Sets hold the sampled token; where one does not, the functions that take a
+    support add it. Both tensors are integer, on the device of what they go with, or on the CPU.
+    """
+
+    ids: Tensor
+    offsets: Tensor

@@ -11,9 +11,11 @@ from egpo_kernels import reference
 from egpo_kernels.config.fields import check_bool, check_positive
 from egpo_kernels.config.results import LossOutput, Rows, TokenLogProbs
 from egpo_kernels.config.settings import PolicyLossConfig, compute_dtype
-from egpo_kernels.engine import autograd, losses, ops
+from egpo_kernels.engine import autograd, calls, losses, ops
+from egpo_kernels.engine.kept import checked
 from egpo_kernels.engine.kinds import kind_of_call, remember
 from egpo_kernels.engine.rows import REF_LOG_PROBS, Given, Unmade, operands
+from egpo_kernels.engine.support import read_support, with_support
 from egpo_kernels.formulas import metrics
 from egpo_kernels.formulas.rows import NO_COUNTS
 from egpo_kernels.inputs import layout as layouts
@@ -42,33 +44,44 @@ class Logits(NamedTuple):
         return self.tensor.requires_grad
 
     def log_probs(
-        self, call: losses.Call, rows: Rows, want_entropy: bool, entropy_gradient: bool = False
+        self, call: calls.Call, rows: Rows, want_entropy: bool, entropy_gradient: bool = False
     ) -> TokenLogProbs:
-        """See `egpo_kernels.engine.losses.Source`; a gradient through the entropy costs nothing more here."""
+        """See `egpo_kernels.engine.calls.Source`; a gradient through the entropy costs nothing more here."""
         if call.backend == "reference":
             check_rows(rows, self.vocab)
-            log_probs, entropy = reference.token_log_probs(self.tensor, rows, call.temperature)
+            logits = reference_logits(self.tensor, rows, call.support)
+            log_probs, entropy = reference.token_log_probs(logits, rows, call.temperature)
             return TokenLogProbs(log_probs, entropy if want_entropy else None)
         options = (call.temperature, want_entropy, self.inplace, call.backend)
-        return _scores(ops.token_scores, self.tensor, list(rows), *options)
+        return _scores(ops.token_scores, self.tensor, [*rows, *call.support], *options)
 
     def loss(
         self,
-        call: losses.Call,
+        call: calls.Call,
         unmade: Unmade,
         config: PolicyLossConfig,
         scale: float,
         want_entropy: bool,
         reported: bool,
     ) -> tuple[Tensor, Tensor]:
-        """See `egpo_kernels.engine.losses.Source`."""
+        """See `egpo_kernels.engine.calls.Source`."""
         options = (self.inplace, want_entropy, reported, call.backend)
         left_out = losses.LEFT_OUT[unmade.given.tensors[REF_LOG_PROBS] is not None, want_entropy, config.has_bonus]
         remember(LOSSES, call.kind, LossWay(unmade.given.kinds, config.json, unmade.only_active, options, left_out))
         tensors, how = unmade.operands()
+        tensors = [*tensors, *call.support]
         # A list is one argument, which costs the host less; a compiler must see what is in it.
         given = tensors if is_compiling() else [tensors]
         return autograd.LogitsPolicyLoss.apply(self.tensor, how, [call.temperature, scale], options, *given)
+
+
+def reference_logits(logits: Tensor, rows: Rows, support: tuple[Tensor, ...]) -> Tensor:
+    """Logits ``[B, T, V]`` as `reference` takes them, -inf where a sampler kept others."""
+    if not support:
+        return logits
+    ids, offsets = support
+    checked(rows, (ids, offsets), logits.shape[-1])
+    return reference.kept_logits(logits, rows, ids, offsets)
 
 
 def _scores(
@@ -105,7 +118,7 @@ class LossWay(NamedTuple):
     left_out: tuple[str, ...]
 
     def loss(
-        self, logits: Tensor, given: Sequence[Tensor | None], temperature: Any, options: losses.Options
+        self, logits: Tensor, given: Sequence[Tensor | None], temperature: Any, options: calls.Options
     ) -> LossOutput:
         """Loss and metrics; ``given`` is in the order of `egpo_kernels.config.results.Rows`."""
         heat = check_positive("temperature", temperature)
@@ -157,7 +170,7 @@ def kind_of_loss(
     cu_seqlens: Any,
     temperature: Any,
     config: Any,
-    options: losses.Options,
+    options: calls.Options,
     inplace_grad: Any,
     backend: Any,
 ) -> Hashable | None:
@@ -169,7 +182,7 @@ def kind_of_loss(
     return kind_of_call(logits, given, temperature, backend, *chosen)
 
 
-def log_probs_of(call: losses.Call, return_entropy: bool) -> TokenLogProbs:
+def log_probs_of(call: calls.Call, return_entropy: bool) -> TokenLogProbs:
     """`egpo_kernels.engine.losses.shaped_log_probs`, whose way is remembered."""
     assert isinstance(call.source, Logits)
     if call.backend != "reference":
@@ -184,11 +197,12 @@ def read_logits(
     mask: Any,
     cu_seqlens: Any,
     temperature: Any,
+    support: Any,
     inplace_grad: Any,
     backend: str,
     one_sequence: bool = False,
     kind: Hashable | None = None,
-) -> losses.Call:
+) -> calls.Call:
     """Check logits, tokens, mask and temperature; the call's ``kind`` is only handed on."""
     packed = cu_seqlens is not None or one_sequence
     logits = check_logits("logits", logits, packed)
@@ -198,9 +212,9 @@ def read_logits(
     else:
         layout = layouts.make_layout("logits", shape, cu_seqlens, logits.device)
     source = Logits(logits.unsqueeze(0) if packed else logits, check_bool("inplace_grad", inplace_grad))
-    call = losses.read_tokens(source, layout, tokens, mask, temperature, backend, kind)
+    call = calls.read_tokens(source, layout, tokens, mask, temperature, backend, kind)
     if source.inplace:
         if call.backend == "reference":
             raise ValueError("inplace_grad is True with backend 'reference'; it must be False there")
         check_not_overlapping(source.tensor)
-    return call
+    return call if support is None else with_support(call, read_support(support, layout))

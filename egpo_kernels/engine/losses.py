@@ -1,8 +1,8 @@
 """Token level behind the public functions: from checked inputs to a loss, along the cheapest path that is right."""
 
 import itertools
-from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from egpo_kernels.config.fields import check_positive
 from egpo_kernels.config.results import LossOutput, Metrics, Rows, TokenLogProbs
 from egpo_kernels.config.settings import PolicyLossConfig, Recipe, compute_dtype
 from egpo_kernels.engine import autograd, rows
+from egpo_kernels.engine.calls import Call, Constants, Grouping, Options
 from egpo_kernels.engine.dispatch import choose_backend
 from egpo_kernels.engine.groups import PerToken, advantages_of_groups
 from egpo_kernels.engine.rows import Given, Unmade
@@ -33,97 +34,6 @@ LEFT_OUT = {
     + (() if with_bonus else ("policy/loss/entropy",))
     for with_kl, has_entropy, with_bonus in itertools.product((False, True), repeat=3)
 }
-
-
-class Source(Protocol):
-    """What log-probs are computed from: logits, or hidden states and an output layer."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the logits."""
-
-    @property
-    def vocab(self) -> int:
-        """Vocabulary size."""
-
-    @property
-    def requires_grad(self) -> bool:
-        """Whether anything in it is differentiated."""
-
-    def log_probs(self, call: "Call", rows: Rows, want_entropy: bool, entropy_gradient: bool) -> TokenLogProbs:
-        """Log-probs ``[N]`` and entropy of the counted rows; ``entropy_gradient``: it will be differentiated too."""
-
-    def loss(
-        self, call: "Call", unmade: Unmade, config: PolicyLossConfig, scale: float, want_entropy: bool, reported: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Loss and metrics vector; the gradient is made on the way, expecting ``scale`` from upstream."""
-
-
-class Call(NamedTuple):
-    """Checked inputs, ``given`` what is per token or per sequence; ``source`` is None where log-probs were given,
-    ``kind`` where the way of this call is not to be remembered, see `egpo_kernels.engine.kinds`.
-    """
-
-    source: Source | None
-    given: Given
-    layout: Layout
-    temperature: float
-    dtype: torch.dtype
-    backend: str
-    kind: Hashable | None = None
-
-    @property
-    def vocab(self) -> int:
-        """Vocabulary size, 0 where there are no logits."""
-        return 0 if self.source is None else self.source.vocab
-
-    def unmade(self) -> Unmade:
-        """What rows for log-probs alone are made of."""
-        return Unmade(self.given, self.layout, self.dtype)
-
-
-class Grouping(NamedTuple):
-    """What `egpo_loss` needs of whole groups, as the caller gave it."""
-
-    groups: Any
-    rewards: Any
-    entropy_mask: Any = None
-    correct: Any = None
-    group_size: Any = None
-
-
-class Constants(NamedTuple):
-    """What the loss needs beside the model's output, as the caller gave it; no gradient flows into any of it."""
-
-    advantages: Any = None
-    old_log_probs: Any = None
-    ref_log_probs: Any = None
-    rollout_weights: Any = None
-
-
-class Options(NamedTuple):
-    """How the loss is normalised, scaled and reported."""
-
-    num_tokens: Any = None
-    num_sequences: Any = None
-    grad_scale: Any = 1.0
-    metrics: Any = "all"
-
-
-def read_tokens(
-    source: Source, layout: Layout, tokens: Any, mask: Any, temperature: Any, backend: str, kind: Hashable | None = None
-) -> Call:
-    """Check tokens, mask and temperature; what the source holds was checked when it was made."""
-    given = Given.nothing()
-    if mask is not None:
-        given.put(rows.MASK, layout.shaped("mask", mask, "real"))
-    given.put(rows.TOKENS, layout.shaped("tokens", tokens, "integer"))
-    heat = 1.0
-    if isinstance(temperature, Tensor):
-        given.put(rows.TEMPERATURE, *layouts.temperature_field(temperature, layout, lambda: given.counted(layout)))
-    else:
-        heat = check_positive("temperature", temperature)
-    return Call(source, given, layout, heat, compute_dtype(source.dtype), choose_backend(backend, layout.device), kind)
 
 
 def read_log_probs(
@@ -198,7 +108,10 @@ def shaped_log_probs(call: Call, return_entropy: bool) -> TokenLogProbs:
     """Log-probs and entropy in the caller's shape."""
     assert call.source is not None
     made = call.unmade().made(call.backend)
-    return shaped(call.source.log_probs(call, made, return_entropy, False), call.layout.shape)
+    log_probs, entropy = call.source.log_probs(call, made, return_entropy, False)
+    if call.support:
+        log_probs = call.layout.poisoned(log_probs)
+    return shaped(TokenLogProbs(log_probs, entropy), call.layout.shape)
 
 
 def shaped(found: TokenLogProbs, shape: Sequence[int]) -> TokenLogProbs:

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from egpo_kernels.config.results import Rows
 from egpo_kernels.config.settings import compute_dtype
+from egpo_kernels.engine import kept
 from egpo_kernels.engine.dispatch import implementation
 from egpo_kernels.engine.operator import (
     OptionalTensors,
@@ -29,10 +30,18 @@ from egpo_kernels.formulas import metrics
 from egpo_kernels.inputs import validation
 from egpo_kernels.inputs.segments import Segments, flat_rows
 
+NUM_FIELDS, NUM_GIVEN = len(Rows._fields), len(Rows._fields) + 4
+
+
+def support_of(fields: OptionalTensors, before: int = NUM_FIELDS) -> kept.Support | None:
+    """What a sampler kept, its ids and offsets, which stand last in a list if they are there."""
+    ids, offsets = fields[before:] or (None, None)
+    return None if ids is None or offsets is None else (ids, offsets)
+
 
 def read_rows(fields: OptionalTensors, backend: str) -> Rows:
     """Rows from the list that an operator takes; flat, but for kernels, which read memory whatever shape it has."""
-    mask, *rest = fields
+    mask, *rest = fields[:NUM_FIELDS]
     assert mask is not None
     rows = Rows(mask, *rest)
     return rows if backend == "triton" else flat_rows(rows)
@@ -79,13 +88,22 @@ def _fake_statistics(
     return log_probs, entropy, maximum, sum_exp
 
 
+def _statistics(
+    logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
+) -> Tensors4:
+    read, package, support = checked_rows(rows, logits.shape[-1], backend), implementation(backend), support_of(rows)
+    if support is None:
+        return package.row_statistics(logits, read, temperature, want_entropy)
+    parts = kept.checked(read, support, logits.shape[-1])
+    return kept.row_statistics(package, logits, parts, temperature, want_entropy)
+
+
 @operator(_fake_statistics)
 def row_statistics(
     logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
 ) -> Tensors4:
     """Of each row of ``logits [B, T, V]``: log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials."""
-    read = checked_rows(rows, logits.shape[-1], backend)
-    return implementation(backend).row_statistics(logits, read, temperature, want_entropy)
+    return _statistics(logits, rows, temperature, want_entropy, backend)
 
 
 def _fake_scores(
@@ -100,8 +118,27 @@ def token_scores(
     logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
 ) -> Tensors:
     """As `row_statistics` where no gradient is asked for: log-prob and, if wanted, entropy ``[N]``."""
+    if support_of(rows) is not None:
+        return list(_statistics(logits, rows, temperature, want_entropy, backend)[: 1 + want_entropy])
     read = checked_rows(rows, logits.shape[-1], backend)
     return implementation(backend).token_scores(logits, read, temperature, want_entropy)
+
+
+def _write_gradient(
+    logits: Tensor,
+    rows: OptionalTensors,
+    statistics: Tensors,
+    upstream: OptionalTensors,
+    temperature: float,
+    backend: str,
+    gradient: Tensor,
+) -> None:
+    read, package, support = read_rows(rows, backend), implementation(backend), support_of(rows)
+    if support is None:
+        package.logits_gradient(logits, read, statistics, upstream, temperature, gradient)
+    else:
+        parts = kept.parted(read, support, logits.shape[-1])
+        kept.logits_gradient(package, logits, parts, statistics, upstream, temperature, gradient)
 
 
 @operator(_fake_gradient)
@@ -115,9 +152,7 @@ def logits_gradient(
 ) -> Tensor:
     """Gradient ``[B, T, V]`` from statistics (maximum, sum of exponentials, entropy) and upstream (dL/dl, dL/dEnt)."""
     gradient = _new_gradient(logits)
-    implementation(backend).logits_gradient(
-        logits, read_rows(rows, backend), statistics, upstream, temperature, gradient
-    )
+    _write_gradient(logits, rows, statistics, upstream, temperature, backend, gradient)
     return gradient
 
 
@@ -131,7 +166,7 @@ def logits_gradient_(
     backend: str,
 ) -> None:
     """As `logits_gradient`, written over ``logits``."""
-    implementation(backend).logits_gradient(logits, read_rows(rows, backend), statistics, upstream, temperature, logits)
+    _write_gradient(logits, rows, statistics, upstream, temperature, backend, logits)
 
 
 def _fake_loss(log_probs: Tensor, *others: Any) -> Tensors2:
@@ -198,8 +233,12 @@ def _loss_and_gradient(
     gradient: Tensor,
 ) -> Tensors2:
     dtype = compute_dtype(logits.dtype)
-    material = material_of(given, kinds, size, numbers, config, only_active, dtype)
-    return implementation(backend).logits_policy_loss(logits, material, *scalars, want_entropy, reported, gradient)
+    material = material_of(given[:NUM_GIVEN], kinds, size, numbers, config, only_active, dtype)
+    package, support, (temperature, scale) = implementation(backend), support_of(given, NUM_GIVEN), scalars
+    others = (temperature, scale, want_entropy, reported, gradient)
+    if support is None:
+        return package.logits_policy_loss(logits, material, *others)
+    return kept.logits_policy_loss(package, logits, material, support, *others)
 
 
 def _fake_one_pass(logits: Tensor, *others: Any) -> Tensors2:

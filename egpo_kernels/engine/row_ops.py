@@ -22,6 +22,7 @@ from egpo_kernels.engine.operator import (
     policy_config,
 )
 from egpo_kernels.formulas import metrics
+from egpo_kernels.formulas.kept import kept_metrics
 from egpo_kernels.formulas.rows import NO_COUNTS, Counts, Material, Measured, Purpose
 from egpo_kernels.inputs import validation
 from egpo_kernels.inputs.segments import Segments
@@ -38,11 +39,28 @@ def _fake_offsets(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
 def sequence_offsets(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
     """Offsets ``[S + 1]`` int64 that never leave ``[0, num_rows]``, and 1.0 or, where they had to be mended, NaN."""
     validation.check_cu_seqlens(cu_seqlens, num_rows)
-    given = cu_seqlens.long()
-    offsets = given.clamp(0, num_rows).cummax(0).values
+    return _mended(cu_seqlens, num_rows)
+
+
+@operator(_fake_offsets)
+def support_offsets(offsets: Tensor, num_ids: int) -> Tensors2:
+    """As `sequence_offsets`, of the offsets ``[N + 1]`` of what a sampler kept."""
+    validation.check_support_offsets(offsets, num_ids)
+    return _mended(offsets, num_ids)
+
+
+def _mended(given: Tensor, most: int) -> Tensors2:
+    given = given.long()
+    offsets = given.clamp(0, most).cummax(0).values
     sound = (offsets == given).all() & (given[0] == 0)
-    one = torch.ones((), dtype=torch.float32, device=cu_seqlens.device)
+    one = torch.ones((), dtype=torch.float32, device=given.device)
     return offsets, torch.where(sound, one, torch.nan)
+
+
+@operator(lambda ids, *others: ids.new_empty(len(metrics.SUPPORT.keys), dtype=others[-1]))
+def support_metrics(ids: Tensor, offsets: Tensor, tokens: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The vector of `egpo_kernels.formulas.metrics.SUPPORT` over rows of ``mask [N]``."""
+    return metrics.finish(kept_metrics(ids, offsets, tokens.long(), mask, dtype), metrics.SUPPORT)
 
 
 @operator(lambda by_sequence, *_: by_sequence.new_empty((), dtype=torch.float32))

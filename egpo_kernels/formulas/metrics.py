@@ -21,12 +21,14 @@ from egpo_kernels.formulas.arrays import total as total
 from egpo_kernels.formulas.lazy import LazyMetrics, Part, unread
 from egpo_kernels.formulas.tables import GROUP, NOTHING, TOKEN, Table
 from egpo_kernels.formulas.tables import SUMMARIES as SUMMARIES
+from egpo_kernels.formulas.tables import SUPPORT as SUPPORT
 from egpo_kernels.inputs.validation import check_dense, check_tensor
 
+TABLES = (TOKEN, GROUP, SUPPORT)
 # The key under which the count of a mean, minimum or maximum is itself reported.
-_COUNT_KEYS = {m.key: m.over for t in (TOKEN, GROUP) for m in t.metrics if m.kind in ("mean", "min", "max")}
-_GAPS = {m.key: m for t in (TOKEN, GROUP) for m in t.metrics if m.kind == "gap"}
-_KNOWN = {metric.key: metric for table in (TOKEN, GROUP) for metric in table.metrics}
+_COUNT_KEYS = {m.key: m.over for t in TABLES for m in t.metrics if m.kind in ("mean", "min", "max")}
+_GAPS = {m.key: m for t in TABLES for m in t.metrics if m.kind == "gap"}
+_KNOWN = {metric.key: metric for table in TABLES for metric in table.metrics}
 
 
 class Run(NamedTuple):

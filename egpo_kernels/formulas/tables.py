@@ -102,3 +102,17 @@ GROUP = Table(
         *(_metric(key, "") for key in _GROUP_COUNTS),
     ),
 )
+
+_SUPPORT_ROWS, _SUPPORT_KEPT = "support/rows/sum", "support/kept/total/sum"
+_SUPPORT_COUNTS = _keys("support", "singletons/sum", "missing_tokens/sum")
+
+SUPPORT = Table(
+    sums=(_SUPPORT_ROWS, _SUPPORT_KEPT, *_SUPPORT_COUNTS),
+    maxima=("support/kept/max",),
+    metrics=(
+        _metric(_SUPPORT_ROWS, ""),
+        _metric("support/kept/mean", _SUPPORT_ROWS, _SUPPORT_KEPT),
+        _metric("support/kept/max", _SUPPORT_ROWS),
+        *(_metric(key, "") for key in _SUPPORT_COUNTS),
+    ),
+)

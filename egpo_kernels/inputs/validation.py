@@ -242,6 +242,40 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> None:
         )
 
 
+def check_support_offsets(offsets: Tensor, num_ids: int) -> None:
+    """Raise when a support's offsets do not start at 0, decrease, or end past the last id."""
+    if not checks_values(offsets.device):
+        return
+    offsets = offsets.long()
+    if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any() or offsets[-1] > num_ids:
+        raise ValueError(
+            f"support.offsets starts at {int(offsets[0])} and ends at {int(offsets[-1])} over {num_ids} ids; it must "
+            "start at 0, never decrease, and end at or before the last id"
+        )
+
+
+def check_kept(ids: Tensor, rows: Tensor, given: Tensor, vocab: int) -> None:
+    """Raise when one of the ``ids [E]`` that were ``given`` cannot be, or is in its row twice."""
+    if not checks_values(ids.device):
+        return
+    ids, rows = ids[given], rows[given]
+    wrong = (ids < 0) | (ids >= vocab)
+    if wrong.any():
+        place = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"support.ids holds {int(ids[place])} in the row of flattened position {int(rows[place])}; it must be in "
+            f"[0, {vocab}): leave out what only fills a row, as pack_support does"
+        )
+    keys = (rows * vocab + ids).sort().values
+    twice = keys[1:] == keys[:-1]
+    if twice.any():
+        row, token = divmod(int(keys[int(twice.nonzero()[0])]), vocab)
+        raise ValueError(
+            f"support.ids holds {token} twice in the row of flattened position {row}; a row's ids must differ: "
+            "pack_support removes what is there twice"
+        )
+
+
 def check_either_way(name: str, same: Tensor) -> None:
     """Raise when a tensor that may be per sequence or per token means two things, by rows ``same [N]``."""
     if checks_values(same.device) and not same.all():

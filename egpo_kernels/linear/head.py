@@ -158,6 +158,15 @@ class HeadGradients:
             self._accumulate_(lora_b, gradient.t(), inner, gain * head.lora_scale)
         self.kept = 1.0
 
+    def started(self) -> list[Tensor | None]:
+        """The sums, to be added to: zeros if nothing was."""
+        if not self.kept:
+            self.kept = 1.0
+            for total in self.sums:
+                if total is not None:
+                    total.zero_()
+        return self.sums
+
     def _accumulate_(self, total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
         if total.dtype == left.dtype:
             total.addmm_(left, right, beta=self.kept, alpha=alpha)
@@ -166,7 +175,5 @@ class HeadGradients:
 
     def rounded(self) -> list[Tensor]:
         """The sums in the dtype of what they are gradients of; empty where none was asked for."""
-        weight, sums = self.head.weight, self.sums
-        if not self.kept:
-            sums = [None if found is None else found.zero_() for found in sums]
+        weight, sums = self.head.weight, self.started()
         return [weight.new_empty(0) if found is None else found.to(weight.dtype) for found in sums]

@@ -15,8 +15,9 @@ from torch import Tensor
 from egpo_kernels.config.results import Rows
 from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.engine.dispatch import implementation
+from egpo_kernels.engine.kept import Support
 from egpo_kernels.engine.operator import OptionalTensors, Tensors, fake_vector, operator, policy_config
-from egpo_kernels.engine.ops import read_rows
+from egpo_kernels.engine.ops import NUM_GIVEN, read_rows, support_of
 from egpo_kernels.engine.row_ops import material_of
 from egpo_kernels.formulas import metrics
 from egpo_kernels.inputs import validation
@@ -24,6 +25,7 @@ from egpo_kernels.inputs.segments import Segments, flat_rows
 from egpo_kernels.linear import flops, passes
 from egpo_kernels.linear.chunks import too_many
 from egpo_kernels.linear.head import Head, Wanted
+from egpo_kernels.linear.layer import Layer
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 LossAndGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -52,18 +54,20 @@ def _read(
     num_active: int | None,
     max_chunk_bytes: int | None,
     logits_dtype: torch.dtype,
+    support: Support | None,
     backend: str,
-) -> tuple[passes.Layer, Rows, float]:
+) -> tuple[Layer, Rows, float]:
     weight, bias, lora_a, lora_b = head
     assert weight is not None
     temperature, lora_scale, logit_scale, softcap = scalars
-    layer = passes.Layer(
+    layer = Layer(
         hidden,
         Head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, logits_dtype),
         implementation(backend),
         host_mask,
         num_active,
         max_chunk_bytes,
+        support,
     )
     rows = flat_rows(rows)
     validation.check_rows(rows, weight.shape[0])
@@ -111,8 +115,9 @@ def linear_row_statistics(
     Maximum and sum are ``[0]`` where the gradient is made, which is empty unless ``with_gradient``.
     """
     layer, cooled, temperature = _read(
-        hidden, head, read_rows(rows, backend), host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
-    )
+        hidden, head, read_rows(rows, backend), host_mask, scalars, num_active, max_chunk_bytes, logits_dtype,
+        support_of(rows), backend,
+    )  # fmt: skip
     surplus = too_many(cooled.mask, host_mask, num_active)
     if with_gradient:
         log_probs, entropy, gradients = passes.log_prob_gradient(layer, cooled, temperature, want_entropy)
@@ -148,8 +153,9 @@ def linear_gradient(
 ) -> Gradients:
     """Gradients from statistics (maximum, sum of exponentials, entropy; or empty) and upstream (dL/dl, dL/dEnt)."""
     layer, cooled, temperature = _read(
-        hidden, head, read_rows(rows, backend), host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
-    )
+        hidden, head, read_rows(rows, backend), host_mask, scalars, num_active, max_chunk_bytes, logits_dtype,
+        support_of(rows), backend,
+    )  # fmt: skip
     found = passes.gradient(layer, cooled, statistics, upstream, temperature, Wanted(*wanted))
     hidden_gradient, weight, bias, lora_a, lora_b = found
     return hidden_gradient, weight, bias, lora_a, lora_b
@@ -187,11 +193,12 @@ def linear_policy_loss(
 
     ``given`` to ``only_active``: see `egpo_kernels.engine.row_ops.token_rows`.
     """
-    material = material_of(given, kinds, size, numbers, config, only_active, compute_dtype(hidden.dtype))
+    material = material_of(given[:NUM_GIVEN], kinds, size, numbers, config, only_active, compute_dtype(hidden.dtype))
     settings, rows = policy_config(config), implementation(backend).token_rows(material)
     layer, cooled, temperature = _read(
-        hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, logits_dtype, backend
-    )
+        hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, logits_dtype,
+        support_of(given, NUM_GIVEN), backend,
+    )  # fmt: skip
     surplus = too_many(cooled.mask, host_mask, num_active)
     if surplus is not None:
         assert cooled.factor is not None

@@ -10,8 +10,10 @@ from egpo_kernels import reference
 from egpo_kernels.config.fields import check_number
 from egpo_kernels.config.results import Rows, TokenLogProbs
 from egpo_kernels.config.settings import PolicyLossConfig
-from egpo_kernels.engine import losses
+from egpo_kernels.engine import calls
+from egpo_kernels.engine.logits import reference_logits
 from egpo_kernels.engine.rows import Unmade
+from egpo_kernels.engine.support import read_support, with_support
 from egpo_kernels.inputs import layout as layouts
 from egpo_kernels.inputs.validation import check_dense, check_rows, check_tensor, check_whole
 from egpo_kernels.linear import autograd
@@ -49,12 +51,13 @@ class Linear(NamedTuple):
         tensors = (self.hidden, *self.head[:4])
         return tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors)
 
-    def log_probs(self, call: losses.Call, rows: Rows, want_entropy: bool, entropy_gradient: bool) -> TokenLogProbs:
-        """See `egpo_kernels.engine.losses.Source`."""
+    def log_probs(self, call: calls.Call, rows: Rows, want_entropy: bool, entropy_gradient: bool) -> TokenLogProbs:
+        """See `egpo_kernels.engine.calls.Source`."""
         if call.backend == "reference":
             check_rows(rows, self.vocab)
             check_num_active(rows.mask, self.num_active)
             logits = reference.linear_logits(self.hidden, *self.head, mask=rows.mask)
+            logits = reference_logits(logits, rows, call.support)
             log_probs, entropy = reference.token_log_probs(logits, rows, call.temperature)
         else:
             frozen = self.wanted[0] and not any(self.wanted[1:])
@@ -69,19 +72,20 @@ class Linear(NamedTuple):
                 call.backend,
                 self.host_mask,
                 *rows,
+                *call.support,
             )
         return TokenLogProbs(log_probs, entropy if want_entropy else None)
 
     def loss(
         self,
-        call: losses.Call,
+        call: calls.Call,
         unmade: Unmade,
         config: PolicyLossConfig,
         scale: float,
         want_entropy: bool,
         reported: bool,
     ) -> tuple[Tensor, Tensor]:
-        """See `egpo_kernels.engine.losses.Source`."""
+        """See `egpo_kernels.engine.calls.Source`."""
         tensors, how = unmade.operands()
         return autograd.PolicyLoss.apply(
             self.hidden,
@@ -96,6 +100,7 @@ class Linear(NamedTuple):
             call.backend,
             self.host_mask,
             *tensors,
+            *call.support,
         )
 
 
@@ -114,9 +119,16 @@ class Given(NamedTuple):
 
 
 def read_hidden(
-    given: Given, tokens: Any, mask: Any, cu_seqlens: Any, temperature: Any, backend: str, one_sequence: bool = False
-) -> losses.Call:
-    """Check hidden states, head, tokens, mask and temperature."""
+    given: Given,
+    tokens: Any,
+    mask: Any,
+    cu_seqlens: Any,
+    temperature: Any,
+    support: Any,
+    backend: str,
+    one_sequence: bool = False,
+) -> calls.Call:
+    """Check hidden states, head, tokens, mask, temperature and what a sampler kept."""
     packed = cu_seqlens is not None or one_sequence
     hidden = check_dense("hidden", given.hidden, "floating")
     hidden = check_tensor("hidden", hidden, "floating", {}, hidden.device)
@@ -137,7 +149,30 @@ def read_hidden(
     limits = (host_mask, check_whole("num_active", given.num_active, 0))
     max_chunk_bytes = check_whole("max_chunk_bytes", given.max_chunk_bytes, 1)
     source = Linear(hidden.unsqueeze(0) if packed else hidden, head, *limits, max_chunk_bytes)
-    return losses.read_tokens(source, layout, tokens, mask, temperature, backend)
+    call = calls.read_tokens(source, layout, tokens, mask, temperature, backend)
+    if support is None:
+        return call
+    read = read_support(support, layout)
+    return with_support(call, read)._replace(source=_multiplied(source, call, read.recorded))
+
+
+def _multiplied(source: Linear, call: calls.Call, recorded: Tensor | None) -> Linear:
+    """The source with what the host knows of the rows that meet all of the output layer: those without a record."""
+    if recorded is None or torch.compiler.is_compiling():
+        return source
+    mask, num_active = source.host_mask, source.num_active
+    if recorded.device == call.layout.device:
+        counted = call.given.counted(call.layout).reshape(-1)
+        check_num_active(counted, num_active)
+        return source._replace(num_active=int((counted & ~recorded).sum()))
+    if mask is not None:
+        check_num_active(mask, num_active)
+        num_active = None
+    others = ~recorded if mask is None else mask & ~recorded
+    count = int(others.sum())
+    if num_active is None or num_active > count:
+        return source._replace(host_mask=others, num_active=count)
+    return source
 
 
 def _read_head(given: Given, hidden: Tensor) -> tuple[Tensor, Head]:

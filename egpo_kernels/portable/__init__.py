@@ -3,6 +3,7 @@
 from egpo_kernels.formulas.rows import token_rows
 from egpo_kernels.formulas.whole_groups import group_advantages
 from egpo_kernels.portable.chunks import scratch_bytes
+from egpo_kernels.portable.kept import add_gathered, gathered_products, kept_gradient, kept_statistics
 from egpo_kernels.portable.logits import (
     logits_gradient,
     logits_loss_gradient,
@@ -19,7 +20,11 @@ from egpo_kernels.portable.policy_loss import (
 from egpo_kernels.portable.rescale import rescale_
 
 __all__ = [
+    "add_gathered",
+    "gathered_products",
     "group_advantages",
+    "kept_gradient",
+    "kept_statistics",
     "logits_gradient",
     "logits_loss_gradient",
     "logits_policy_loss",

@@ -4,6 +4,8 @@ if __name__ != "egpo_kernels.triton":
     raise ImportError(f"imported as {__name__!r}; this package is egpo_kernels.triton and must not shadow triton")
 
 from egpo_kernels.triton.group_advantages import group_advantages
+from egpo_kernels.triton.kept_columns import add_gathered, gathered_products
+from egpo_kernels.triton.kept_rows import kept_gradient, kept_statistics
 from egpo_kernels.triton.logits_gradient import logits_gradient
 from egpo_kernels.triton.logits_policy_loss import logits_loss_gradient, logits_policy_loss
 from egpo_kernels.triton.policy_loss import policy_loss, policy_loss_gradient
@@ -13,7 +15,11 @@ from egpo_kernels.triton.row_statistics import row_statistics, token_scores
 from egpo_kernels.triton.softmax import scratch_bytes
 
 __all__ = [
+    "add_gathered",
+    "gathered_products",
     "group_advantages",
+    "kept_gradient",
+    "kept_statistics",
     "logits_gradient",
     "logits_loss_gradient",
     "logits_policy_loss",

@@ -206,7 +206,7 @@ def test_token_log_probs(backend, case, use_log_probs, use_entropy):
         heat = case.temperature if case.cu_seqlens is None else case.rows(case.temperature).to(case.rewards.dtype)
         mask = case.counted.view(shape)
         found = ek.token_log_probs(
-            logits, case.tokens, mask=mask, temperature=heat, return_entropy=True, backend=backend
+            logits, case.tokens, mask=mask, temperature=heat, support=case.support, return_entropy=True, backend=backend
         )
         torch.autograd.backward(found, [grad.to(value.dtype) for grad, value in zip(upstream, found, strict=True)])
         return [*(value.detach() for value in found), logits.grad.reshape(-1, logits.shape[-1])]

@@ -247,6 +247,7 @@ def test_gradient_in_place_of_the_logits(backend, name, run):
 def run_on(run, case: Case, logits: torch.Tensor, backend: str) -> dict:
     """As `whole` and `of_logits`, on logits that have a history."""
     shared = dict(temperature=case.temperature, backend=backend, inplace_grad=True, **case.loss_arguments())
+    shared["support"] = case.support
     if run is whole:
         rest = dict(entropy_mask=case.entropy_mask, correct=case.correct, recipe=case.recipe, mask=case.mask)
         loss, metrics = ek.egpo_loss(logits, case.tokens, case.groups, case.rewards, **shared, **rest)

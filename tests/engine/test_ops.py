@@ -19,6 +19,7 @@ from tests.support.device import DEVICE
 CONFIG = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.02)
 SEQUENCE = PolicyLossConfig(ratio="sequence")
 OFFSETS = torch.arange(5, device=DEVICE) * 4
+SUPPORT = (torch.tensor([3, 1, 36, 0, 9, 8, 2], device=DEVICE), (2 * torch.arange(17, device=DEVICE)).clamp(max=6))
 
 
 def padded_rows(dtype=torch.float32):
@@ -58,27 +59,31 @@ def given_rows(dtype=torch.float32):
     return given, [one, one, for_all, each, 0, one, one, each], [16, 4], [math.nan, 3.0]
 
 
-def arguments(name, backend, dtype=torch.float32):
+def arguments(name, backend, dtype=torch.float32, support=()):
     """Every operator's arguments, as autograd.py passes them."""
     logits, rows = padded_rows(dtype)
-    wide = compute_dtype(dtype)
+    rows, wide = [*rows, *support], compute_dtype(dtype)
+    given, *how = given_rows(wide)
+    of_loss = ([*given, *support], *how)
     log_probs = torch.full((16,), -1.0, dtype=wide, device=DEVICE)
     entropy = -log_probs
     statistics, upstream, scalars = [3 * entropy, entropy, entropy], [entropy, entropy], [1.0, 2.0]
     return {
         "sequence_offsets": (torch.tensor([0, 3, 7], device=DEVICE), 9),
+        "support_offsets": (SUPPORT[1], 7),
+        "support_metrics": (*SUPPORT, rows[1], rows[0], wide),
         "read_either_way": (entropy, log_probs * 2, torch.zeros(16, dtype=torch.bool, device=DEVICE), "advantages"),
-        "token_rows": (*given_rows(wide), SEQUENCE.json, True, wide, backend),
+        "token_rows": (given, *how, SEQUENCE.json, True, wide, backend),
         "row_statistics": (logits, rows, 0.7, True, backend),
         "token_scores": (logits, rows, 0.7, True, backend),
         "logits_gradient": (logits, rows, statistics, upstream, 1.0, backend),
         "logits_gradient_": (logits, rows, statistics, upstream, 1.0, backend),
         "policy_loss": (log_probs, entropy, rows, None, 4, CONFIG.json, 37, False, True, backend),
         "policy_loss_gradient": (log_probs, rows, OFFSETS, 4, SEQUENCE.json, entropy, True, backend),
-        "given_policy_loss": (log_probs, entropy, *given_rows(wide), CONFIG.json, False, True, True, True),
+        "given_policy_loss": (log_probs, entropy, given, *how, CONFIG.json, False, True, True, True),
         "scaled_gradients": ([log_probs, entropy], rows[0], torch.tensor(2.0, device=DEVICE)),
-        "logits_policy_loss": (logits, *given_rows(wide), CONFIG.json, False, scalars, True, True, backend),
-        "logits_policy_loss_": (logits, *given_rows(wide), CONFIG.json, True, scalars, True, True, backend),
+        "logits_policy_loss": (logits, *of_loss, CONFIG.json, False, scalars, True, True, backend),
+        "logits_policy_loss_": (logits, *of_loss, CONFIG.json, True, scalars, True, True, backend),
         "group_advantages": (
             torch.tensor([1.0, 0, 1, 0], device=DEVICE),
             [torch.tensor([4, 4, 1, 1], device=DEVICE), None, log_probs, rows[0], None, None, OFFSETS],
@@ -92,18 +97,18 @@ def arguments(name, backend, dtype=torch.float32):
             backend,
         ),
         "rescale_": (logits, torch.tensor(2.0, device=DEVICE), 1.0, backend),
-        **linear_arguments(backend, dtype, rows, [3 * entropy, entropy, entropy], upstream),
+        **linear_arguments(backend, dtype, rows, of_loss, [3 * entropy, entropy, entropy], upstream),
     }[name]
 
 
-def linear_arguments(backend, dtype, rows, statistics, upstream):
+def linear_arguments(backend, dtype, rows, of_loss, statistics, upstream):
     """Those of the operators on hidden states, with a head that trains but for its adapters."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, 4, 5), (37, 5), (37,), (2, 5), (37, 2))
     hidden, *head = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
     scalars = (None, [0.7, 0.5, 1.5, 9.0], 16, 1000, dtype)
     first, wanted = (hidden, head, rows, *scalars), [True, True, True, False, False]
-    given = (hidden, head, *given_rows(compute_dtype(dtype)), CONFIG.json, False)
+    given = (hidden, head, *of_loss, CONFIG.json, False)
     return {
         "linear_row_statistics": (*first, True, True, backend),
         "linear_gradient": (*first, statistics, upstream, wanted, backend),
@@ -113,6 +118,8 @@ def linear_arguments(backend, dtype, rows, statistics, upstream):
 
 NAMES = [
     "sequence_offsets",
+    "support_offsets",
+    "support_metrics",
     "read_either_way",
     "token_rows",
     "row_statistics",
@@ -147,6 +154,14 @@ def test_every_operator_is_here():
 @pytest.mark.parametrize("backend", FAST)
 def test_opcheck(name, backend):
     torch.library.opcheck(MADE[name].overload, arguments(name, backend))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name.startswith(("row_st", "token_sc", "logits_", "linear_"))]
+)
+@pytest.mark.parametrize("backend", FAST)
+def test_opcheck_with_a_support(name, backend):
+    torch.library.opcheck(MADE[name].overload, arguments(name, backend, support=SUPPORT))
 
 
 def test_opcheck_of_columns():

@@ -85,7 +85,7 @@ def test_what_does_not_count_may_hold_anything(backend, config):
 def test_dense_rows_that_do_not_count_reach_no_gradient(backend, monkeypatch):
     """On a device nobody knows how many rows count, and all are multiplied."""
     monkeypatch.setattr(chunks, "active_rows", lambda *_: None)
-    monkeypatch.setattr("egpo_kernels.linear.passes.active_rows", lambda *_: None)
+    monkeypatch.setattr("egpo_kernels.linear.layer.active_rows", lambda *_: None)
     test_what_does_not_count_may_hold_anything(backend, KNOWN)
     test_what_does_not_count_may_hold_anything(backend, LATE)
 
@@ -281,7 +281,7 @@ def test_too_few_active_rows_make_nan_where_nobody_may_look(backend, config, mon
     for module in (chunks, linear_ops):
         monkeypatch.setattr(module, "checks_values", lambda device: False, raising=False)
     monkeypatch.setattr(
-        "egpo_kernels.linear.passes.active_rows", lambda mask, host, count: chunks.first_places(mask, count)
+        "egpo_kernels.linear.layer.active_rows", lambda mask, host, count: chunks.first_places(mask, count)
     )
     arguments = arguments_of(backend, config)
     counted = int(arguments["mask"].sum())

@@ -138,6 +138,7 @@ def test_linear_token_log_probs(backend, case, data, head):
         packed = case.cu_seqlens is not None
         heat = case.rows(case.temperature).to(torch.float64) if packed else case.temperature
         given = {"mask": case.counted.view(case.tokens.shape), "temperature": heat, "return_entropy": True}
+        given["support"] = case.support
         kind = backend if options else "reference"
         values = function(*first, case.tokens, **given, **options, backend=kind)
         torch.autograd.backward([value.sum() * factor for value, factor in zip(values, through, strict=True) if factor])

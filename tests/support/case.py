@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from egpo_kernels.config.results import SamplingSupport
 from egpo_kernels.config.settings import Recipe
 from egpo_kernels.recipes import EGPO
 from tests.support.device import DEVICE
@@ -37,6 +38,7 @@ class Case:
     correct: Tensor | None = None
     cu_seqlens: Tensor | None = None
     temperature: float | Tensor = 1.0
+    support: SamplingSupport | None = None
     num_tokens: Any = None
     num_sequences: Any = None
     grad_scale: float = 1.0
@@ -103,9 +105,28 @@ class Case:
         per_sequence = value.shape in ((self.num_rewards,), (self.num_rewards, 1))
         return value.reshape(-1)[self.index] if per_sequence else value.reshape(-1)
 
+    @property
+    def recorded(self) -> Tensor:
+        """Which rows [N] count and have a record of what was kept."""
+        return self.counted & (self.support.offsets.diff() > 0) if self.support is not None else self.counted & False
+
+    @property
+    def keeps(self) -> Tensor:
+        """Which tokens [N, V] each row keeps, row by row; everything where it does not count."""
+        keeps = torch.ones(self.tokens.numel(), self.logits.shape[-1], dtype=torch.bool)
+        if self.support is not None:
+            ids, offsets = (each.tolist() for each in self.support)
+            for row in self.counted.nonzero()[:, 0].tolist():
+                kept = ids[offsets[row] : offsets[row + 1]]
+                if kept:
+                    keeps[row] = False
+                    keeps[row, [*kept, int(self.tokens.reshape(-1)[row])]] = True
+        return keeps.to(self.tokens.device)
+
     def log_softmax(self) -> Tensor:
-        """Tempered log-probabilities [N, V] in float64, uniform where a row does not count."""
+        """Tempered log-probabilities [N, V] in float64 of what is kept, uniform where a row does not count."""
         logits = self.logits.reshape(-1, self.logits.shape[-1]).double()
+        logits = torch.where(self.keeps, logits, -torch.inf)
         logits = torch.where(self.counted[:, None], logits, 0.0)
         heat = torch.where(self.counted, self.rows(self.temperature).double(), 1.0)
         return torch.log_softmax(logits / heat[:, None], -1)
@@ -128,6 +149,10 @@ class Case:
             if isinstance(value, Tensor) and value.dim():
                 per_sequence = name in PER_EITHER and value.shape[0] == self.num_rewards
                 changes[name] = value[sequences] if per_sequence or not packed else value[rows]
+        if self.support is not None:
+            ids, offsets = self.support
+            offsets = offsets[rows.start : rows.stop + 1]
+            changes["support"] = SamplingSupport(ids[offsets[0] : offsets[-1]], offsets - offsets[0])
         return self.replace(**changes)
 
     def loss_arguments(self) -> dict[str, Any]:

@@ -49,21 +49,26 @@ class Layer(NamedTuple):
 
 def logits_as_hidden(case: Case) -> Layer:
     """Each logit is twice an entry of a hidden state; nothing is rounded. What is -inf everywhere has that bias."""
-    rows = case.logits.reshape(-1, case.logits.shape[-1])
+    rows, never = _finite(case)
     weight = torch.eye(rows.shape[1], dtype=rows.dtype, device=DEVICE)
-    never = (rows[case.counted] == -torch.inf).all(0) & case.counted.any()
-    hidden = torch.where(never, 0.0, case.logits.detach() / HALF)
+    hidden = torch.where(never, 0.0, rows.view(case.logits.shape) / HALF)
     bias = torch.where(never, -torch.inf, 0.0).to(rows.dtype)
     return Layer(_like(case.logits, hidden), weight, bias, logit_scale=HALF)
 
 
 def logits_as_weight(case: Case) -> Layer:
     """Each row has a hidden state of its own, which picks its logits from the weight; nothing is rounded."""
-    rows = case.logits.reshape(-1, case.logits.shape[-1])
-    never = (rows[case.counted] == -torch.inf).all(0) & case.counted.any()
-    weight = torch.where(case.counted[:, None] & ~never, rows.detach() / HALF, 0.0).t()
+    rows, never = _finite(case)
+    weight = torch.where(case.counted[:, None] & ~never, rows / HALF, 0.0).t()
     hidden = torch.eye(len(rows), dtype=rows.dtype, device=DEVICE).view(*case.tokens.shape, len(rows))
     return Layer(hidden, weight, torch.where(never, -torch.inf, 0.0).to(rows.dtype), logit_scale=HALF)
+
+
+def _finite(case: Case) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] without what no row may look at, and which tokens are -inf in all rows that look at them."""
+    rows, keeps, counted = case.logits.detach().reshape(-1, case.logits.shape[-1]), case.keeps, case.counted
+    minus = (rows == -torch.inf) & keeps
+    return torch.where(keeps, rows, 0.0), (minus | ~keeps)[counted].all(0) & minus[counted].any(0)
 
 
 def _like(logits: Tensor, values: Tensor) -> Tensor:
@@ -81,6 +86,7 @@ def run(case: Case, layer: Layer, wanted: tuple[str, ...], backend: str, groups:
         **layer.options,
         "mask": case.mask,
         "temperature": case.temperature,
+        "support": case.support,
         "backend": backend,
     }
     shared |= {"grad_scale": case.grad_scale, **options}

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from egpo_kernels.config.results import SamplingSupport
 from egpo_kernels.config.settings import PolicyLossConfig, Recipe
 from egpo_kernels.recipes import DR_GRPO, EGPO, RECIPES
 from tests.support.case import Case, strided
@@ -41,11 +42,13 @@ def make_case(
     temperature: str = "float",
     padded_vocab: bool = False,
     garbage: bool = False,
+    support: str = "none",
 ) -> Case:
     """A batch with the groups of these sizes in shuffled order; equal settings give equal batches.
 
     `mask`: "none" (tokens -100 instead), "bool", "int", "float". `old`: "none", "near", "far". `temperature`: "one",
-    "float", "sequence", "token". `garbage` puts NaN where nothing may be read.
+    "float", "sequence", "token". `garbage` puts NaN where nothing may be read. `support`: "none", "some" (rows without
+    a record among the others), "all".
     """
     rng = np.random.default_rng(seed)
     sequences, wide = sum(group_sizes), torch.float64 if dtype == torch.float64 else torch.float32
@@ -73,6 +76,7 @@ def make_case(
         tokens[~keep] = -100
     if garbage:
         logits[~keep] = torch.nan
+    kept = None if support == "none" else _support(np.random.default_rng(seed + 1), tokens, keep, vocab, support)
     kinds = {"bool": torch.bool, "int": torch.int64, "float": torch.float32}
     given_mask = None if mask == "none" else keep.to(kinds[mask])
 
@@ -108,10 +112,13 @@ def make_case(
         correct=torch.from_numpy(rng.random(sequences) < 0.5) if rng.random() < 0.2 else None,
         cu_seqlens=cu_seqlens,
         temperature=heat,
+        support=kept,
         num_tokens=[None, 29, torch.tensor(17)][rng.integers(3)],
         num_sequences=[None, 11, torch.tensor(5.0)][rng.integers(3)],
     )
     case = _on_device(case)
+    if garbage and case.support is not None:
+        case.logits.masked_fill_(~case.keeps.view(case.logits.shape), torch.nan)
     changes: dict[str, Any] = {}
     if old != "none":
         log_ratio = _log_ratios(rng, case, far=old == "far", sequence=recipe.loss.ratio != "token")
@@ -124,8 +131,31 @@ def make_case(
 
 
 def _on_device(case: Case) -> Case:
-    moved = {name: value.to(DEVICE) for name, value in vars(case).items() if isinstance(value, Tensor)}
+    moved: dict[str, Any] = {name: value.to(DEVICE) for name, value in vars(case).items() if isinstance(value, Tensor)}
+    if case.support is not None:
+        moved["support"] = SamplingSupport(*(value.to(DEVICE) for value in case.support))
     return case.replace(**{**moved, "logits": case.logits})
+
+
+def _support(rng: np.random.Generator, tokens: Tensor, keep: Tensor, vocab: int, kind: str) -> SamplingSupport:
+    """Sets with the row's token and without, of it alone, of everything; where a row does not count, of anything."""
+    lists: list[np.ndarray] = []
+    for token, counts in zip(tokens.reshape(-1).tolist(), keep.reshape(-1).tolist(), strict=True):
+        size = min(vocab, int(rng.choice([1, 2, 3, 8, vocab])))
+        kept = rng.choice(vocab, size, replace=False)
+        drawn = rng.random()
+        if not counts:
+            kept = rng.integers(-3, vocab + 3, size)
+        elif kind == "some" and drawn < 0.4:
+            kept = kept[:0]
+        elif drawn < 0.6:
+            kept = np.array([token])
+        elif drawn < 0.9:
+            kept = np.union1d(kept, [token])
+        lists.append(rng.permutation(kept))
+    wide = torch.int32 if rng.random() < 0.5 else torch.int64
+    ids = torch.from_numpy(np.concatenate([*lists, rng.integers(0, vocab, rng.integers(3))])).to(wide)
+    return SamplingSupport(ids, torch.tensor(np.cumsum([0, *map(len, lists)])).to(wide))
 
 
 def _rewards(rng: np.random.Generator, size: int) -> np.ndarray:

@@ -24,6 +24,7 @@ def whole(case: Case, backend: str, **options) -> dict:
         entropy_mask=case.entropy_mask,
         correct=case.correct,
         temperature=case.temperature,
+        support=case.support,
         recipe=case.recipe,
         backend=backend,
         **{"grad_scale": case.grad_scale, **case.loss_arguments(), **options},
@@ -40,6 +41,7 @@ def loss_of(case: Case, logits: torch.Tensor, backend: str, **options) -> ek.Los
         case.advantages,
         case.mask,
         temperature=case.temperature,
+        support=case.support,
         config=case.recipe.loss,
         backend=backend,
         **{**case.loss_arguments(), **options},
@@ -61,6 +63,7 @@ def advantages(case: Case, backend: str) -> ek.GroupAdvantages:
         case.tokens,
         mask=case.counted.view(case.tokens.shape),
         temperature=case.temperature if case.cu_seqlens is None else case.rows(case.temperature).to(case.rewards.dtype),
+        support=case.support,
         return_entropy=case.recipe.advantage.statistic == "shannon",
         backend=backend,
     )

@@ -119,6 +119,7 @@ def cases(draw, dtypes: tuple[torch.dtype, ...] = DTYPES, widest: int = 20_000) 
         temperature=draw(st.sampled_from(["one", "float", "sequence", "token"])),
         padded_vocab=draw(st.booleans()),
         garbage=draw(st.booleans()),
+        support=draw(st.sampled_from(["none", "none", "some", "all"])),
     )
     # A power of two between expected and actual upstream: the second pass over the gradient then rounds nothing.
     ratio = draw(st.sampled_from([1.0, 1.0, 2.0]))

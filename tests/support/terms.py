@@ -245,6 +245,9 @@ def token_terms(case: Case, advantages: Tensor, advantage_terms: Tensor) -> Toke
         "policy/ref_kl/mean": only_counted(kl).sum() / counted.sum(),
         "policy/entropy/mean": only_counted(entropy).sum() / counted.sum(),
     }
+    if case.support is not None:
+        sizes = case.keeps.sum(-1).double()[case.recorded]
+        seen["support/kept/mean"] = sizes.mean() if len(sizes) else zeros.sum()
     return TokenTerms(log_probs, entropy, loss, slope, bonus, gradient_terms(case, slope, bonus), seen)
 
 

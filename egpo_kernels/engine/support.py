@@ -1,0 +1,70 @@
+"""What a sampler kept, as the caller gave it: checked, brought to where it is used, reported."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.config.results import LossOutput, SamplingSupport
+from egpo_kernels.engine import row_ops
+from egpo_kernels.engine.calls import Call
+from egpo_kernels.engine.rows import TOKENS
+from egpo_kernels.formulas import metrics
+from egpo_kernels.formulas.kept import has_record
+from egpo_kernels.formulas.lazy import merged
+from egpo_kernels.inputs.layout import Layout, to_device
+from egpo_kernels.inputs.segments import flat
+from egpo_kernels.inputs.validation import check_dense, check_instance, check_tensor
+
+
+class Support(NamedTuple):
+    """Ids ``[M]``, sound offsets ``[N + 1]``, what is NaN where they had to be mended; and, where the host knows, which
+    rows ``[N]`` have a record.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    poison: Tensor
+    recorded: Tensor | None
+
+
+def with_support(call: Call, read: Support) -> Call:
+    """The call with what a sampler kept for its rows."""
+    poison = read.poison if call.layout.poison is None else read.poison * call.layout.poison
+    return call._replace(layout=call.layout._replace(poison=poison), support=(read.ids, read.offsets))
+
+
+def read_support(support: Any, layout: Layout) -> Support:
+    """Check a `SamplingSupport` for the rows of a layout; on the CPU, the host knows which have a record."""
+    check_instance("support", support, SamplingSupport)
+    count, device = layout.num_rows + 1, layout.device
+    given = []
+    for name, value in zip(("support.ids", "support.offsets"), support, strict=True):
+        check_dense(name, value, "integer")
+        if value.dim() != 1 or (name == "support.offsets" and value.shape[0] != count):
+            wanted = (
+                f"[N + 1] = [{count}]" if name == "support.offsets" else "[M], the ids of all rows one after another"
+            )
+            raise ValueError(f"{name} has shape {list(value.shape)}; it must be {wanted}")
+        given.append(value)
+    host = all(value.device.type == "cpu" for value in given)
+    home = given[0].device if host else device
+    ids, offsets = (
+        check_tensor(name, value, "integer", {}, home)
+        for name, value in zip(("support.ids", "support.offsets"), given, strict=True)
+    )
+    offsets, poison = torch.ops.egpo_kernels.support_offsets(offsets, ids.shape[0])
+    recorded = has_record(offsets) if host else None
+    if host and home != device:
+        wanted = "it must be on the logits' device there"
+        ids, offsets, poison = (to_device("support", value, device, wanted) for value in (ids, offsets, poison))
+    return Support(ids, offsets, poison, recorded)
+
+
+def reported(call: Call, found: LossOutput, mode: Any) -> LossOutput:
+    """A loss with the metrics of what was kept, unless none are wanted."""
+    if not call.support or mode == "none":
+        return found
+    tokens = flat(call.given.tensors[TOKENS])
+    vector = row_ops.support_metrics(*call.support, tokens, flat(call.given.counted(call.layout)), call.dtype)
+    return LossOutput(found.loss, merged(found.metrics, metrics.named(vector, metrics.SUPPORT)))

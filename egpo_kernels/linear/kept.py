@@ -1,0 +1,82 @@
+"""Rows whose sampler kept some tokens: they meet those columns of the output layer alone."""
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.config.settings import compute_dtype
+from egpo_kernels.engine.kept import Parts
+from egpo_kernels.inputs.segments import segment_sum
+from egpo_kernels.linear.layer import Gradients, Layer
+
+SPLIT = 4096
+"""Hidden states that are copied at a time, where adapters meet them."""
+
+
+class KeptColumns:
+    """Kept logits ``[E]`` as `egpo_kernels.linear.head.Head.project` makes them, in the compute dtype, never rounded;
+    and what flows back through them.
+    """
+
+    def __init__(self, layer: Layer, parts: Parts) -> None:
+        head = self.head = layer.head
+        self.package, self.entries, self.mask = layer.package, parts.entries, parts.entries.mask
+        # A copy only where rows do not follow one another in equal steps.
+        self.states = layer.hidden.flatten(0, 1)
+        self.columns, self.rows = self.entries.columns(head.vocab), self.entries.row_places()
+        values = self.package.gathered_products(self.states, head.weight, self.entries)
+        self.inner = None
+        if head.lora_a is not None and head.lora_b is not None:
+            self.inner = self._inner(head.lora_a)
+            values += head.lora_scale * self.package.gathered_products(self.inner, head.lora_b, self.entries)
+        if head.bias is not None:
+            values += head.bias[self.columns]
+        values *= head.gain
+        self.logits = values.tanh_() if head.softcap else values
+
+    def _inner(self, lora_a: Tensor) -> Tensor:
+        dtype = compute_dtype(lora_a.dtype)
+        return torch.cat([part.to(dtype) @ lora_a.to(dtype).t() for part in self.states.split(SPLIT)])
+
+    def add(self, slopes: Tensor, gradients: Gradients) -> None:
+        """Add what flows back through the gradient ``[E]`` of the logits; a token's part is summed in the order of
+        rows.
+        """
+        if self.head.softcap:
+            slopes = torch.ops.aten.tanh_backward(slopes, self.logits)
+        slopes = slopes * self.head.gain
+        of_inner = None if self.inner is None else self._inner_gradient(slopes)
+        if gradients.hidden is not None:
+            self._add_hidden(slopes, of_inner, gradients.hidden.flatten(0, 1))
+        if gradients.of_head.wanted.of_head:
+            self._add_head(slopes, of_inner, gradients.of_head.started())
+
+    def _inner_gradient(self, slopes: Tensor) -> Tensor:
+        """Gradient ``[N, r]`` of hidden states that went through the first adapter."""
+        assert self.inner is not None and self.head.lora_b is not None
+        found, by_row = torch.zeros_like(self.inner), self.entries.by_row()
+        slopes = slopes * self.head.lora_scale
+        self.package.add_gathered(slopes, self.head.lora_b.to(found.dtype), self.columns, by_row, found)
+        return found
+
+    def _add_hidden(self, slopes: Tensor, of_inner: Tensor | None, out: Tensor) -> None:
+        self.package.add_gathered(slopes, self.head.weight, self.columns, self.entries.by_row(), out)
+        if of_inner is not None and self.head.lora_a is not None:
+            for part, total in zip(of_inner.split(SPLIT), out.split(SPLIT), strict=True):
+                total += (part @ self.head.lora_a.to(part.dtype)).to(total.dtype)
+
+    def _add_head(self, slopes: Tensor, of_inner: Tensor | None, sums: list[Tensor | None]) -> None:
+        weight, bias, lora_a, lora_b = sums
+        by_id = self.entries.by_id(self.head.vocab)
+        if weight is not None:
+            states = self.states.to(self.head.weight.dtype)
+            self.package.add_gathered(slopes, states, self.rows, by_id, weight)
+        if bias is not None:
+            bias += segment_sum(slopes[by_id.order], by_id.offsets).to(bias.dtype)
+        if lora_a is not None and of_inner is not None:
+            for part, states, mask in zip(
+                *(each.split(SPLIT) for each in (of_inner, self.states, self.mask)), strict=True
+            ):
+                # What does not count may be NaN, and 0 times that is no 0.
+                lora_a += (part.t() @ torch.where(mask[:, None], states, 0.0).to(part.dtype)).to(lora_a.dtype)
+        if lora_b is not None and self.inner is not None:
+            self.package.add_gathered(slopes * self.head.lora_scale, self.inner, self.rows, by_id, lora_b)

@@ -1,0 +1,107 @@
+"""Rows of kept tokens: their softmax and its gradient, and products with no more of an output layer than they need."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import compute_dtype
+from egpo_kernels.formulas.kept import Entries, Grouped
+from egpo_kernels.inputs.segments import segment_sum
+from egpo_kernels.portable.softmax import Sums, heats, read_off, slopes
+
+CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 4 << 20, 256 << 20
+"""Of gathered rows at a time."""
+
+
+def kept_statistics(
+    values: Tensor, entries: Entries, rows: Rows, temperature: float, want_entropy: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Log-prob, entropy, maximum, sum of exponentials ``[N]`` of the ``values [E]`` of kept tokens; for rows without a
+    record they may be anything.
+    """
+    heat, place = heats(rows, temperature), entries.row_places()
+    z = torch.where(entries.alive, values, -torch.inf)
+    maximum = torch.full_like(entries.mask, -torch.inf, dtype=z.dtype).scatter_reduce(0, place, z, "amax")
+    x, power = _exponentials(z, place, maximum, heat)
+    sums = Sums(maximum, segment_sum(power, entries.offsets), None)
+    if want_entropy:
+        # 0 * -inf would be NaN where a probability is 0.
+        weighted = torch.where(power == 0, 0.0, x * power)
+        sums = sums._replace(sum_x=segment_sum(weighted, entries.offsets))
+    log_probs, entropy = read_off(_first(values, entries), heat, sums)
+    return log_probs, entropy, maximum, sums.sum_exp
+
+
+def kept_gradient(
+    values: Tensor,
+    entries: Entries,
+    rows: Rows,
+    statistics: Sequence[Tensor | None],
+    upstream: list[Tensor | None],
+    temperature: float,
+) -> Tensor:
+    """Gradient by ``values [E]`` from ``statistics`` (maximum, sum of exponentials, entropy) and ``upstream`` (dL/dl,
+    dL/dEnt), ``[N]`` each; exactly 0 for what is not alive.
+    """
+    (grad_log_probs, grad_entropy), (maximum, sum_exp, entropy) = upstream, statistics
+    assert grad_log_probs is not None and maximum is not None and sum_exp is not None
+    heat, place = heats(rows, temperature), entries.row_places()
+    own = _first(values, entries)
+    slope = slopes(own, sum_exp, entropy, entries.mask, heat, grad_log_probs, grad_entropy)
+    x, power = _exponentials(torch.where(entries.alive, values, -torch.inf), place, maximum, heat)
+    gradient = power * slope.level[place]
+    if slope.tilt is not None:
+        gradient += torch.where(power == 0, 0.0, x * power) * slope.tilt[place]
+    first = entries.offsets[:-1]
+    gradient = gradient.index_copy(0, first, gradient[first] + slope.own)
+    return torch.where(entries.alive & slope.live[place], gradient, 0.0)
+
+
+def _first(values: Tensor, entries: Entries) -> Tensor:
+    """Those ``[N]`` of the rows' own tokens."""
+    return values[entries.offsets[:-1]]
+
+
+def _exponentials(z: Tensor, place: Tensor, maximum: Tensor, heat: Tensor | float) -> tuple[Tensor, Tensor]:
+    """``x = (z - max z) / temperature`` of entries, and ``e^x``."""
+    x = (z - maximum[place]) / (heat[place] if isinstance(heat, Tensor) else heat)
+    return x, x.exp()
+
+
+def gathered_products(left: Tensor, right: Tensor, entries: Entries) -> Tensor:
+    """Products ``[E]`` of entries' rows of ``left [N, H]`` and their tokens' rows of ``right [V, H]``, in the compute
+    dtype.
+    """
+    columns, place = entries.columns(right.shape[0]), entries.row_places()
+    dtype = compute_dtype(right.dtype)
+    made = left.new_empty(columns.shape[0], dtype=dtype)
+    size = _chunk_rows(right, dtype)
+    for part, row, column in zip(made.split(size), place.split(size), columns.split(size), strict=True):
+        torch.sum(left[row].to(dtype).mul_(right[column]), -1, out=part)
+    return made
+
+
+def add_gathered(values: Tensor, source: Tensor, index: Tensor, grouped: Grouped, out: Tensor) -> None:
+    """Add to each row of ``out [G, H]`` that has entries the rows ``index [E]`` of ``source``, times ``values [E]``.
+
+    A group's entries are added up in their order.
+    """
+    values, index, total = values[grouped.order].to(source.dtype), index[grouped.order], out.shape[0]
+    size = _chunk_rows(source, source.dtype) if out.is_cpu else max(total, 1)
+    bounds = [*grouped.offsets[::size].tolist(), int(grouped.offsets[-1])] if out.is_cpu else [0, index.shape[0]]
+    for number, first in enumerate(range(0, total, size)):
+        inside = slice(bounds[number], bounds[number + 1])
+        if inside.start == inside.stop:
+            continue
+        offsets = grouped.offsets[first : first + size + 1] - grouped.offsets[first]
+        sums = torch.nn.functional.embedding_bag(
+            index[inside], source, offsets, mode="sum", per_sample_weights=values[inside], include_last_offset=True
+        )
+        out[first : first + size] += sums
+
+
+def _chunk_rows(matrix: Tensor, dtype: torch.dtype) -> int:
+    most = CPU_CHUNK_BYTES if matrix.is_cpu else DEVICE_CHUNK_BYTES
+    return max(1, most // max(1, matrix.shape[1] * dtype.itemsize))
