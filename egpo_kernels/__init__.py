@@ -8,6 +8,7 @@ from egpo_kernels.config.results import GroupAdvantages, LossOutput, ResponseSpa
 from egpo_kernels.config.settings import AdvantageConfig, PolicyLossConfig, Recipe
 from egpo_kernels.engine import ops as ops  # registers the operators that the others call by name
 from egpo_kernels.formulas.metrics import combine_metrics
+from egpo_kernels.rollouts.kept import pack_support, support_from_lists, top_p_support
 from egpo_kernels.rollouts.rewards import informative_groups, soft_overlong_penalty
 from egpo_kernels.rollouts.sampling import off_policy_mask, rollout_weights
 from egpo_kernels.rollouts.spans import response_spans, top_entropy_mask
@@ -34,11 +35,14 @@ __all__ = [
     "logits_policy_loss",
     "next_token_targets",
     "off_policy_mask",
+    "pack_support",
     "policy_loss",
     "recipes",
     "response_spans",
     "rollout_weights",
     "soft_overlong_penalty",
+    "support_from_lists",
     "token_log_probs",
     "top_entropy_mask",
+    "top_p_support",
 ]
