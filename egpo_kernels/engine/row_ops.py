@@ -46,7 +46,9 @@ def sequence_offsets(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
 def support_offsets(offsets: Tensor, num_ids: int) -> Tensors2:
     """As `sequence_offsets`, of the offsets ``[N + 1]`` of what a sampler kept."""
     validation.check_support_offsets(offsets, num_ids)
-    return _mended(offsets, num_ids)
+    mended, sound = _mended(offsets, num_ids)
+    # Ids before the first row's are that row's: none lies outside all rows but behind the last.
+    return torch.nn.functional.pad(mended[1:], (1, 0)), sound
 
 
 def _mended(given: Tensor, most: int) -> Tensors2:

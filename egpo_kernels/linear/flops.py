@@ -1,7 +1,8 @@
 """What the operators multiply, for `torch.utils.flop_counter.FlopCounterMode`, which cannot look inside them.
 
 Chunks and a softcap change nothing. All rows count, or ``num_active`` where it is given: how many of them a mask leaves
-is not in its shape, and where the host knows it fewer rows are multiplied than are counted here.
+is not in its shape, and where the host knows it fewer rows are multiplied than are counted here. With what a sampler
+kept, each kept token of a row counts for one column, and ``num_active`` for the rows without a record.
 """
 
 import sys
@@ -11,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from egpo_kernels.engine.ops import NUM_FIELDS, NUM_GIVEN
 
 COUNTER = "torch.utils.flop_counter"
 
@@ -32,12 +35,28 @@ def _products(hidden: Shape, head: list[Shape | None], num_active: int | None, w
     return whole + 2 * rows * lora_a[0] * (width + vocab) * (1 + of_hidden + of_a + of_b)
 
 
+def _kept_products(hidden: Shape, head: list[Shape | None], support: list[Any], wanted: list[bool]) -> int:
+    """The same with kept columns alone; ``support`` are the shapes of ids and offsets, if there are any."""
+    if not support:
+        return 0
+    weight, _, lora_a, _ = head
+    assert weight is not None
+    rows, width = hidden[0] * hidden[1], weight[1]
+    entries = support[0][0] + rows
+    of_hidden, of_weight, _, of_a, of_b = wanted
+    whole = 2 * entries * width * (1 + of_hidden + of_weight)
+    if lora_a is None:
+        return whole
+    with_a, with_b = 1 + of_hidden + of_a, 1 + (of_hidden or of_a) + of_b
+    return whole + 2 * lora_a[0] * (rows * width * with_a + entries * with_b)
+
+
 def linear_row_statistics(
     hidden: Shape, head: Any, rows: Any, host_mask: Any, scalars: Any, num_active: int | None, *others: Any, **_: Any
 ) -> int:
     """Of log-probs, with the gradient of the hidden states where it is made at once."""
-    with_gradient = others[-2]
-    return _products(hidden, head, num_active, [with_gradient, False, False, False, False])
+    wanted = [others[-2], False, False, False, False]
+    return _products(hidden, head, num_active, wanted) + _kept_products(hidden, head, rows[NUM_FIELDS:], wanted)
 
 
 def linear_gradient(
@@ -45,13 +64,13 @@ def linear_gradient(
 ) -> int:
     """Of gradients with the logits made once more."""
     wanted = others[-2]
-    return _products(hidden, head, num_active, wanted)
+    return _products(hidden, head, num_active, wanted) + _kept_products(hidden, head, rows[NUM_FIELDS:], wanted)
 
 
-def linear_policy_loss(hidden: Shape, head: Any, *others: Any, **_: Any) -> int:
+def linear_policy_loss(hidden: Shape, head: Any, given: Any, *others: Any, **_: Any) -> int:
     """Of a loss with its gradients."""
     num_active, wanted = others[-8], others[-2]
-    return _products(hidden, head, num_active, wanted)
+    return _products(hidden, head, num_active, wanted) + _kept_products(hidden, head, given[NUM_GIVEN:], wanted)
 
 
 FORMULAS = {

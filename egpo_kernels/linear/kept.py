@@ -44,10 +44,12 @@ class KeptColumns:
         if self.head.softcap:
             slopes = torch.ops.aten.tanh_backward(slopes, self.logits)
         slopes = slopes * self.head.gain
-        of_inner = None if self.inner is None else self._inner_gradient(slopes)
+        wanted, of_inner = gradients.of_head.wanted, None
+        if self.inner is not None and (wanted.hidden or wanted.lora_a):
+            of_inner = self._inner_gradient(slopes)
         if gradients.hidden is not None:
             self._add_hidden(slopes, of_inner, gradients.hidden.flatten(0, 1))
-        if gradients.of_head.wanted.of_head:
+        if wanted.of_head:
             self._add_head(slopes, of_inner, gradients.of_head.started())
 
     def _inner_gradient(self, slopes: Tensor) -> Tensor:

@@ -22,13 +22,16 @@ from egpo_kernels.linear.head import Head
 
 
 class Linear(NamedTuple):
-    """Hidden states ``[B, T, H]``, the head, and what is known on the host of how many rows count."""
+    """Hidden states ``[B, T, H]``, the head, and what is known on the host: how many rows count, that none ``records``
+    what a sampler kept.
+    """
 
     hidden: Tensor
     head: Head
     host_mask: Tensor | None
     num_active: int | None
     max_chunk_bytes: int | None
+    records: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,9 +75,12 @@ class Linear(NamedTuple):
                 call.backend,
                 self.host_mask,
                 *rows,
-                *call.support,
+                *self._kept(call),
             )
         return TokenLogProbs(log_probs, entropy if want_entropy else None)
+
+    def _kept(self, call: calls.Call) -> tuple[Tensor, ...]:
+        return call.support if self.records else ()
 
     def loss(
         self,
@@ -100,7 +106,7 @@ class Linear(NamedTuple):
             call.backend,
             self.host_mask,
             *tensors,
-            *call.support,
+            *self._kept(call),
         )
 
 
@@ -158,8 +164,10 @@ def read_hidden(
 
 def _multiplied(source: Linear, call: calls.Call, recorded: Tensor | None) -> Linear:
     """The source with what the host knows of the rows that meet all of the output layer: those without a record."""
-    if recorded is None or torch.compiler.is_compiling():
+    if recorded is None or call.backend == "reference" or torch.compiler.is_compiling():
         return source
+    if not recorded.any():
+        return source._replace(records=False)
     mask, num_active = source.host_mask, source.num_active
     if recorded.device == call.layout.device:
         counted = call.given.counted(call.layout).reshape(-1)
