@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -13,10 +14,20 @@ from trl.models.utils import disable_gradient_checkpointing
 from egpo_kernels.api.groups import group_advantages
 from egpo_kernels.api.logits import policy_loss
 from egpo_kernels.config import recipes
+from egpo_kernels.config.results import SamplingSupport
 from egpo_kernels.config.settings import Recipe
 from egpo_kernels.formulas.metrics import combine_metrics
 from egpo_kernels.integrations.transformers import fuse_policy_loss
 from egpo_kernels.integrations.trl_options import adjusted, nearest_loss_type
+from egpo_kernels.integrations.trl_records import (
+    IDS,
+    RECORDS,
+    kept_metrics,
+    padded,
+    take_records,
+    truncating,
+    warn_of_truncation,
+)
 
 PAPER = {
     "title": "Know What You Know: Metacognitive Entropy Calibration for Verifiable RL Reasoning",
@@ -33,6 +44,10 @@ class EGPOTrainer(GRPOTrainer):
     one more forward. Losses of micro-batches are divided as in TRL. TRL's own code reports TRL's metrics; this
     library's are added under ``egpo/``. Log-probs come from the model's own forward (`fuse_policy_loss`) without whole
     logits; with images or an auxiliary loss, TRL computes them.
+
+    A ``rollout_func`` may return what its sampler kept (top-p, top-k, min-p) as ``sampling_mask_ids`` and
+    ``sampling_mask_offsets``, as `support_from_lists` takes them. All log-probs, those of the reference too, and
+    entropies are then over the kept sets.
 
     Args:
         *inputs: See `trl.GRPOTrainer`.
@@ -53,15 +68,37 @@ class EGPOTrainer(GRPOTrainer):
         ours = self.recipe.advantage.weight == "inverse_uncertainty" and self.recipe.advantage.statistic == "nll"
         self._name, self._paper = self.recipe.name, PAPER if ours else {}
         self._seen: dict[str, list[tuple[tuple[str, ...], Tensor]]] = {"train": [], "eval": []}
+        self._records: list[SamplingSupport] | None = None
+        self._truncating = truncating(self.args)
         self._fused = not (self._is_vlm or self.aux_loss_enabled)
+        self._fused_reference = False
         if self._fused:
-            fuse_policy_loss(self.model, logits_dtype=torch.float32 if self.args.cast_lm_head_to_fp32 else None)
+            self._fuse(self.model)
         loss = self.recipe.loss
         self.loss_type = nearest_loss_type(loss, self.args)
         self.importance_sampling_level = "token" if loss.ratio == "token" else "sequence"
         self.epsilon_low, self.epsilon_high = loss.clip_low, loss.clip_high
         if loss.surrogate == "cispo":
             self.epsilon_high = 1 + loss.clip_high if loss.ratio_cap is None else loss.ratio_cap
+
+    def _fuse(self, model: Any) -> None:
+        fuse_policy_loss(model, logits_dtype=torch.float32 if self.args.cast_lm_head_to_fp32 else None)
+
+    def _generate(self, prompts: Any) -> Any:
+        output = super()._generate(prompts)
+        _, completions, _, _, _, fields, *_ = output
+        self._records = take_records(fields, completions)
+        if self._records is None:
+            if self._truncating and self.accelerator.is_main_process:
+                warn_of_truncation(self._truncating)
+            self._truncating = {}  # once
+        elif not self._fused:
+            raise ValueError(
+                f"rollout_func returned {IDS} for a model with images or an auxiliary loss, whose log-probs TRL "
+                "computes over the whole vocabulary; it must return none there: sample with top_p=1, without top_k "
+                "and min_p"
+            )
+        return output
 
     def _calculate_rewards(self, *inputs: Any) -> Tensor:
         found = super()._calculate_rewards(*inputs)
@@ -72,6 +109,8 @@ class EGPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         config, mask, entropy = self.recipe.advantage, _mask(output), None
+        if self._records is not None:
+            output[RECORDS], self._records = self._records, None
         old = output.get("old_per_token_logps", output.get("sampling_per_token_logps"))
         if config.weight != "none" and (old is None or config.statistic == "shannon"):
             wanted, rows = config.statistic == "shannon", self.args.per_device_train_batch_size
@@ -87,6 +126,8 @@ class EGPOTrainer(GRPOTrainer):
         mode, size = self._mode_and_size()
         found = group_advantages(size, self._rewards, config=config, group_size=size, **whole)
         self._seen[mode].append((tuple(found.metrics), torch.stack([*found.metrics.values()])[None]))
+        if RECORDS in output:
+            self._see(mode, kept_metrics(output[RECORDS], output["completion_ids"], mask))
         logged = self._logs["advantages"]
         for _ in range(min(len(logged), len(found.advantages))):
             logged.pop()
@@ -100,13 +141,18 @@ class EGPOTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         if isinstance(model, tuple):  # found already: see _compute_loss
             return model
-        if not self._fused or model is self.ref_model:
+        records = named.pop(RECORDS, self._records)
+        if not self._fused or (model is self.ref_model and records is None):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **named
             )
+        if model is self.ref_model and not self._fused_reference:
+            self._fuse(self.accelerator.unwrap_model(model))
+            self._fused_reference = True
         parts = []
         size = batch_size or len(input_ids)
-        for ids, attended in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+        for first in range(0, len(input_ids), size):
+            ids, attended = input_ids[first : first + size], attention_mask[first : first + size]
             tokens, mask = ids[:, -logits_to_keep:], attended[:, -logits_to_keep:]
             policy = {
                 "tokens": tokens,
@@ -114,6 +160,8 @@ class EGPOTrainer(GRPOTrainer):
                 "temperature": self.temperature,
                 "return_entropy": compute_entropy,
             }
+            if records is not None:
+                policy["support"] = padded(records[first : first + size], logits_to_keep)
             scored = slice(-logits_to_keep - 1, -1)
             with self.accelerator.autocast():
                 # FSDP2's mixed precision leaves a mapping proxy alone.
@@ -127,7 +175,7 @@ class EGPOTrainer(GRPOTrainer):
         self, model: Any, inputs: dict[str, Any], entropy: bool = True, batch_size: int | None = None, **named: Any
     ) -> Any:
         ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
-        named |= {name: inputs[name] for name in FORWARD if name in inputs}  # images
+        named |= {name: inputs[name] for name in (*FORWARD, RECORDS) if name in inputs}  # images, kept sets
         width = inputs["completion_ids"].shape[1]
         return self._get_per_token_logps_and_entropies(model, ids, mask, width, batch_size, entropy, **named)
 
@@ -167,7 +215,7 @@ class EGPOTrainer(GRPOTrainer):
         )
         # TRL logs the loss; its parts would be those of a process, and add up over steps.
         seen = {key: value for key, value in seen.items() if not key.startswith("policy/loss/")}
-        self._seen[mode].append((tuple(seen), self.accelerator.gather(torch.stack([*seen.values()])[None])))
+        self._see(mode, seen)
         if self._entropy_bonus_enabled:
             loss = loss - entropy_coef * (entropy * kept).sum() / kept.sum().clamp(min=1) / steps
         if self.aux_loss_enabled:
@@ -182,6 +230,10 @@ class EGPOTrainer(GRPOTrainer):
         for key, value in combine_metrics(parts).items():
             self._metrics[mode][key if key.startswith("egpo/") else f"egpo/{key}"] = [value.item()]
         super().log(logs, start_time)
+
+    def _see(self, mode: str, metrics: Mapping[str, Tensor]) -> None:
+        """Keep a process's own metrics for the log."""
+        self._seen[mode].append((tuple(metrics), self.accelerator.gather(torch.stack([*metrics.values()])[None])))
 
     def _mode_and_size(self) -> tuple[str, int]:
         """Whether it trains, and the members of a group then."""

@@ -9,7 +9,7 @@ import trl.trainer.grpo_trainer
 
 from egpo_kernels.integrations.trl import EGPOTrainer
 from tests.integrations.ranks import RANKS, announce, free_port, leave
-from tests.integrations.trl_runs import rollout, run, steps
+from tests.integrations.trl_runs import rollout, rollout_with_sets, run, steps
 from tests.support.accuracy import assert_rounding
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -22,6 +22,7 @@ WAYS = {
     "whitened": {"recipe": "reinforce_pp_baseline"},
     "iterations": {"num_iterations": 2},
     "sampler's log-probs": {"rollout_func": rollout},
+    "kept sets": {"rollout_func": rollout_with_sets, "num_iterations": 2},
 }
 TWELVE = {"per_device_train_batch_size": 12}
 # Groups of four: a micro-batch of two or of six rows cuts through them.
@@ -41,8 +42,11 @@ def in_order(rows):
     """In place of TRL's shuffling of a generation batch."""
 
     def ordered(batch):
-        chosen = {name: rows if value.dim() else ... for name, value in batch.items()}
-        return {name: value[chosen[name]] for name, value in batch.items()}
+        places = range(len(batch["advantages"])) if rows is ... else rows
+        return {
+            name: [value[place] for place in places] if isinstance(value, list) else value[rows if value.dim() else ...]
+            for name, value in batch.items()
+        }
 
     return ordered
 
@@ -75,7 +79,12 @@ def test_several_steps_a_generation(tmp_path, monkeypatch):
     assert_same_updates(pairs.weights, whole.weights)
 
 
-SPREAD = [WAYS["the method"], WAYS["mean of sequences"], {"num_iterations": 2, "steps_per_generation": 2}]
+SPREAD = [
+    WAYS["the method"],
+    WAYS["mean of sequences"],
+    {"num_iterations": 2, "steps_per_generation": 2},
+    {"rollout_func": rollout_with_sets, "steps_per_generation": 2},
+]
 
 
 def process(rank, port, folder):

@@ -69,6 +69,25 @@ def rollout_of_ids(prompts: list[str], trainer: Any) -> dict[str, list]:
     return {**rollout(prompts, trainer), "logprobs": None}
 
 
+def rollout_with_sets(prompts: list[str], trainer: Any) -> dict[str, list]:
+    """The same of a sampler that says what it kept: up to nine tokens with each, singletons too; of some nothing."""
+    output = rollout_of_ids(prompts, trainer)
+    completions, count = output["completion_ids"], len(prompts)
+    size, first = count * trainer.accelerator.num_processes, trainer.accelerator.process_index * count
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(-1, 10, (size, 8), generator=generator).clamp(min=0)
+    near = torch.rand(size, 8, VOCAB, generator=generator).argsort(-1)
+    ids, offsets = [], []
+    for row, tokens in enumerate(completions, first):
+        sets = [
+            sorted({token, *near[row, place, : sizes[row, place] - 1].tolist()}) if sizes[row, place] else []
+            for place, token in enumerate(tokens)
+        ]
+        ids.append(None if row % 5 == 4 else list(itertools.chain(*sets)))
+        offsets.append(None if row % 5 == 4 else [0, *itertools.accumulate(map(len, sets))])
+    return {**output, "sampling_mask_ids": ids, "sampling_mask_offsets": offsets}
+
+
 def rollout_with_tools(prompts: list[str], trainer: Any) -> dict[str, list]:
     """The same of an environment that writes some of the words."""
     output = rollout(prompts, trainer)
