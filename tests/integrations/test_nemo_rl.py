@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import pad
 
 from egpo_kernels import group_advantages, recipes
+from tests.integrations.kept_sets import assert_over, sets_with
 from tests.integrations.stand_ins import stand_in
 from tests.parity.batch import assert_same, differentiated, make_batch, ours
 from tests.support.accuracy import assert_rounding
@@ -25,7 +26,7 @@ DATA = {
 def page(monkeypatch):
     names = {
         "LossType": SimpleNamespace(TOKEN_LEVEL="token_level"),
-        "LossInputType": SimpleNamespace(LOGPROB="logprob"),
+        "LossInputType": SimpleNamespace(LOGPROB="logprob", LOGIT="logit"),
     }
     stand_in(monkeypatch, "nemo_rl.algorithms.loss.interfaces", **names)
     return run("docs/nemo_rl.md")
@@ -101,3 +102,39 @@ def test_a_sample_that_is_not_valid_stays_out_of_its_group(page):
     expected = group_advantages(*(each[kept] for each in given)).advantages
     assert_rounding(found[kept], expected[:, None] * mask[kept])
     assert found[1].abs().sum() == 0
+
+
+LOGITS = 2 * torch.randn(8, 25, 23, generator=torch.Generator().manual_seed(0))
+IDS = LOGITS.argsort(dim=-1, descending=True, stable=True)[..., 1].roll(1, 1)  # the second of the row before
+
+
+def nucleus(logits, top_p):
+    """The fewest that hold so much, in float64."""
+    shares, ids = logits.double().softmax(-1).sort(descending=True)
+    return [row[: int((ends < top_p).sum()) + 1].tolist() for row, ends in zip(ids, shares.cumsum(-1), strict=True)]
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_log_probs_of_logits_are_over_kept_sets(page, recorded):
+    scored = BATCH.mask.flatten()
+    rows, tokens = LOGITS[:, :-1].flatten(0, 1)[scored], IDS[:, 1:].flatten()[scored]
+    data = DATA | {"input_ids": IDS}
+    sets = [sorted({*kept, token}) for kept, token in zip(nucleus(rows, 0.8), tokens.tolist(), strict=True)]
+    if recorded:
+        sets = sets_with(tokens.tolist(), 23)
+        sets[5] = []  # a size of 0
+        sizes, ids = torch.zeros(8, 25, dtype=torch.int32), torch.zeros(8, 25, 5, dtype=torch.int32)
+        for place, kept in zip(pad(BATCH.mask, (1, 0)).nonzero().tolist(), sets, strict=True):
+            sizes[tuple(place)] = len(kept)
+            ids[tuple(place)][: len(kept)] = torch.tensor(kept, dtype=torch.int32)
+        data |= {"sampling_mask_token_ids": ids, "sampling_mask_sizes": sizes}
+    found = page["replayed_log_probs"](LOGITS, data, top_p=0.8)
+    assert_over(found.flatten()[scored], rows, tokens, sets)
+
+
+def test_the_loss_of_logits_is_the_loss_of_their_log_probs(page):
+    data, counts = DATA | {"input_ids": IDS}, (torch.tensor(8.0), BATCH.mask.sum())
+    loss = page["ReplayingLoss"]()
+    assert (loss.input_type, page["EGPOLoss"].input_type) == ("logit", "logprob")
+    log_probs = page["replayed_log_probs"](LOGITS, data, top_p=0.95)
+    assert_rounding(loss(LOGITS, data, *counts)[0], page["EGPOLoss"]()(log_probs, data, *counts)[0])

@@ -15,6 +15,9 @@ pytest.importorskip("openrlhf", reason="openrlhf is not installed (make parity i
 
 from egpo_kernels import PolicyLossConfig, group_advantages, recipes
 from egpo_kernels.integrations.openrlhf import actor_policy_loss, rollout_advantages
+from egpo_kernels.integrations.transformers import fuse_policy_loss
+from tests.integrations.kept_sets import assert_over, joined, sets_with
+from tests.integrations.models import VOCAB, make_model
 from tests.parity.batch import Answer, assert_same, differentiated, make_batch, ours
 from tests.support.accuracy import assert_bits, assert_rounding
 from tests.support.page import run
@@ -174,3 +177,22 @@ def test_a_prompt_has_all_its_samples():
     )
     with pytest.raises(ValueError, match="group_size"):
         rollout_advantages([lonely], 4)
+
+
+def test_a_fused_model_gives_log_probs_over_the_record(stack):
+    model, generator = make_model(), torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCAB, (3, 9), generator=generator)
+    attention = (torch.arange(9) < torch.tensor([9, 7, 9])[:, None]).long()
+    logits = model(ids, attention_mask=attention).logits.detach()[:, :-1] / 0.9
+    actions = attention[:, 1:].bool() & (torch.arange(8) >= torch.tensor([3, 2, 5])[:, None])
+    # What was sampled, and in the first sample two tokens that an environment wrote.
+    actions[0, 5:7] = False
+    sets = [
+        sets_with(row[first + 1 : last].tolist(), VOCAB)
+        for row, first, last in zip(ids, (3, 2, 5), (9, 7, 9), strict=True)
+    ]
+    sets[0][2:4] = [], []
+    given = ids, attention, actions, sets, 0.9
+    found = run("docs/openrlhf.md")["replayed_log_probs"](fuse_policy_loss(model), *given).detach()
+    kept = [each for each in joined(sets) if each]
+    assert_over(found[actions], logits[actions], ids[:, 1:][actions], kept)

@@ -20,6 +20,9 @@ from skyrl.backends.skyrl_train.utils import ppo_utils
 from skyrl.train.config import AlgorithmConfig
 
 from egpo_kernels import PolicyLossConfig, group_advantages, policy_loss, recipes
+from egpo_kernels.integrations.transformers import fuse_policy_loss
+from tests.integrations.kept_sets import assert_over, joined, sets_with
+from tests.integrations.models import VOCAB, make_model
 from tests.parity.batch import assert_same, differentiated, make_batch, ours
 from tests.support.accuracy import assert_bits, assert_rounding
 from tests.support.page import run
@@ -124,3 +127,18 @@ def test_the_trainer_gives_groups_their_advantages(page):
     expected = group_advantages(groups, rewards.sum(-1), BATCH.old_log_probs, mask).advantages
     assert_rounding(found[:8], expected[:, None] * response)
     assert found[:8].abs().sum() > 0 and found[8:].abs().sum() == 0
+
+
+def test_a_fused_model_gives_log_probs_over_the_record(page):
+    model, generator = make_model(), torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCAB, (3, 9), generator=generator)
+    attention = (torch.arange(9) < torch.tensor([9, 7, 9])[:, None]).long()
+    logits = model(ids, attention_mask=attention).logits.detach()[:, 3:-1] / 0.9
+    sets = [sets_with(row.tolist(), VOCAB) for row in ids[:, 4:]]
+    sets[1], sets[2] = sets[1][:3], [[]] * 5  # as long as its response; not recorded
+    width = max(len(each) for row in sets for each in row)
+    supports = [torch.tensor([each + [-1] * (width - len(each)) for each in row]) for row in sets]
+    given = ids, attention, 5, supports, 0.9
+    found = page["replayed_log_probs"](fuse_policy_loss(model), *given).detach()
+    scored = attention[:, 4:].bool()
+    assert_over(found[scored], logits[scored], ids[:, 4:][scored], joined(sets))

@@ -7,6 +7,7 @@ import torch
 
 from egpo_kernels import PolicyLossConfig, group_advantages, policy_loss, recipes
 from egpo_kernels.integrations.slime import samples_advantages, samples_policy_loss
+from tests.integrations.kept_sets import assert_over, joined, sets_with
 from tests.integrations.stand_ins import stand_in
 from tests.parity.batch import assert_same, differentiated, make_batch, ours
 from tests.support.accuracy import assert_bits, assert_rounding
@@ -113,14 +114,23 @@ def samples(lonely=False):
     ]
 
 
-def test_the_page_puts_both_halves_in(monkeypatch):
-    def get_log_probs_and_entropy(logits, *, args, unconcat_tokens, total_lengths, response_lengths, with_entropy):
+@pytest.fixture
+def page(monkeypatch):
+    def get_log_probs_and_entropy(
+        logits, *, args, unconcat_tokens, total_lengths, response_lengths, with_entropy, top_p_token_ids=None
+    ):
+        assert (top_p_token_ids is None) == (args.rollout_top_p == 1)
         return None, {"log_probs": list(logits.split(response_lengths))}
 
-    name = "slime.backends.megatron_utils.loss"
-    stand_in(monkeypatch, name, get_log_probs_and_entropy=get_log_probs_and_entropy)
-    page = run("docs/slime.md")
+    def get_rollout_top_p_logprob_kwargs(args, batch):
+        return {} if args.rollout_top_p == 1 else {"top_p_token_ids": batch["rollout_top_p_token_ids"]}
 
+    theirs = get_log_probs_and_entropy, get_rollout_top_p_logprob_kwargs
+    stand_in(monkeypatch, "slime.backends.megatron_utils.loss", **{each.__name__: each for each in theirs})
+    return run("docs/slime.md")
+
+
+def test_the_page_puts_both_halves_in(page):
     raw, found = page["post_process"](None, samples())
     assert raw == [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
     expected = group_advantages(torch.arange(8) // 4, torch.tensor(raw), SAMPLER, BATCH.mask).advantages
@@ -128,12 +138,13 @@ def test_the_page_puts_both_halves_in(monkeypatch):
 
     batch, flat = micro_batch(), torch.cat(lists(BATCH.log_probs))
     for use_rollout_logprobs, name in ((False, "log_probs"), (True, "rollout_log_probs")):
-        args = SimpleNamespace(use_rollout_logprobs=use_rollout_logprobs)
+        args = SimpleNamespace(use_rollout_logprobs=use_rollout_logprobs, rollout_top_p=1)
         loss, _ = page["egpo_loss"](args, batch, flat, reducer(batch))
         direct, _ = samples_policy_loss(lists(BATCH.log_probs), batch[name], batch, reducer(batch))
         assert_bits(loss, direct, name)
     del batch["log_probs"]
-    loss, _ = page["egpo_loss"](SimpleNamespace(use_rollout_logprobs=False), batch, flat, reducer(batch))
+    args = SimpleNamespace(use_rollout_logprobs=False, rollout_top_p=0.95)
+    loss, _ = page["egpo_loss"](args, batch | {"rollout_top_p_token_ids": []}, flat, reducer(batch))
     config = recipes.GRPO.loss
     direct = policy_loss(BATCH.log_probs, None, BATCH.advantages, BATCH.mask, config=config).loss
     assert_rounding(loss, direct * len(LENGTHS))
@@ -152,3 +163,22 @@ def test_samples_without_a_group_are_refused():
     given[2].group_index = None
     with pytest.raises(ValueError, match=r"samples\[2\]\.group_index is None; it must be the number of its prompt"):
         samples_advantages(given, [0.0] * 8)
+
+
+def test_log_probs_of_whole_logits_are_over_the_sets_of_the_record(page):
+    """Three samples, one behind another, of which one was not recorded; slime pads what it packs."""
+    generator = torch.Generator().manual_seed(0)
+    total, response = [6, 4, 9], [3, 2, 6]
+    tokens = [torch.randint(29, (each,), generator=generator) for each in total]
+    logits = torch.randn(1, 24, 29, generator=generator)
+    sets = [sets_with(each[-count:].tolist(), 29) for each, count in zip(tokens, response, strict=True)]
+    sets[1] = [[], []]
+    batch = {"total_lengths": total, "response_lengths": response, "unconcat_tokens": tokens}
+    batch["rollout_top_p_token_ids"] = [torch.tensor(joined(each), dtype=torch.int32) for each in sets]
+    counts = [torch.tensor([0, *map(len, each)]).cumsum(0).int() for each in sets]
+    batch["rollout_top_p_token_offsets"] = counts
+    found = page["replayed_log_probs"](SimpleNamespace(rollout_temperature=0.8), batch, logits)
+    assert [len(each) for each in found] == response
+    rows = torch.cat([torch.arange(3, 6), torch.arange(8, 10), torch.arange(13, 19)]) - 1
+    sampled = torch.cat([each[-count:] for each, count in zip(tokens, response, strict=True)])
+    assert_over(torch.cat(found), logits[0, rows] / 0.8, sampled, joined(sets))

@@ -21,7 +21,7 @@ STACKS = (
     Stack(
         "TRL", "trl", "1.16.0",
         "whole runs, compared with stock `GRPOTrainer` step by step: every loss type, options, LoRA, two processes",
-        ("trl.py", "trl_options.py"),
+        ("trl.py", "trl_options.py", "trl_records.py"),
     ),
     Stack(
         "verl", "verl", "0.9.1",
