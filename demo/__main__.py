@@ -1,9 +1,11 @@
 """The demo's command line: `python -m demo --recipe egpo --steps 12 --seed 0 --out demo-out`."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
+from demo.settings import Settings
 from egpo_kernels import recipes
 
 DEFAULT_STEPS = 12
@@ -12,12 +14,17 @@ INTERRUPTED = 130
 
 def main() -> int:
     """Runs the demo; returns the exit code, 130 after Ctrl-C."""
-    settings = _parser().parse_args()
+    parser = _parser()
+    given = parser.parse_args()
+    if given.no_replay and given.top_p == 1:
+        parser.error("no-replay is given with top-p 1, where nothing is kept to replay; top-p must be below 1 with it")
+    replay = given.top_p < 1 and not given.no_replay
+    settings = Settings(given.recipe, given.steps, given.seed, given.fused_linear, given.top_p, replay)
     try:
         # transformers takes seconds to import, and a wrong argument should be answered at once.
         from demo.run import run
 
-        finished = run(settings.recipe, settings.steps, settings.seed, settings.out, settings.fused_linear)
+        finished = run(settings, given.out)
     except KeyboardInterrupt:
         print("Stopped before the first step: nothing to report.", file=sys.stderr)
         finished = False
@@ -36,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=_folder, default="demo-out", help="folder for log, rollouts and pictures")
     parser.add_argument(
         "--fused-linear", action="store_true", help="train without whole logits, from hidden states and output layer"
+    )
+    parser.add_argument(
+        "--top-p", type=_top_p, default=1.0, help="sample from the fewest tokens that hold this probability"
+    )
+    parser.add_argument(
+        "--no-replay", action="store_true", help="train over the whole vocabulary, not over what top-p kept"
     )
     return parser
 
@@ -57,6 +70,16 @@ def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"seed is {text!r}; it must be a whole number, 0 or more")
     return int(text)
+
+
+def _top_p(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"top-p is {text!r}; it must be a number above 0 and at most 1")
+    return value
 
 
 def _folder(text: str) -> Path:

@@ -12,7 +12,7 @@ from demo.history import FILES
 
 HEADER = (
     "                             groups: all          uncertainty       weight      sum of\n"
-    "step  reward     loss   grad  mixed wrong right   right wrong    min mean  max   adv.  seconds"
+    "step  reward     loss   grad  mixed wrong right   right wrong    min mean  max   adv.    drift  seconds"
 )
 
 
@@ -49,7 +49,8 @@ class Console:
         weight = "".join(_number(metrics[f"egpo/weight/{kind}"], 5, 2) for kind in ("min", "mean", "max"))
         self._print(
             f"{record['step']:4d}  {record['reward']:6.3f}  {record['loss']:+7.4f}  {record['grad_norm']:5.2f} "
-            f"{groups}  {doubt}  {weight}  {metrics['egpo/advantage/sum']:+5.1f}  {record['seconds']:7.1f}"
+            f"{groups}  {doubt}  {weight}  {metrics['egpo/advantage/sum']:+5.1f}  "
+            f"{record['drift']:7.1e}  {record['seconds']:7.1f}"
         )
         self._progress.advance(self._task)
 

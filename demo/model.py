@@ -41,7 +41,8 @@ class Answers:
 
     The mask counts every sampled token up to and including the one that ended the answer; `ended` is False where an
     answer was cut off instead. Log-probs and entropies are those of the distribution sampled from, so they are
-    tempered by the sampling temperature.
+    tempered by the sampling temperature, and over the kept tokens where it was truncated. Then `kept` has a list of
+    kept ids for every token that counts, as inference engines return them; it is None where nothing was truncated.
     """
 
     tokens: torch.Tensor
@@ -50,6 +51,13 @@ class Answers:
     entropies: torch.Tensor
     ended: torch.Tensor
     texts: list[str]
+    kept: list[list[list[int]]] | None
+
+    def support(self, rows: slice) -> egpo_kernels.SamplingSupport | None:
+        """What was kept for the tokens of some of the answers, padded to T; None where nothing was truncated."""
+        if self.kept is None:
+            return None
+        return egpo_kernels.support_from_lists(self.kept[rows], length=self.tokens.shape[1])
 
 
 class LanguageModel:
@@ -91,25 +99,46 @@ class LanguageModel:
 
     def loss(self, prompts: Prompts, tokens: torch.Tensor, **options: Any) -> egpo_kernels.LossOutput:
         """`logits_policy_loss` of answers, tokens int64 [S, T], with its further arguments by name."""
+        return self._score(egpo_kernels.logits_policy_loss, prompts, tokens, options)
+
+    @torch.no_grad()
+    def log_probs(self, prompts: Prompts, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Log-probs [S, T] of the same answers by the same forward, as the loss takes them."""
+        return self._score(egpo_kernels.token_log_probs, prompts, tokens, options).log_probs
+
+    def _score(self, function, prompts: Prompts, tokens: torch.Tensor, options: dict[str, Any]) -> Any:
+        """A function of logits and tokens with further arguments; a fused model tells by their names which it is."""
         group_size = tokens.shape[0] // prompts.ids.shape[0]
         cache = self._prefill(prompts, group_size)
         last = prompts.ids[:, -1:].repeat_interleave(group_size, dim=0)
         ids = torch.cat([last, tokens[:, :-1]], dim=1)
         if self.fused_linear:
             return self._extend(ids, cache, prompts, group_size, policy={"tokens": tokens, **options})
-        return egpo_kernels.logits_policy_loss(self._extend(ids, cache, prompts, group_size).logits, tokens, **options)
+        return function(self._extend(ids, cache, prompts, group_size).logits, tokens, **options)
 
     @torch.no_grad()
-    def sample(self, prompts: Prompts, group_size: int, temperature: float, generator: torch.Generator) -> Answers:
-        """Draws `group_size` answers to each prompt at `temperature`."""
+    def sample(
+        self, prompts: Prompts, group_size: int, temperature: float, top_p: float, generator: torch.Generator
+    ) -> Answers:
+        """Draws `group_size` answers to each prompt at `temperature`, from the fewest tokens that hold `top_p`."""
+        steps = []
 
         def draw(logits):
+            if top_p < 1:
+                logits, kept = _truncated(logits, temperature, top_p)
+                steps.append(kept)
             return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
 
         tokens, mask, logits = self._decode(prompts, group_size, draw)
-        scored = egpo_kernels.token_log_probs(logits, tokens, mask=mask, temperature=temperature, return_entropy=True)
+        lengths = mask.sum(dim=1).tolist()
+        # Steps hold a token of every answer; a record holds the tokens of one, up to the one that ended it.
+        kept = [list(own[:n]) for own, n in zip(zip(*steps, strict=True), lengths, strict=True)] if steps else None
+        support = egpo_kernels.support_from_lists(kept, length=tokens.shape[1]) if kept else None
+        scored = egpo_kernels.token_log_probs(
+            logits, tokens, mask=mask, temperature=temperature, support=support, return_entropy=True
+        )
         ended = (mask & torch.isin(tokens, self.stop_ids)).any(dim=1)
-        return Answers(tokens, mask, scored.log_probs, scored.entropy, ended, self._texts(tokens, mask))
+        return Answers(tokens, mask, scored.log_probs, scored.entropy, ended, self._texts(tokens, mask), kept)
 
     @torch.no_grad()
     def greedy(self, prompts: Prompts) -> list[str]:
@@ -166,3 +195,13 @@ class LanguageModel:
             self.tokenizer.decode(row[keep], clean_up_tokenization_spaces=False)
             for row, keep in zip(tokens, kept, strict=True)
         ]
+
+
+def _truncated(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.Tensor, list[list[int]]]:
+    """Logits [S, V] with -inf outside the fewest tokens that hold `top_p`, and the ids of these; none where all are."""
+    support = egpo_kernels.top_p_support(logits, top_p=top_p, temperature=temperature)
+    counts = support.offsets.diff()
+    outside = (counts > 0)[:, None].repeat(1, logits.shape[1])
+    outside[torch.arange(len(counts)).repeat_interleave(counts), support.ids] = False
+    kept = [ids.tolist() for ids in support.ids.split(counts.tolist())]
+    return logits.masked_fill(outside, -torch.inf), kept

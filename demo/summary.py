@@ -5,6 +5,7 @@ from pathlib import Path
 
 from demo.history import History
 from demo.rollouts import Rollouts, auc_inside
+from demo.settings import Settings
 from egpo_kernels import diagnostics
 
 LIMITS = (
@@ -18,7 +19,9 @@ SPANS = (
 )
 
 
-def summary_rows(history: History, answers: Rollouts, seconds: float, peak_gb: float) -> list[tuple[str, str]]:
+def summary_rows(
+    settings: Settings, history: History, answers: Rollouts, seconds: float, peak_gb: float
+) -> list[tuple[str, str]]:
     """Name and value of each row, as text."""
     return [
         *_reward_rows(history),
@@ -26,6 +29,10 @@ def summary_rows(history: History, answers: Rollouts, seconds: float, peak_gb: f
         ("answers without a closing think tag", _untagged(history)),
         *_prediction_rows(answers),
         *_gradient_rows(history),
+        ("sampled from", settings.sampled_from),
+        *_kept_rows(history),
+        ("drift from the sampler, step 1", f"{history.steps[0]['drift']:.1e} nats/token"),
+        ("time of a step", f"{sum(record['seconds'] for record in history.steps) / len(history.steps):.1f} s"),
         ("time, loading included", f"{seconds:.0f} s"),
         ("peak memory", f"{peak_gb:.1f} GB"),
     ]
@@ -75,6 +82,17 @@ def _gradient_rows(history: History) -> list[tuple[str, str]]:
     return [
         ("groups: mixed, all wrong, all correct", counts),
         *((f"answers with a gradient under {name}", f"{share:.0%}") for name, share in shares.items()),
+    ]
+
+
+def _kept_rows(history: History) -> list[tuple[str, str]]:
+    """What sampled tokens were chosen from; nothing where that was the whole vocabulary."""
+    sizes = [len(ids) for record in history.rollouts for ids in record.get("kept", ()) if ids]
+    if not sizes:
+        return []
+    return [
+        ("tokens kept, mean", f"{sum(sizes) / len(sizes):.1f}"),
+        ("sampled tokens kept alone", f"{sizes.count(1) / len(sizes):.0%}"),
     ]
 
 

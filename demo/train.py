@@ -10,6 +10,7 @@ import torch
 
 import egpo_kernels
 from demo.model import Answers, LanguageModel, Prompts
+from demo.settings import Settings
 from demo.tasks import TASKS, Problem, ProblemSet, extract_answer
 from egpo_kernels import recipes
 
@@ -32,11 +33,11 @@ class StepResult:
 class Trainer:
     """The policy, its optimizer and the stream of problems."""
 
-    def __init__(self, policy: LanguageModel, problems: ProblemSet, recipe: recipes.Recipe, seed: int):
+    def __init__(self, policy: LanguageModel, problems: ProblemSet, settings: Settings):
         self.policy = policy
         self.problems = problems
-        self.recipe = recipe
-        self.generator = torch.Generator().manual_seed(seed)
+        self.settings = settings
+        self.generator = torch.Generator().manual_seed(settings.seed)
         self.optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LEARNING_RATE)
 
     def step(self, number: int) -> StepResult:
@@ -44,11 +45,11 @@ class Trainer:
         start = time.perf_counter()
         problems = self.problems.next_batch()
         prompts = self.policy.encode([problem.prompt for problem in problems])
-        answers = self.policy.sample(prompts, GROUP_SIZE, TEMPERATURE, self.generator)
+        answers = self.policy.sample(prompts, GROUP_SIZE, TEMPERATURE, self.settings.top_p, self.generator)
         asked = [problem for problem in problems for _ in range(GROUP_SIZE)]
         rewards = torch.tensor([problem.reward(text) for problem, text in zip(asked, answers.texts, strict=True)])
-        group = self._advantages(self.recipe, rewards, answers)
-        loss, policy_metrics = self._backward(prompts, answers, group.advantages)
+        group = self._advantages(self.settings.recipe, rewards, answers)
+        loss, drift, policy_metrics = self._backward(prompts, answers, group.advantages)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -57,6 +58,7 @@ class Trainer:
             "step": number,
             "reward": rewards.mean().item(),
             "loss": loss,
+            "drift": drift,
             "grad_norm": grad_norm.item(),
             "share_with_gradient": {
                 recipe.name: (self._advantages(recipe, rewards, answers).advantages != 0).float().mean().item()
@@ -96,31 +98,40 @@ class Trainer:
             config=recipe.advantage,
         )
 
-    def _backward(self, prompts: Prompts, answers: Answers, advantages: torch.Tensor) -> tuple[float, dict]:
-        """Accumulates the gradient micro-batch by micro-batch; returns the batch's loss and merged metrics."""
-        loss, metrics = 0.0, []
+    def _backward(self, prompts: Prompts, answers: Answers, advantages: torch.Tensor) -> tuple[float, float, dict]:
+        """Accumulates the gradient micro-batch by micro-batch; returns the batch's loss, drift and merged metrics.
+
+        Drift is the mean of |log ratio|: the loss's log-probs of the sampled tokens against the sampler's own.
+        """
+        loss, drift, metrics = 0.0, 0.0, []
         for first in range(0, prompts.ids.shape[0], MICRO_BATCH_PROMPTS):
             last = first + MICRO_BATCH_PROMPTS
             rows = slice(first * GROUP_SIZE, last * GROUP_SIZE)
+            asked, tokens, mask = prompts.select(first, last), answers.tokens[rows], answers.mask[rows]
+            given = {"mask": mask, "temperature": TEMPERATURE}
+            given["support"] = answers.support(rows) if self.settings.replay else None
+            log_ratio = self.policy.log_probs(asked, tokens, **given) - answers.log_probs[rows]
+            drift += (log_ratio[mask].abs().sum() / answers.mask.sum()).item()
             # One optimizer step a batch: the policy that sampled is the one trained, so there are no old log-probs.
+            # Only after truncated sampling: the ratio to the sampler's is 1 there if what was kept is replayed.
             output = self.policy.loss(
-                prompts.select(first, last),
-                answers.tokens[rows],
+                asked,
+                tokens,
                 advantages=advantages[rows],
-                mask=answers.mask[rows],
-                temperature=TEMPERATURE,
-                config=self.recipe.loss,
+                old_log_probs=None if answers.kept is None else answers.log_probs[rows],
+                config=self.settings.recipe.loss,
                 num_tokens=answers.mask.sum(),
                 num_sequences=len(answers.texts),
+                **given,
             )
             output.loss.backward()
             loss += output.loss.item()
             metrics.append(output.metrics)
-        return loss, egpo_kernels.combine_metrics(metrics)
+        return loss, drift, egpo_kernels.combine_metrics(metrics)
 
 
 def _rollouts(number: int, asked: list[Problem], answers: Answers, rewards: torch.Tensor, group) -> list[dict]:
-    """One record an answer, with its tokens that count, their log-probs and entropies."""
+    """One record an answer, with its tokens that count, their log-probs and entropies, and what was kept for them."""
     return [
         {
             "step": number,
@@ -139,6 +150,7 @@ def _rollouts(number: int, asked: list[Problem], answers: Answers, rewards: torc
             "ended": answers.ended[index].item(),
             "log_probs": answers.log_probs[index][answers.mask[index]].tolist(),
             "entropies": answers.entropies[index][answers.mask[index]].tolist(),
+            **({} if answers.kept is None else {"kept": answers.kept[index]}),
         }
         for index, problem in enumerate(asked)
     ]
