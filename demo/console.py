@@ -12,7 +12,7 @@ from demo.history import FILES
 
 HEADER = (
     "                             groups: all          uncertainty       weight      sum of\n"
-    "step  reward     loss   grad  mixed wrong right   right wrong    min mean  max   adv.    drift  seconds"
+    "step  reward     loss   grad  mixed wrong right   right wrong    min mean  max   adv.  seconds"
 )
 
 
@@ -42,6 +42,7 @@ class Console:
     def step(self, record: dict) -> None:
         """One line of numbers, under the header."""
         if record["step"] == 1:
+            self._print(f"drift of the ratio from the sampler: {record['drift']:.4f} nats per token", style="cyan")
             self._print(HEADER, style="bold")
         metrics = record["metrics"]
         groups = "".join(f"{metrics[f'egpo/groups/{kind}/sum']:6.0f}" for kind in ("mixed", "all_wrong", "all_correct"))
@@ -49,8 +50,7 @@ class Console:
         weight = "".join(_number(metrics[f"egpo/weight/{kind}"], 5, 2) for kind in ("min", "mean", "max"))
         self._print(
             f"{record['step']:4d}  {record['reward']:6.3f}  {record['loss']:+7.4f}  {record['grad_norm']:5.2f} "
-            f"{groups}  {doubt}  {weight}  {metrics['egpo/advantage/sum']:+5.1f}  "
-            f"{record['drift']:7.1e}  {record['seconds']:7.1f}"
+            f"{groups}  {doubt}  {weight}  {metrics['egpo/advantage/sum']:+5.1f}  {record['seconds']:7.1f}"
         )
         self._progress.advance(self._task)
 

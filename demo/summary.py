@@ -31,7 +31,7 @@ def summary_rows(
         *_gradient_rows(history),
         ("sampled from", settings.sampled_from),
         *_kept_rows(history),
-        ("drift from the sampler, step 1", f"{history.steps[0]['drift']:.1e} nats/token"),
+        ("drift from the sampler, step 1", f"{history.steps[0]['drift']:.4f} nats/token"),
         ("time of a step", f"{sum(record['seconds'] for record in history.steps) / len(history.steps):.1f} s"),
         ("time, loading included", f"{seconds:.0f} s"),
         ("peak memory", f"{peak_gb:.1f} GB"),

@@ -4,6 +4,7 @@ Shapes: P prompts a step, G answers a prompt, S = P * G answers, T padded answer
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,9 @@ class Trainer:
         asked = [problem for problem in problems for _ in range(GROUP_SIZE)]
         rewards = torch.tensor([problem.reward(text) for problem, text in zip(asked, answers.texts, strict=True)])
         group = self._advantages(self.settings.recipe, rewards, answers)
-        loss, drift, policy_metrics = self._backward(prompts, answers, group.advantages)
+        # Every step samples anew and updates once, so a later one would say the same, at the price of a forward.
+        drift = {"drift": self._drift(prompts, answers)} if number == 1 else {}
+        loss, policy_metrics = self._backward(prompts, answers, group.advantages)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -58,7 +61,7 @@ class Trainer:
             "step": number,
             "reward": rewards.mean().item(),
             "loss": loss,
-            "drift": drift,
+            **drift,
             "grad_norm": grad_norm.item(),
             "share_with_gradient": {
                 recipe.name: (self._advantages(recipe, rewards, answers).advantages != 0).float().mean().item()
@@ -98,25 +101,35 @@ class Trainer:
             config=recipe.advantage,
         )
 
-    def _backward(self, prompts: Prompts, answers: Answers, advantages: torch.Tensor) -> tuple[float, float, dict]:
-        """Accumulates the gradient micro-batch by micro-batch; returns the batch's loss, drift and merged metrics.
-
-        Drift is the mean of |log ratio|: the loss's log-probs of the sampled tokens against the sampler's own.
-        """
-        loss, drift, metrics = 0.0, 0.0, []
+    def _micro_batches(self, prompts: Prompts, answers: Answers) -> Iterator[tuple[Prompts, slice, dict]]:
+        """Some of the prompts, their answers, and what log-probs and losses of these are given alike."""
         for first in range(0, prompts.ids.shape[0], MICRO_BATCH_PROMPTS):
             last = first + MICRO_BATCH_PROMPTS
             rows = slice(first * GROUP_SIZE, last * GROUP_SIZE)
-            asked, tokens, mask = prompts.select(first, last), answers.tokens[rows], answers.mask[rows]
-            given = {"mask": mask, "temperature": TEMPERATURE}
-            given["support"] = answers.support(rows) if self.settings.replay else None
-            log_ratio = self.policy.log_probs(asked, tokens, **given) - answers.log_probs[rows]
-            drift += (log_ratio[mask].abs().sum() / answers.mask.sum()).item()
+            support = answers.support(rows) if self.settings.replay else None
+            yield (
+                prompts.select(first, last),
+                rows,
+                {"mask": answers.mask[rows], "temperature": TEMPERATURE, "support": support},
+            )
+
+    def _drift(self, prompts: Prompts, answers: Answers) -> float:
+        """Mean of |log ratio|: the loss's log-probs of the sampled tokens against the sampler's own."""
+        total = 0.0
+        for asked, rows, given in self._micro_batches(prompts, answers):
+            log_ratio = self.policy.log_probs(asked, answers.tokens[rows], **given) - answers.log_probs[rows]
+            total += log_ratio[given["mask"]].abs().sum().item()
+        return total / answers.mask.sum().item()
+
+    def _backward(self, prompts: Prompts, answers: Answers, advantages: torch.Tensor) -> tuple[float, dict]:
+        """Accumulates the gradient micro-batch by micro-batch; returns the batch's loss and merged metrics."""
+        loss, metrics = 0.0, []
+        for asked, rows, given in self._micro_batches(prompts, answers):
             # One optimizer step a batch: the policy that sampled is the one trained, so there are no old log-probs.
             # Only after truncated sampling: the ratio to the sampler's is 1 there if what was kept is replayed.
             output = self.policy.loss(
                 asked,
-                tokens,
+                answers.tokens[rows],
                 advantages=advantages[rows],
                 old_log_probs=None if answers.kept is None else answers.log_probs[rows],
                 config=self.settings.recipe.loss,
@@ -127,7 +140,7 @@ class Trainer:
             output.loss.backward()
             loss += output.loss.item()
             metrics.append(output.metrics)
-        return loss, drift, egpo_kernels.combine_metrics(metrics)
+        return loss, egpo_kernels.combine_metrics(metrics)
 
 
 def _rollouts(number: int, asked: list[Problem], answers: Answers, rewards: torch.Tensor, group) -> list[dict]:

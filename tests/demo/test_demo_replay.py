@@ -126,7 +126,7 @@ def test_files_and_summary_say_what_was_sampled_from(tmp_path, top_p, replay, wo
     assert records == result.rollouts
     rows = dict(summary_rows(settings, history, rollouts.pack(records), 1.0, 1.0))
     assert words in rows["sampled from"]
-    assert float(rows["drift from the sampler, step 1"].split()[0]) == pytest.approx(result.record["drift"], rel=0.06)
+    assert float(rows["drift from the sampler, step 1"].split()[0]) == round(result.record["drift"], 4)
     sizes = [len(kept) for record in records for kept in record.get("kept", [])]
     assert ("tokens kept, mean" in rows) == (top_p < 1) == bool(sizes)
     if sizes:

@@ -101,6 +101,14 @@ def test_from_hidden_states():
     assert names["hidden"].grad.abs().sum() > 0 and names["lm_head"].weight.grad.abs().sum() > 0
 
 
+def test_kept_sets_page():
+    names = run("docs/kept_sets.md", at_hand())
+    assert names["logits"].grad.abs().sum() > 0 and names["lm_head"].weight.grad.abs().sum() > 0
+    assert names["support"].offsets.tolist() == [0, 0, 0, 0, 2, 3, 5, 5, 8, *[8] * 4]
+    rows = names["mask"].sum()
+    assert names["metrics"]["support/rows/sum"] == rows and names["metrics"]["support/kept/max"] == 2
+
+
 def test_micro_batches_make_the_whole_batchs_gradient():
     names = run("docs/micro_batches.md", at_hand())
     assert names["metrics"]["policy/tokens/sum"] == names["mask"].sum()
