@@ -14,7 +14,7 @@ from torch import Tensor
 import egpo_kernels
 from benchmarks.counts.operations import operations
 from benchmarks.counts.stubbed import stubbed
-from egpo_kernels import LossOutput, TokenLogProbs
+from egpo_kernels import LossOutput, TokenLogProbs, pack_support
 
 SEQUENCES, LENGTH, HIDDEN, VOCAB = 2, 4, 16, 128
 LAYOUTS = ("padded", "packed")
@@ -81,6 +81,10 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"{name}, {layout}", call(name, inputs)
         for name in ("logits_policy_loss", "egpo_loss"):
             yield f"{name}, {layout}, no metrics", call(name, inputs, metrics="none")
+    inputs = make_inputs(packed=False)
+    support = pack_support(torch.stack([inputs["tokens"], inputs["tokens"].flip(-1)], -1))
+    for name in ("token_log_probs", "logits_policy_loss", "linear_policy_loss"):
+        yield f"{name}, padded, kept tokens", call(name, inputs, support=support)
 
 
 def count(run: Callable[[], None], launched: list[str]) -> dict[str, list[str]]:

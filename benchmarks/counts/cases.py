@@ -15,10 +15,18 @@ import egpo_kernels
 from benchmarks.providers import our_log_probs, our_loss
 from benchmarks.rivals import liger_log_probs, liger_loss, trl_kernel
 from benchmarks.workloads import Batch
-from egpo_kernels import AdvantageConfig, PolicyLossConfig, policy_loss
+from egpo_kernels import (
+    AdvantageConfig,
+    PolicyLossConfig,
+    SamplingSupport,
+    linear_policy_loss,
+    pack_support,
+    policy_loss,
+)
 
 SEQUENCES, LENGTH = 2, 3
 TOKENS = SEQUENCES * LENGTH
+HIDDEN = 128
 PACKAGES = {"liger": "liger-kernel", "trl": "trl"}
 """Of other libraries."""
 
@@ -62,6 +70,20 @@ def loss_of_log_probs(batch: Batch, config: PolicyLossConfig, dtype: torch.dtype
     policy_loss(now, old, batch.advantages, config=config, backend="triton").loss.backward()
 
 
+def kept(batch: Batch) -> SamplingSupport:
+    """Each row's token and seven others."""
+    near = (batch.tokens[..., None] + torch.arange(8)) % batch.logits.shape[-1]
+    return pack_support(near)
+
+
+def linear_loss(batch: Batch) -> None:
+    """Of hidden states, whose rows keep some columns of the layer that makes such logits."""
+    hidden = torch.zeros(*batch.tokens.shape, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(batch.logits.shape[-1], HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    given = {"old_log_probs": batch.old_log_probs, "support": kept(batch), "metrics": "none", "backend": "triton"}
+    linear_policy_loss(hidden, weight, batch.tokens, batch.advantages, **given).loss.backward()
+
+
 def groups(batch: Batch, config: AdvantageConfig, dtype: torch.dtype = torch.float32) -> None:
     rewards = (batch.advantages > 0).to(dtype)
     old = batch.log_probs.to(dtype)
@@ -102,6 +124,8 @@ OURS = (
     Case("sequence ratio, in place", lambda batch: loss(batch, SEQUENCE_RATIO, inplace_grad=True).backward()),
     Case("token_log_probs", lambda batch: log_probs(batch, entropy=False)),
     Case("token_log_probs, entropy", lambda batch: log_probs(batch, entropy=True)),
+    Case("one pass, kept tokens", lambda batch: loss(batch, support=kept(batch)).backward()),
+    Case("hidden states, kept tokens", linear_loss),
     Case("policy_loss", lambda batch: loss_of_log_probs(batch, PolicyLossConfig(), torch.float32)),
     Case("group_advantages", lambda batch: groups(batch, AdvantageConfig())),
     # What ptxas finds hardest of the kernels over tokens and sequences.

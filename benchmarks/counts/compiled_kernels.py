@@ -23,6 +23,7 @@ from benchmarks.counts.launches import (
     VOCAB,
     Size,
     launch_groups,
+    launch_kept,
     launch_log_probs,
     launch_logits,
     launch_one_pass,
@@ -52,6 +53,9 @@ def every_option(compiler: Compiler) -> None:
     for dtype, entropy in itertools.product((torch.bfloat16, torch.float32), (False, True)):
         compiler.label = {"dtype": f"unaligned {dtype}", "entropy": entropy}
         launch_logits(dtype, True, PolicyLossConfig(entropy_coef=0.1 if entropy else 0.0), vocab=ODD_VOCAB)
+    for dtype, full in itertools.product((torch.bfloat16, torch.float16, torch.float32, torch.float64), (False, True)):
+        compiler.label = {"dtype": str(dtype).removeprefix("torch."), "entropy": full}
+        launch_kept(dtype, full)
     for dtype in (torch.float32, torch.float64):
         compiler.label = {"dtype": str(dtype).removeprefix("torch.")}
         for full, config, kl in itertools.product((False, True), LOSS_CONFIGS, ("k1", "k2", "k3")):
@@ -85,6 +89,7 @@ def many_values(compiler: Compiler) -> None:
             rows = PolicyLossConfig(reduction="seq_mean_token_sum_norm", norm_length=number)
             launch_rows(dtype, True, rows, size)
             launch_rows(dtype, False, rows, size)
+            launch_kept(logits, True, size, scale=0.5 * number)
             launch_log_probs(dtype, True, gate, size)
             launch_log_probs(dtype, True, config, size)
             launch_groups(dtype, groups, True, size)

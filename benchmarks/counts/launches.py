@@ -7,12 +7,15 @@ import torch
 import egpo_kernels.triton as backend
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
 from egpo_kernels.config.results import Rows
+from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.formulas.advantages import collapse_tolerance
+from egpo_kernels.formulas.kept import Entries, entries_of
 from egpo_kernels.formulas.rows import Counts, Material, Measured, Purpose
 from egpo_kernels.inputs.layout import PER_SEQUENCE, PER_TOKEN
 from egpo_kernels.inputs.segments import Segments
 
 VOCAB = 151936
+WIDTH = 4096
 ADVANTAGES = Rows._fields.index("advantages")
 
 
@@ -62,6 +65,33 @@ def launch_logits(
     backend.logits_gradient(logits, rows, [maximum, sum_exp, bonus], upstream, scale, torch.zeros_like(logits))
     backend.logits_loss_gradient(logits, rows, config, scale, scale, entropy, torch.zeros_like(logits))
     backend.rescale_(logits, torch.ones((), device=device), 2.0 * scale)
+
+
+def make_entries(rows: Rows, size: Size, vocab: int, device: str) -> Entries:
+    """As many kept tokens for each row as a sequence has rows, its own among them."""
+    count = size.sequences * size.length
+    ids = torch.arange(size.length, device=device).repeat(count)
+    return entries_of(ids, torch.arange(count + 1, device=device) * size.length, rows.tokens, rows.mask, vocab)
+
+
+def launch_kept(
+    dtype: torch.dtype, full: bool, size: Size = SMALL, width: int = WIDTH, scale: float = 1, device: str = "cpu"
+) -> None:
+    """The kernels over kept tokens, as logits and an output layer of this ``dtype`` have them launched; with
+    ``full`` rows the entropy is in the loss.
+    """
+    wide, vocab = compute_dtype(dtype), 64
+    rows = make_rows(wide, full, size, device)
+    entries = make_entries(rows, size, vocab, device)
+    hidden, weight = (torch.zeros(count, width, dtype=dtype, device=device) for count in (len(rows.mask), vocab))
+    values = backend.gathered_products(hidden, weight, entries)
+    log_probs, entropy, maximum, sum_exp = backend.kept_statistics(values, entries, rows, scale, full)
+    upstream = [log_probs, log_probs.clone() if full else None]
+    slopes = backend.kept_gradient(values, entries, rows, [maximum, sum_exp, entropy], upstream, scale)
+    backend.add_gathered(slopes, weight, entries.columns(vocab), entries.by_row(), torch.zeros_like(hidden))
+    # The gradient of a 16-bit head is summed in float32 where it is not all there is to add.
+    of_head = torch.zeros(vocab, width, dtype=wide if full else dtype, device=device)
+    backend.add_gathered(slopes, hidden, entries.row_places(), entries.by_id(vocab), of_head)
 
 
 def launch_one_pass(dtype: torch.dtype, full: bool, config: PolicyLossConfig, vocab: int = VOCAB) -> None:

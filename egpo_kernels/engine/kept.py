@@ -3,7 +3,6 @@
 Kept logits are read before anything is written, so that a gradient may lie over the logits.
 """
 
-from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.config.results import Rows
-from egpo_kernels.config.settings import PolicyLossConfig, compute_dtype
-from egpo_kernels.formulas.kept import Entries, entries_of
+from egpo_kernels.config.settings import PolicyLossConfig
+from egpo_kernels.formulas.kept import Entries
 from egpo_kernels.formulas.rows import Material
 from egpo_kernels.inputs import validation
 from egpo_kernels.inputs.segments import Segments, flat_rows
@@ -30,20 +29,25 @@ class Parts(NamedTuple):
     entries: Entries
 
 
-def parted(rows: Rows, support: Support, vocab: int) -> Parts:
+def parted(package: ModuleType, rows: Rows, support: Support, vocab: int) -> Parts:
     """Tell rows with a record from rows without."""
     rows = flat_rows(rows)
     assert rows.tokens is not None
-    entries = entries_of(*support, rows.tokens, rows.mask, vocab)
+    entries = package.kept_entries(*support, rows.tokens, rows.mask, vocab)
     return Parts(rows, rows._replace(mask=rows.mask & ~entries.mask), rows._replace(mask=entries.mask), entries)
 
 
-def checked(rows: Rows, support: Support, vocab: int) -> Parts:
+def checked(package: ModuleType, rows: Rows, support: Support, vocab: int) -> Parts:
     """As `parted`, with the values looked at where that costs no sync."""
-    made = parted(rows, support, vocab)
-    entries = made.entries
-    validation.check_kept(entries.ids, entries.row_places(), entries.given(), vocab)
+    made = parted(package, rows, support, vocab)
+    check(made.entries, vocab)
     return made
+
+
+def check(entries: Entries, vocab: int) -> None:
+    """Raise where a row that counts recorded what cannot be, where looking costs no sync."""
+    if validation.checks_values(entries.ids.device):
+        validation.check_kept(entries.ids, entries.row_places(), entries.given(), vocab)
 
 
 class Softmax(NamedTuple):
@@ -53,26 +57,6 @@ class Softmax(NamedTuple):
     entropy: Tensor | None
     maximum: Tensor
     sum_exp: Tensor
-
-
-def statistics_of(package: ModuleType, parts: Parts, values: Tensor, temperature: float, want_entropy: bool) -> Softmax:
-    """Softmax over the ``values [E]`` of kept tokens; NaN in rows that hold an id outside the vocabulary."""
-    found = Softmax(*package.kept_statistics(values, parts.entries, parts.recorded, temperature, want_entropy))
-    return found._replace(log_probs=torch.where(parts.entries.broken, torch.nan, found.log_probs))
-
-
-def gradient_of(
-    package: ModuleType,
-    parts: Parts,
-    values: Tensor,
-    statistics: Sequence[Tensor | None],
-    upstream: list[Tensor | None],
-    temperature: float,
-) -> Tensor:
-    """Gradient ``[E]`` by the ``values`` of kept tokens; 0 in rows that hold an id outside the vocabulary."""
-    broken = parts.entries.broken
-    upstream = [None if each is None else torch.where(broken, 0.0, each) for each in upstream]
-    return package.kept_gradient(values, parts.entries, parts.recorded, statistics, upstream, temperature)
 
 
 def loss_gradient(
@@ -85,13 +69,13 @@ def loss_gradient(
     want_entropy: bool,
 ) -> tuple[Softmax, Tensor]:
     """Softmax over kept tokens, and the gradient ``[E]`` of a loss none of whose tokens depends on its sequence."""
-    found = statistics_of(package, parts, values, temperature, want_entropy)
+    found = Softmax(*package.kept_statistics(values, parts.entries, parts.recorded, temperature, want_entropy))
     segments, scale = Segments(found.log_probs.shape[0], 1), found.log_probs.new_full((), grad_scale)
     slope, bonus = package.policy_loss_gradient(
         found.log_probs, parts.recorded, segments, config, scale, config.has_bonus
     )
     statistics, upstream = [found.maximum, found.sum_exp, found.entropy], [slope, bonus if config.has_bonus else None]
-    return found, gradient_of(package, parts, values, statistics, upstream, temperature)
+    return found, package.kept_gradient(values, parts.entries, parts.recorded, statistics, upstream, temperature)
 
 
 def merged(parts: Parts, of_recorded: Tensor, of_others: Tensor) -> Tensor:
@@ -99,32 +83,12 @@ def merged(parts: Parts, of_recorded: Tensor, of_others: Tensor) -> Tensor:
     return torch.where(parts.entries.mask, of_recorded, of_others)
 
 
-def kept_logits(logits: Tensor, entries: Entries) -> Tensor:
-    """Logits ``[E]`` of kept tokens in the compute dtype, NaN where an id is none."""
-    columns = entries.columns(logits.shape[-1])
-    values = logits[_places(logits, entries.row_places(), columns)].to(compute_dtype(logits.dtype))
-    return torch.where(entries.ids == columns, values, torch.nan)
-
-
-def _places(logits: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    length = max(logits.shape[1], 1)
-    return rows // length, rows % length, columns
-
-
-def put_kept_(gradient: Tensor, entries: Entries, values: Tensor) -> None:
-    """Write the gradient ``[E]`` of kept tokens to its places in ``gradient [B, T, V]``."""
-    rows, columns, first = entries.row_places(), entries.columns(gradient.shape[-1]), entries.offsets[:-1]
-    # What is not alive goes where its row's token does, and says the same: no two entries write different things.
-    places = _places(gradient, rows, torch.where(entries.alive, columns, columns[first][rows]))
-    made = torch.where(entries.alive, values, values[first][rows]).to(gradient.dtype)
-    gradient.index_put_(places, torch.where(entries.mask[rows], made, gradient[places]))
-
-
 def row_statistics(
     package: ModuleType, logits: Tensor, parts: Parts, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As a backend's own: log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials ``[N]``."""
-    found = statistics_of(package, parts, kept_logits(logits, parts.entries), temperature, want_entropy)
+    values = package.kept_logits(logits, parts.entries)
+    found = Softmax(*package.kept_statistics(values, parts.entries, parts.recorded, temperature, want_entropy))
     log_probs, entropy, maximum, sum_exp = package.row_statistics(logits, parts.others, temperature, want_entropy)
     if found.entropy is not None:
         entropy = merged(parts, found.entropy, entropy)
@@ -146,10 +110,10 @@ def logits_gradient(
     out: Tensor,
 ) -> None:
     """As a backend's own: dL/dlogits to ``out``, maybe ``logits``."""
-    values = kept_logits(logits, parts.entries)
-    gradient = gradient_of(package, parts, values, statistics, upstream, temperature)
+    values = package.kept_logits(logits, parts.entries)
+    gradient = package.kept_gradient(values, parts.entries, parts.recorded, statistics, upstream, temperature)
     package.logits_gradient(logits, parts.others, statistics, upstream, temperature, out)
-    put_kept_(out, parts.entries, gradient)
+    package.put_kept_(out, parts.entries, gradient)
 
 
 def logits_policy_loss(
@@ -167,13 +131,13 @@ def logits_policy_loss(
     rows, config, vocab = package.token_rows(material), material.purpose.config, logits.shape[-1]
     assert config is not None
     validation.check_rows(rows, vocab)
-    parts = checked(rows, support, vocab)
-    values = kept_logits(logits, parts.entries)
+    parts = checked(package, rows, support, vocab)
+    values = package.kept_logits(logits, parts.entries)
     found, gradient = loss_gradient(package, parts, values, config, temperature, grad_scale, want_entropy)
     log_probs, entropy = package.logits_loss_gradient(
         logits, parts.others, config, temperature, grad_scale, want_entropy, out
     )
-    put_kept_(out, parts.entries, gradient)
+    package.put_kept_(out, parts.entries, gradient)
     if entropy is not None and found.entropy is not None:
         entropy = merged(parts, found.entropy, entropy)
     log_probs, segments = merged(parts, found.log_probs, log_probs), Segments(log_probs.shape[0], 1)

@@ -94,7 +94,7 @@ def _statistics(
     read, package, support = checked_rows(rows, logits.shape[-1], backend), implementation(backend), support_of(rows)
     if support is None:
         return package.row_statistics(logits, read, temperature, want_entropy)
-    parts = kept.checked(read, support, logits.shape[-1])
+    parts = kept.checked(package, read, support, logits.shape[-1])
     return kept.row_statistics(package, logits, parts, temperature, want_entropy)
 
 
@@ -137,7 +137,7 @@ def _write_gradient(
     if support is None:
         package.logits_gradient(logits, read, statistics, upstream, temperature, gradient)
     else:
-        parts = kept.parted(read, support, logits.shape[-1])
+        parts = kept.parted(package, read, support, logits.shape[-1])
         kept.logits_gradient(package, logits, parts, statistics, upstream, temperature, gradient)
 
 

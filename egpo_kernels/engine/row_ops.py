@@ -22,7 +22,6 @@ from egpo_kernels.engine.operator import (
     policy_config,
 )
 from egpo_kernels.formulas import metrics
-from egpo_kernels.formulas.kept import kept_metrics
 from egpo_kernels.formulas.rows import NO_COUNTS, Counts, Material, Measured, Purpose
 from egpo_kernels.inputs import validation
 from egpo_kernels.inputs.segments import Segments
@@ -59,10 +58,12 @@ def _mended(given: Tensor, most: int) -> Tensors2:
     return offsets, torch.where(sound, one, torch.nan)
 
 
-@operator(lambda ids, *others: ids.new_empty(len(metrics.SUPPORT.keys), dtype=others[-1]))
-def support_metrics(ids: Tensor, offsets: Tensor, tokens: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+@operator(lambda ids, *others: ids.new_empty(len(metrics.SUPPORT.keys), dtype=others[-2]))
+def support_metrics(
+    ids: Tensor, offsets: Tensor, tokens: Tensor, mask: Tensor, dtype: torch.dtype, backend: str
+) -> Tensor:
     """The vector of `egpo_kernels.formulas.metrics.SUPPORT` over rows of ``mask [N]``."""
-    return metrics.finish(kept_metrics(ids, offsets, tokens.long(), mask, dtype), metrics.SUPPORT)
+    return implementation(backend).support_metrics(ids, offsets, tokens.long(), mask, dtype)
 
 
 @operator(lambda by_sequence, *_: by_sequence.new_empty((), dtype=torch.float32))

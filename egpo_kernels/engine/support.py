@@ -65,6 +65,6 @@ def reported(call: Call, found: LossOutput, mode: Any) -> LossOutput:
     """A loss with the metrics of what was kept, unless none are wanted."""
     if not call.support or mode == "none":
         return found
-    tokens = flat(call.given.tensors[TOKENS])
-    vector = row_ops.support_metrics(*call.support, tokens, flat(call.given.counted(call.layout)), call.dtype)
+    tokens, backend = flat(call.given.tensors[TOKENS]), "triton" if call.backend == "triton" else "portable"
+    vector = row_ops.support_metrics(*call.support, tokens, flat(call.given.counted(call.layout)), call.dtype, backend)
     return LossOutput(found.loss, merged(found.metrics, metrics.named(vector, metrics.SUPPORT)))

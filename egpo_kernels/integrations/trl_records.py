@@ -86,5 +86,5 @@ def warn_of_truncation(options: dict[str, Any]) -> None:
 def kept_metrics(records: Sequence[SamplingSupport], tokens: Tensor, mask: Tensor) -> Metrics:
     """What was kept for the tokens ``[B, T]`` in the mask, as ``support/...``."""
     ids, offsets = (each.to(tokens.device) for each in padded(records, tokens.shape[1]))
-    vector = row_ops.support_metrics(ids, offsets, tokens.flatten(), mask.flatten().bool(), torch.float32)
+    vector = row_ops.support_metrics(ids, offsets, tokens.flatten(), mask.flatten().bool(), torch.float32, "portable")
     return metrics.named(vector, metrics.SUPPORT)

@@ -27,11 +27,11 @@ class Layer(NamedTuple):
 
     def parted(self, rows: Rows) -> kept.Parts | None:
         """Rows with a record apart from the others, where there is something to tell them by."""
-        return None if self.support is None else kept.parted(rows, self.support, self.head.vocab)
+        return None if self.support is None else kept.parted(self.package, rows, self.support, self.head.vocab)
 
     def checked(self, rows: Rows) -> kept.Parts | None:
         """As `parted`, with the values looked at where that costs no sync."""
-        return None if self.support is None else kept.checked(rows, self.support, self.head.vocab)
+        return None if self.support is None else kept.checked(self.package, rows, self.support, self.head.vocab)
 
     def plan(self, rows: Rows, wanted: Wanted) -> Plan:
         """The rows that count, and how many of them go together."""

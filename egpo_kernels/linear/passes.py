@@ -30,7 +30,7 @@ def row_statistics(layer: Layer, rows: Rows, temperature: float, want_entropy: b
                 result[chunk.place] = values
     if parts is not None:
         columns = KeptColumns(layer, parts)
-        found = kept.statistics_of(layer.package, parts, columns.logits, temperature, want_entropy)
+        found = layer.package.kept_statistics(columns.logits, parts.entries, parts.recorded, temperature, want_entropy)
         for place, values in enumerate(found):
             if values is not None:
                 results[place] = kept.merged(parts, values, results[place])
@@ -124,7 +124,8 @@ def gradient(
         del chunk  # its memory must be free when the sums are rounded
     if parts is not None:
         columns = KeptColumns(layer, parts)
-        found = kept.statistics_of(layer.package, parts, columns.logits, temperature, grad_entropy is not None)
-        again = [found.maximum, found.sum_exp, found.entropy]
-        columns.add(kept.gradient_of(layer.package, parts, columns.logits, again, upstream, temperature), gradients)
+        known_of = (columns.logits, parts.entries, parts.recorded)
+        _, entropies, *again = layer.package.kept_statistics(*known_of, temperature, grad_entropy is not None)
+        slopes = layer.package.kept_gradient(*known_of, [*again, entropies], upstream, temperature)
+        columns.add(slopes, gradients)
     return gradients.tensors()

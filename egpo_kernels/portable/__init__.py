@@ -1,9 +1,18 @@
 """The same results anywhere torch runs: rows in cache-sized chunks, hand-written gradient of the logits."""
 
+from egpo_kernels.formulas.kept import entries_of as kept_entries
 from egpo_kernels.formulas.rows import token_rows
 from egpo_kernels.formulas.whole_groups import group_advantages
 from egpo_kernels.portable.chunks import scratch_bytes
-from egpo_kernels.portable.kept import add_gathered, gathered_products, kept_gradient, kept_statistics
+from egpo_kernels.portable.kept import (
+    add_gathered,
+    gathered_products,
+    kept_gradient,
+    kept_logits,
+    kept_statistics,
+    put_kept_,
+    support_metrics,
+)
 from egpo_kernels.portable.logits import (
     logits_gradient,
     logits_loss_gradient,
@@ -23,7 +32,9 @@ __all__ = [
     "add_gathered",
     "gathered_products",
     "group_advantages",
+    "kept_entries",
     "kept_gradient",
+    "kept_logits",
     "kept_statistics",
     "logits_gradient",
     "logits_loss_gradient",
@@ -31,10 +42,12 @@ __all__ = [
     "policy_loss",
     "policy_loss_and_gradient",
     "policy_loss_gradient",
+    "put_kept_",
     "rescale_",
     "row_statistics",
     "scaled_gradients",
     "scratch_bytes",
+    "support_metrics",
     "token_rows",
     "token_scores",
 ]

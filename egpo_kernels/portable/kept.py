@@ -7,7 +7,8 @@ from torch import Tensor
 
 from egpo_kernels.config.results import Rows
 from egpo_kernels.config.settings import compute_dtype
-from egpo_kernels.formulas.kept import Entries, Grouped
+from egpo_kernels.formulas import metrics
+from egpo_kernels.formulas.kept import Entries, Grouped, kept_metrics
 from egpo_kernels.inputs.segments import segment_sum
 from egpo_kernels.portable.softmax import Sums, heats, read_off, slopes
 
@@ -31,7 +32,7 @@ def kept_statistics(
         weighted = torch.where(power == 0, 0.0, x * power)
         sums = sums._replace(sum_x=segment_sum(weighted, entries.offsets))
     log_probs, entropy = read_off(_first(values, entries), heat, sums)
-    return log_probs, entropy, maximum, sums.sum_exp
+    return torch.where(entries.broken, torch.nan, log_probs), entropy, maximum, sums.sum_exp
 
 
 def kept_gradient(
@@ -49,7 +50,7 @@ def kept_gradient(
     assert grad_log_probs is not None and maximum is not None and sum_exp is not None
     heat, place = heats(rows, temperature), entries.row_places()
     own = _first(values, entries)
-    slope = slopes(own, sum_exp, entropy, entries.mask, heat, grad_log_probs, grad_entropy)
+    slope = slopes(own, sum_exp, entropy, entries.mask & ~entries.broken, heat, grad_log_probs, grad_entropy)
     x, power = _exponentials(torch.where(entries.alive, values, -torch.inf), place, maximum, heat)
     gradient = power * slope.level[place]
     if slope.tilt is not None:
@@ -57,6 +58,32 @@ def kept_gradient(
     first = entries.offsets[:-1]
     gradient = gradient.index_copy(0, first, gradient[first] + slope.own)
     return torch.where(entries.alive & slope.live[place], gradient, 0.0)
+
+
+def kept_logits(logits: Tensor, entries: Entries) -> Tensor:
+    """Logits ``[E]`` of kept tokens in the compute dtype, NaN where an id is none."""
+    columns = entries.columns(logits.shape[-1])
+    values = logits[_places(logits, entries.row_places(), columns)].to(compute_dtype(logits.dtype))
+    return torch.where(entries.ids == columns, values, torch.nan)
+
+
+def put_kept_(gradient: Tensor, entries: Entries, values: Tensor) -> None:
+    """Write the gradient ``[E]`` of kept tokens to its places in ``gradient [B, T, V]``."""
+    rows, columns, first = entries.row_places(), entries.columns(gradient.shape[-1]), entries.offsets[:-1]
+    # What is not alive goes where its row's token does, and says the same: no two entries write different things.
+    places = _places(gradient, rows, torch.where(entries.alive, columns, columns[first][rows]))
+    made = torch.where(entries.alive, values, values[first][rows]).to(gradient.dtype)
+    gradient.index_put_(places, torch.where(entries.mask[rows], made, gradient[places]))
+
+
+def _places(logits: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    length = max(logits.shape[1], 1)
+    return rows // length, rows % length, columns
+
+
+def support_metrics(ids: Tensor, offsets: Tensor, tokens: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The vector of `egpo_kernels.formulas.metrics.SUPPORT` over rows of ``mask [N]``."""
+    return metrics.finish(kept_metrics(ids, offsets, tokens, mask, dtype), metrics.SUPPORT)
 
 
 def _first(values: Tensor, entries: Entries) -> Tensor:

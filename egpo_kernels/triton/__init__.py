@@ -5,6 +5,7 @@ if __name__ != "egpo_kernels.triton":
 
 from egpo_kernels.triton.group_advantages import group_advantages
 from egpo_kernels.triton.kept_columns import add_gathered, gathered_products
+from egpo_kernels.triton.kept_entries import kept_entries, kept_logits, put_kept_, support_metrics
 from egpo_kernels.triton.kept_rows import kept_gradient, kept_statistics
 from egpo_kernels.triton.logits_gradient import logits_gradient
 from egpo_kernels.triton.logits_policy_loss import logits_loss_gradient, logits_policy_loss
@@ -18,16 +19,20 @@ __all__ = [
     "add_gathered",
     "gathered_products",
     "group_advantages",
+    "kept_entries",
     "kept_gradient",
+    "kept_logits",
     "kept_statistics",
     "logits_gradient",
     "logits_loss_gradient",
     "logits_policy_loss",
     "policy_loss",
     "policy_loss_gradient",
+    "put_kept_",
     "rescale_",
     "row_statistics",
     "scratch_bytes",
+    "support_metrics",
     "token_rows",
     "token_scores",
 ]

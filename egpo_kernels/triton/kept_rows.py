@@ -1,6 +1,7 @@
 """Rows of kept tokens: their softmax, and its gradient; one program a row."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,19 +26,28 @@ from egpo_kernels.triton.softmax_gradient import gradient_of, levels
 BLOCK, OPTIONS = 128, {"num_warps": 1}
 
 
+class Kept(NamedTuple):
+    """Kept logits and fields of `egpo_kernels.formulas.kept.Entries`, as pointers."""
+
+    values_ptr: Any
+    alive_ptr: Any
+    offsets_ptr: Any
+    broken_ptr: Any
+
+
 @triton.jit
-def load_kept(values_ptr, alive_ptr, offs, stop):
+def load_kept(kept, offs, stop):
     """Kept logits and which of these are alive; -inf where they are not."""
-    alive = tl.load(alive_ptr + offs, mask=offs < stop, other=0) != 0
-    return tl.load(values_ptr + offs, mask=alive, other=float("-inf")), alive
+    alive = tl.load(kept.alive_ptr + offs, mask=offs < stop, other=0) != 0
+    return tl.load(kept.values_ptr + offs, mask=alive, other=float("-inf")), alive
 
 
 @triton.jit
 def kept_statistics_kernel(
-    values_ptr, alive_ptr, offsets_ptr, rows, log_probs_ptr, entropy_ptr, maximum_ptr, sum_exp_ptr, numbers,
-    DTYPE: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    kept, rows, log_probs_ptr, entropy_ptr, maximum_ptr, sum_exp_ptr, numbers, DTYPE: tl.constexpr,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As `row_statistics_kernel`, over the kept tokens of a row, the first of which is its own."""
+    """As `row_statistics_kernel`, over the kept tokens of a row, the first of which is its own; a broken one is NaN."""
     row = tl.program_id(0)
     zero = tl.zeros((), DTYPE)
     lowest: tl.constexpr = START_FLOAT64 if DTYPE == tl.float64 else START
@@ -46,9 +56,9 @@ def kept_statistics_kernel(
         inverse_temperature = row_inverse_temperature(rows, row, read_temperature(numbers, DTYPE))
         scale = LOG2_E * inverse_temperature
         maximum = zero + lowest
-        start, stop = tl.load(offsets_ptr + row), tl.load(offsets_ptr + row + 1)
+        start, stop = tl.load(kept.offsets_ptr + row), tl.load(kept.offsets_ptr + row + 1)
         for first in range(start, stop, BLOCK):
-            z, _ = load_kept(values_ptr, alive_ptr, first + tl.arange(0, BLOCK), stop)
+            z, _ = load_kept(kept, first + tl.arange(0, BLOCK), stop)
             higher = tl.maximum(maximum, tl.max(z, 0))
             x = (z - higher) * scale
             e = tl.exp2(x)
@@ -59,7 +69,8 @@ def kept_statistics_kernel(
             sum_exp = decay * sum_exp + tl.sum(e, 0)
             maximum = higher
         found = RowStatistics(maximum, sum_exp, weighted)
-        log_prob, entropy = token_statistics(found, tl.load(values_ptr + start), inverse_temperature)
+        log_prob, entropy = token_statistics(found, tl.load(kept.values_ptr + start), inverse_temperature)
+        log_prob = tl.where(tl.load(kept.broken_ptr + row) != 0, float("nan"), log_prob)
     tl.store(log_probs_ptr + row, log_prob)
     tl.store(maximum_ptr + row, maximum)
     tl.store(sum_exp_ptr + row, sum_exp)
@@ -69,28 +80,28 @@ def kept_statistics_kernel(
 
 @triton.jit
 def kept_gradient_kernel(
-    values_ptr, alive_ptr, offsets_ptr, gradient_ptr, rows, maximum_ptr, sum_exp_ptr, entropy_ptr, slope_ptr, bonus_ptr,
-    numbers, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    kept, gradient_ptr, rows, maximum_ptr, sum_exp_ptr, entropy_ptr, slope_ptr, bonus_ptr, numbers,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As `logits_gradient_kernel`, by the kept tokens of a row; what nothing flows into is left as it is."""
+    """As `logits_gradient_kernel`, by the kept tokens of a row; where nothing flows, what is there stays."""
     row = tl.program_id(0)
     TILTED: tl.constexpr = bonus_ptr is not None
-    counted = tl.load(rows.mask_ptr + row) != 0
+    counted = (tl.load(rows.mask_ptr + row) != 0) & (tl.load(kept.broken_ptr + row) == 0)
     slope = tl.load(slope_ptr + row, mask=counted, other=0.0)
     bonus = slope * 0.0
     entropy = slope * 0.0
     if TILTED:
         bonus = tl.load(bonus_ptr + row, mask=counted, other=0.0)
         entropy = tl.load(entropy_ptr + row)
-    start, stop = tl.load(offsets_ptr + row), tl.load(offsets_ptr + row + 1)
-    logit = tl.load(values_ptr + start)
+    start, stop = tl.load(kept.offsets_ptr + row), tl.load(kept.offsets_ptr + row + 1)
+    logit = tl.load(kept.values_ptr + start)
     if counted & ((slope != 0) | (bonus != 0)) & (logit != float("-inf")):
         inverse_temperature = row_inverse_temperature(rows, row, read_temperature(numbers, DTYPE))
         found = RowStatistics(tl.load(maximum_ptr + row), tl.load(sum_exp_ptr + row), None)
         level, tilt = levels(found, entropy, slope, bonus, inverse_temperature, TILTED)
         for first in range(start, stop, BLOCK):
             offs = first + tl.arange(0, BLOCK)
-            z, alive = load_kept(values_ptr, alive_ptr, offs, stop)
+            z, alive = load_kept(kept, offs, stop)
             dz = gradient_of(z, found.maximum, LOG2_E * inverse_temperature, level, tilt, TILTED)
             dz = tl.where(offs == start, dz + slope * inverse_temperature, dz)
             tl.store(gradient_ptr + offs, dz, mask=alive)
@@ -105,10 +116,10 @@ def kept_statistics(
     log_probs, entropy, maximum, sum_exp = results
     assert log_probs is not None and maximum is not None and sum_exp is not None
     if num_rows:
-        pointers, kept = row_pointers(rows), (values, entries.alive, entries.offsets)
+        pointers, kept = row_pointers(rows), Kept(values, entries.alive, entries.offsets, entries.broken)
         launches = Launches(values.device, lie(pointers), lie(kept), want_entropy)
         constants = (triton_dtype(values.dtype), want_entropy, BLOCK)
-        arguments = (*kept, pointers, *results, temperature_of(temperature, values.dtype), *constants)
+        arguments = (kept, pointers, *results, temperature_of(temperature, values.dtype), *constants)
         launches(kept_statistics_kernel, num_rows, arguments, OPTIONS)
     return log_probs, entropy, maximum, sum_exp
 
@@ -126,9 +137,10 @@ def kept_gradient(
     """
     gradient, num_rows = torch.zeros_like(values), entries.mask.shape[0]
     if num_rows:
-        pointers, kept, given = row_pointers(rows), (values, entries.alive, entries.offsets), (*statistics, *upstream)
+        pointers, kept = row_pointers(rows), Kept(values, entries.alive, entries.offsets, entries.broken)
+        given = (*statistics, *upstream)
         launches = Launches(values.device, lie(pointers), lie(kept), lie(given))
         constants = (triton_dtype(values.dtype), BLOCK)
-        arguments = (*kept, gradient, pointers, *given, temperature_of(temperature, values.dtype), *constants)
+        arguments = (kept, gradient, pointers, *given, temperature_of(temperature, values.dtype), *constants)
         launches(kept_gradient_kernel, num_rows, arguments, OPTIONS)
     return gradient

@@ -71,7 +71,7 @@ def arguments(name, backend, dtype=torch.float32, support=()):
     return {
         "sequence_offsets": (torch.tensor([0, 3, 7], device=DEVICE), 9),
         "support_offsets": (SUPPORT[1], 7),
-        "support_metrics": (*SUPPORT, rows[1], rows[0], wide),
+        "support_metrics": (*SUPPORT, rows[1], rows[0], wide, backend),
         "read_either_way": (entropy, log_probs * 2, torch.zeros(16, dtype=torch.bool, device=DEVICE), "advantages"),
         "token_rows": (given, *how, SEQUENCE.json, True, wide, backend),
         "row_statistics": (logits, rows, 0.7, True, backend),
