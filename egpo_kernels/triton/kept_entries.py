@@ -14,6 +14,7 @@ from egpo_kernels.triton.settings import blocks_of, dense, triton_dtype
 from egpo_kernels.triton.softmax import matrix
 
 BLOCK, OPTIONS = 128, {"num_warps": 1}
+NUM_SLOTS = tl.constexpr(len(metrics.SUPPORT.slots))
 
 
 @triton.jit
@@ -103,7 +104,8 @@ def kept_metrics_kernel(ids_ptr, offsets_ptr, tokens_ptr, mask_ptr, partials_ptr
         others += tl.sum((valid & (kept != token)).to(tl.int64), 0)
     size = counted * (others + 1)
     missing = counted * (others == stop - start).to(tl.int64)
-    slot_ptr, dtype = partials_ptr + row * 5, partials_ptr.dtype.element_ty
+    dtype: tl.constexpr = partials_ptr.dtype.element_ty
+    slot_ptr = partials_ptr + row * NUM_SLOTS
     tl.store(slot_ptr, counted.to(dtype))
     tl.store(slot_ptr + 1, size.to(dtype))
     tl.store(slot_ptr + 2, (size == 1).to(dtype))
