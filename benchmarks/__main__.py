@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.batches import DTYPES, SEQUENCES
 from benchmarks.machine import describe
 from benchmarks.pictures import FAMILIES, draw
 from benchmarks.providers import OURS
 from benchmarks.report import Report, make_report, markdown, show
 from benchmarks.session import Facts, Who, run
 from benchmarks.timing import copy_bandwidth
-from benchmarks.workloads import DTYPES, HIDDEN, SEQUENCES, WORKLOADS, Sizes, cases
+from benchmarks.workloads import HIDDEN, WORKLOADS, Sizes, cases
 
 DEFAULTS = {
     "cpu": {

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.batches import GROUP, SEQUENCES, Batch
 from benchmarks.counts.cases import PACKAGES
 from benchmarks.counts.operations import operations
 from benchmarks.counts.stubbed import stubbed
@@ -25,7 +26,6 @@ from benchmarks.machine import describe
 from benchmarks.providers import OURS, Provider
 from benchmarks.session import reason
 from benchmarks.timing import make_ready
-from benchmarks.workloads import GROUP, SEQUENCES, Batch
 from egpo_kernels.command.info import version
 
 ROUNDS, WARM_UP = 300, 3

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.batches import GROUP, SEQUENCES, Batch, Case, Outputs
 from benchmarks.providers import OURS, Provider, Run, answer, gathered, our_log_probs, own_providers
 from benchmarks.rivals import TRL, TRL_KERNEL, TRL_LOSS, rivals, trl_kernel, trl_linear_log_probs
-from benchmarks.workloads import GROUP, ROLLOUTS, SEQUENCES, WORKLOADS, Batch, Case, Outputs
+from benchmarks.workloads import ROLLOUTS, WORKLOADS
 from egpo_kernels import egpo_loss, linear_egpo_loss, linear_token_log_probs
 
 DTYPE, LENGTH, VOCAB, HIDDEN_SIZE = "bf16", 4, 128, 16

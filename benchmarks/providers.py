@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.workloads import GROUP, Batch, Outputs
+from benchmarks.batches import GROUP, Batch, Outputs
 from egpo_kernels import (
     TokenLogProbs,
     group_advantages,
@@ -99,6 +99,12 @@ def _linear_by_hand(hidden: Tensor, batch: Batch) -> Tensor:
     return _by_hand(hidden @ batch.weight.t(), batch)
 
 
+def eager_kept(batch: Batch) -> Outputs:
+    """As `eager_linear`, with logits outside the kept sets filled with -inf first: slime's way, and SkyRL's."""
+    logits = batch.hidden @ batch.weight.t()
+    return answer(_by_hand(logits.masked_fill(batch.left_out.view(logits.shape), -torch.inf), batch), batch)
+
+
 def eager_linear(batch: Batch) -> Outputs:
     """As `eager_logits`, of hidden states times the head."""
     return answer(_linear_by_hand(batch.hidden, batch), batch)
@@ -107,8 +113,8 @@ def eager_linear(batch: Batch) -> Outputs:
 def _ours_linear(**options) -> Run:
     def run(batch: Batch) -> Outputs:
         loss, _ = linear_policy_loss(
-            batch.hidden, batch.weight, batch.tokens, batch.advantages, batch.mask, old_log_probs=batch.old_log_probs,
-            **options,
+            batch.hidden, batch.weight, batch.tokens, batch.advantages, batch.mask,
+            **{"old_log_probs": batch.old_log_probs, "support": batch.support, **options},
         )  # fmt: skip
         return answer(loss, batch)
 
@@ -235,6 +241,12 @@ def own_providers(workload: str) -> list[Provider]:
     return {
         "linear": linear,
         "linear-frozen": linear,
+        "linear-support": [
+            Provider(OURS, OURS, _ours_linear()),
+            # What it takes without the record; its answer is another one.
+            Provider("egpo_kernels, whole vocabulary", OURS, _ours_linear(support=None), outputs=()),
+            Provider("eager", "eager", eager_kept),
+        ],
         "logits": [
             Provider(OURS, OURS, ours_logits()),
             Provider("egpo_kernels, in place", OURS, ours_logits(inplace_grad=True), overwrites=True),

@@ -7,11 +7,12 @@ import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 
+from benchmarks.batches import DTYPES, Case
 from benchmarks.machine import headline
 from benchmarks.providers import GEMMS
 from benchmarks.rivals import PACKAGES
 from benchmarks.tables import table
-from benchmarks.workloads import DTYPES, HIDDEN, ROLLOUTS, SAMPLED, WORKLOADS, Case, size
+from benchmarks.workloads import HIDDEN, ROLLOUTS, SAMPLED, WORKLOADS, size
 from egpo_kernels.command.info import version
 
 Report = dict[str, Any]

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.batches import SEQUENCES, Batch, Outputs
 from benchmarks.providers import Provider, Run, answer, clipped_loss
-from benchmarks.workloads import SEQUENCES, Batch, Outputs
 from egpo_kernels.command.info import version
 
 TRL, TRL_LOSS = "TRL", "TRL log-probs + torch loss"

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from rich.progress import Progress
 
+from benchmarks.batches import DTYPES, LARGEST_LOGIT, Case, Outputs
 from benchmarks.errors import allowance, distance
 from benchmarks.providers import OURS, Provider, own_providers
 from benchmarks.rivals import rivals
 from benchmarks.timing import make_ready, peak_bytes, timer
-from benchmarks.workloads import DTYPES, LARGEST_LOGIT, LOGITS, WORKLOADS, Case, Outputs, sampled_rows
+from benchmarks.workloads import LOGITS, WORKLOADS, sampled_rows
 
 Facts = dict[tuple[Case, str], dict[str, Any]]
 

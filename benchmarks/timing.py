@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.batches import Batch, Case
 from benchmarks.providers import Provider
-from benchmarks.workloads import WORKLOADS, Batch, Case
+from benchmarks.workloads import WORKLOADS
 from egpo_kernels.engine import ops
 
 FLUSH_BYTES = 8 << 30

@@ -7,58 +7,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egpo_kernels import TokenLogProbs, group_advantages, linear_token_log_probs, policy_loss, token_log_probs
+from benchmarks.batches import (
+    DTYPES,
+    KEPT,
+    RESPONSE,
+    Batch,
+    Case,
+    Outputs,
+    make_hidden,
+    make_kept,
+    make_logits,
+    make_rollouts,
+    responses,
+)
+from egpo_kernels import TokenLogProbs, group_advantages, policy_loss, token_log_probs
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SEQUENCES = 8
-ROLLOUT = 128
-"""Micro-batches of `--tokens` tokens in a rollout batch: what works on log-probs alone sees that many at once."""
-RESPONSE = 1024
-"""Tokens of a response in a rollout batch."""
-GROUP = 8
-"""Responses to one prompt."""
 SAMPLED = 32
 """Rows of a gradient of logits that are compared with float64; of everything else all are."""
 EXACT_ROWS = 64
 """Rows of logits that are float64 at a time."""
-LARGEST_LOGIT = 16
-"""Of those that are drawn, and nearly of those that hidden states make."""
-
-
-class Case(NamedTuple):
-    """One batch: `tokens` rows of logits over `vocab`, given or made of states that are `hidden` wide."""
-
-    workload: str
-    device: str
-    dtype: str
-    tokens: int
-    vocab: int
-    hidden: int = 0
-
-
-class Batch(NamedTuple):
-    """The inputs of a case; a workload leaves out what it has no use for."""
-
-    tokens: Tensor | None = None
-    mask: Tensor | None = None
-    logits: Tensor | None = None
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
-    log_probs: Tensor | None = None
-    old_log_probs: Tensor | None = None
-    advantages: Tensor | None = None
-    groups: Tensor | None = None
-    rewards: Tensor | None = None
-
-    @property
-    def leaves(self) -> dict[str, Tensor]:
-        """What is differentiated, by the name its gradient has among the outputs."""
-        inputs = {"gradient": self.logits, "weight_gradient": self.weight}
-        inputs["gradient"] = next((one for one in (self.logits, self.hidden, self.log_probs) if one is not None), None)
-        return {name: leaf for name, leaf in inputs.items() if leaf is not None and leaf.requires_grad}
-
-
-Outputs = dict[str, Tensor]
 LOGITS, HIDDEN, ROLLOUTS = "logits", "hidden states", "rollouts"
 
 
@@ -83,70 +50,7 @@ def size(case: Case) -> str:
         return f"[{case.tokens} x {case.vocab}] {case.dtype}"
     if given == HIDDEN:
         return f"[{case.tokens} x {case.hidden}] times [{case.hidden} x {case.vocab}] {case.dtype}"
-    return f"{_responses(case)} responses of up to {RESPONSE} tokens, {case.dtype}"
-
-
-def _responses(case: Case) -> int:
-    return max(ROLLOUT * case.tokens // RESPONSE, 2 * GROUP)
-
-
-def _seeded(case: Case) -> torch.Generator:
-    return torch.Generator(case.device).manual_seed(0)
-
-
-def _drawn(case: Case, generator: torch.Generator, scale: float, *shape: int) -> Tensor:
-    """Normal numbers in the case's dtype, drawn some rows at a time in float32."""
-    drawn = torch.empty(shape, dtype=DTYPES[case.dtype], device=case.device)
-    for rows in drawn.view(-1, shape[-1]).split(512):
-        rows.copy_(scale * torch.randn(rows.shape, generator=generator, device=case.device))
-    return drawn
-
-
-def make_logits(case: Case) -> Batch:
-    """Logits that score next tokens, so each sequence's last position is masked; old log-probs a little off."""
-    generator = _seeded(case)
-    logits = _drawn(case, generator, 3, SEQUENCES, case.tokens // SEQUENCES, case.vocab)
-    batch = _scored(case, generator, lambda tokens: token_log_probs(logits, tokens))
-    return batch._replace(logits=logits.requires_grad_())
-
-
-def make_hidden(case: Case, trains: bool) -> Batch:
-    """As `make_logits`, with hidden states and a head that make such logits."""
-    generator = _seeded(case)
-    hidden = _drawn(case, generator, 1, SEQUENCES, case.tokens // SEQUENCES, case.hidden)
-    weight = _drawn(case, generator, 3 / case.hidden**0.5, case.vocab, case.hidden)
-    batch = _scored(case, generator, lambda tokens: linear_token_log_probs(hidden, weight, tokens))
-    return batch._replace(hidden=hidden.requires_grad_(), weight=weight.requires_grad_(trains))
-
-
-def _scored(case: Case, generator: torch.Generator, score: Callable[[Tensor], TokenLogProbs]) -> Batch:
-    shape, device = (SEQUENCES, case.tokens // SEQUENCES), case.device
-    tokens = torch.randint(0, case.vocab, shape, generator=generator, device=device)
-    mask = torch.ones(shape, dtype=torch.bool, device=device)
-    mask[:, -1] = False
-    # Never near the edge of a clip, over which a rounded logit could carry the ratio.
-    off = 0.4 * torch.randn(shape, generator=generator, device=device).trunc()
-    old = score(tokens).log_probs + off
-    advantages = torch.randn(SEQUENCES, generator=generator, device=device)
-    return Batch(tokens, mask, old_log_probs=old, advantages=advantages)
-
-
-def make_rollouts(case: Case) -> Batch:
-    """A rollout batch of log-probs: responses of mixed lengths, right-padded, in groups, with binary rewards."""
-    generator = _seeded(case)
-    count = _responses(case)
-    shape, device = (count, RESPONSE), case.device
-    log_probs = -torch.rand(shape, generator=generator, device=device)
-    old = log_probs + 0.2 * torch.randn(shape, generator=generator, device=device)
-    lengths = torch.randint(1, RESPONSE + 1, (count, 1), generator=generator, device=device)
-    return Batch(
-        mask=torch.arange(RESPONSE, device=device) < lengths,
-        log_probs=log_probs.requires_grad_(),
-        old_log_probs=old,
-        advantages=torch.randn(count, generator=generator, device=device),
-        groups=torch.arange(count, device=device) // GROUP,
-        rewards=torch.randint(0, 2, (count,), generator=generator, device=device).float(),
-    )
+    return f"{responses(case)} responses of up to {RESPONSE} tokens, {case.dtype}"
 
 
 def sampled_rows(gradient: Tensor) -> Tensor:
@@ -158,9 +62,13 @@ def sampled_rows(gradient: Tensor) -> Tensor:
 def _exact_rows(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits in float64 and their tokens, some rows at a time."""
     given = batch.logits if batch.hidden is None else batch.hidden
-    head = None if batch.weight is None else batch.weight.double().t()
+    head, outside, first = None if batch.weight is None else batch.weight.double().t(), batch.left_out, 0
     for values, tokens in zip(*(field.flatten(0, 1).split(EXACT_ROWS) for field in (given, batch.tokens)), strict=True):
-        yield (values.double() if head is None else values.double() @ head)[None], tokens[None]
+        logits = values.double() if head is None else values.double() @ head
+        if outside is not None:
+            logits = logits.masked_fill(outside[first : first + len(tokens)], -torch.inf)
+            first += len(tokens)
+        yield logits[None], tokens[None]
 
 
 def _exact_log_probs(batch: Batch) -> TokenLogProbs:
@@ -224,7 +132,7 @@ def _product_flops(count: int) -> Callable[[Case], int]:
 
 
 def _rollout_bytes(per_token: int) -> Callable[[Case], int]:
-    return lambda case: per_token * _responses(case) * RESPONSE
+    return lambda case: per_token * responses(case) * RESPONSE
 
 
 WORKLOADS = {
@@ -250,6 +158,10 @@ WORKLOADS = {
     "linear-frozen": Workload(
         "loss and gradient from hidden states and a frozen head", functools.partial(make_hidden, trains=False),
         _linear_truth, _product_flops(2), "2 products of 2 N V H", HIDDEN,
+    ),
+    "linear-support": Workload(
+        "loss and gradients from hidden states, of rows that kept 8 tokens", make_kept, _linear_truth,
+        lambda case: 3 * 2 * case.tokens * KEPT * case.hidden, "3 products of 2 N 8 H", HIDDEN,
     ),
 }  # fmt: skip
 

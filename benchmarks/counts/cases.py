@@ -12,9 +12,9 @@ from functools import partial
 import torch
 
 import egpo_kernels
+from benchmarks.batches import Batch
 from benchmarks.providers import our_log_probs, our_loss
 from benchmarks.rivals import liger_log_probs, liger_loss, trl_kernel
-from benchmarks.workloads import Batch
 from egpo_kernels import (
     AdvantageConfig,
     PolicyLossConfig,

@@ -14,11 +14,11 @@ from unittest import mock
 
 import torch
 
+from benchmarks.batches import Batch
 from benchmarks.counts.cases import OURS, PACKAGES, RIVALS, TOKENS, Case, make_batch
 from benchmarks.counts.launches import VOCAB
 from benchmarks.counts.offline import Compiler
 from benchmarks.counts.traffic import Launch, count_traffic
-from benchmarks.workloads import Batch
 from egpo_kernels.command.info import version
 from egpo_kernels.engine import dispatch, ops
 

@@ -11,9 +11,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import egpo_kernels as ek
+from benchmarks.batches import SEQUENCES, Batch, Case
 from benchmarks.providers import ours_log_probs, ours_logits
 from benchmarks.timing import Times, make_ready, timed_once
-from benchmarks.workloads import SEQUENCES, WORKLOADS, Batch, Case
+from benchmarks.workloads import WORKLOADS
 
 ROWS = {"cuda": (8192, 2048), "cpu": (16,)}
 VOCAB = {"cuda": 151936, "cpu": 1030}

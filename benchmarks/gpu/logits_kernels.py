@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.batches import Batch
 from benchmarks.providers import our_log_probs, our_loss
-from benchmarks.workloads import Batch
 
 
 class Case(NamedTuple):

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from egpo_kernels.config.results import Rows
 from egpo_kernels.config.settings import PolicyLossConfig
-from egpo_kernels.formulas.kept import Entries
+from egpo_kernels.formulas.kept import Entries, row_of_id
 from egpo_kernels.formulas.rows import Material
 from egpo_kernels.inputs import validation
-from egpo_kernels.inputs.segments import Segments, flat_rows
+from egpo_kernels.inputs.segments import Segments, flat, flat_rows
 
 Support = tuple[Tensor, Tensor]
 """Ids ``[M]`` and sound offsets ``[N + 1]``."""
@@ -39,15 +39,17 @@ def parted(package: ModuleType, rows: Rows, support: Support, vocab: int) -> Par
 
 def checked(package: ModuleType, rows: Rows, support: Support, vocab: int) -> Parts:
     """As `parted`, with the values looked at where that costs no sync."""
-    made = parted(package, rows, support, vocab)
-    check(made.entries, vocab)
-    return made
+    check(rows, support, vocab)
+    return parted(package, rows, support, vocab)
 
 
-def check(entries: Entries, vocab: int) -> None:
+def check(rows: Rows, support: Support, vocab: int) -> None:
     """Raise where a row that counts recorded what cannot be, where looking costs no sync."""
-    if validation.checks_values(entries.ids.device):
-        validation.check_kept(entries.ids, entries.row_places(), entries.given(), vocab)
+    ids, offsets = support
+    if validation.checks_values(ids.device):
+        row = row_of_id(offsets, ids.shape[0])
+        counts = torch.nn.functional.pad(flat(rows.mask), (0, 1))
+        validation.check_kept(ids.long(), row, counts[row], vocab)
 
 
 class Softmax(NamedTuple):

@@ -17,7 +17,6 @@ from egpo_kernels.engine.kinds import kind_of_call, remember
 from egpo_kernels.engine.rows import REF_LOG_PROBS, Given, Unmade, operands
 from egpo_kernels.engine.support import read_support, with_support
 from egpo_kernels.formulas import metrics
-from egpo_kernels.formulas.kept import entries_of
 from egpo_kernels.formulas.rows import NO_COUNTS
 from egpo_kernels.inputs import layout as layouts
 from egpo_kernels.inputs.validation import check_logits, check_not_overlapping, check_rows
@@ -80,9 +79,8 @@ def reference_logits(logits: Tensor, rows: Rows, support: tuple[Tensor, ...]) ->
     """Logits ``[B, T, V]`` as `reference` takes them, -inf where a sampler kept others."""
     if not support:
         return logits
-    (ids, offsets), vocab = support, logits.shape[-1]
-    assert rows.tokens is not None
-    check(entries_of(ids, offsets, rows.tokens, rows.mask, vocab), vocab)
+    ids, offsets = support
+    check(rows, (ids, offsets), logits.shape[-1])
     return reference.kept_logits(logits, rows, ids, offsets)
 
 

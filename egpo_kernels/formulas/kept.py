@@ -43,11 +43,6 @@ class Entries(NamedTuple):
         """Rows ``[E]`` that may be used as indices."""
         return self.rows.clamp(max=max(self.mask.shape[0] - 1, 0))
 
-    def given(self) -> Tensor:
-        """Which entries ``[E]`` are in a record of a row that counts."""
-        inside = torch.nn.functional.pad(self.mask, (0, 1))[self.rows]
-        return inside.index_fill(0, self.offsets[:-1], False)
-
     def by_row(self) -> Grouped:
         """Those that are alive, row by row."""
         return self._grouped(self.rows, self.mask.shape[0])

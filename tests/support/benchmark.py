@@ -1,9 +1,10 @@
 """What the tests of the benchmarks share: a machine, small cases, times that nobody took, a provider that is wrong."""
 
+from benchmarks.batches import Case
 from benchmarks.providers import Provider, own_providers
 from benchmarks.session import compared
 from benchmarks.timing import make_ready
-from benchmarks.workloads import HIDDEN, WORKLOADS, Case
+from benchmarks.workloads import HIDDEN, WORKLOADS
 
 MACHINE = {
     "device": "cpu",
