@@ -57,6 +57,10 @@ CASES = {
     "sequence ratio, in place": CaseBudget(9, 2, 2, 2, 1, 0, 13.4, 2.2),
     "token_log_probs": CaseBudget(3, 2, 2, 2, 1, 1, 13.4, 2.2),
     "token_log_probs, entropy": CaseBudget(3, 2, 2, 2, 1, 1, 17.6, 2.2),
+    # Of rows that all keep some: the sweeps are compiled in, and nobody goes through them.
+    "one pass, kept tokens": CaseBudget(11, 3, 0, 0, 1, 1, 40.7, 2.4),
+    # Extra is the output layer and its gradient.
+    "hidden states, kept tokens": CaseBudget(12, extra=44),
     "policy_loss": CaseBudget(4),
     "group_advantages": CaseBudget(3),
     "policy_loss, float64": CaseBudget(6),
@@ -82,6 +86,14 @@ KERNELS = {
     "segment_mean_kernel": KernelBudget((34, 34, 32, 24), (64, 64, 64, 64)),
     "unscaled_base_kernel": KernelBudget((64, 64, 64, 30), (256, 256, 256, 128)),
     "group_advantages_kernel": KernelBudget((160, 160, 152, 70), (512, 512, 512, 256)),
+    "kept_entries_kernel": KernelBudget((58, 58, 58, 22)),
+    "kept_logits_kernel": KernelBudget((48, 50, 50, 22)),
+    "kept_statistics_kernel": KernelBudget((28, 30, 26, 18)),
+    "kept_gradient_kernel": KernelBudget((36, 36, 36, 22)),
+    "put_kept_kernel": KernelBudget((58, 50, 50, 24), (1024, 1024, 1024, 0)),
+    "kept_metrics_kernel": KernelBudget((32, 32, 32, 32)),
+    "gathered_products_kernel": KernelBudget((48, 48, 48, 34), (64, 64, 64, 64)),
+    "gathered_sums_kernel": KernelBudget((72, 72, 72, 40), (4096, 4096, 4096, 8192)),
     "combine_kernel": KernelBudget((120, 120, 120, 72), (1024, 1024, 1024, 2048)),
 }
 
@@ -96,6 +108,9 @@ CALLS = {
     "token_log_probs, padded": CallBudget(2, 0),
     "logits_policy_loss, padded, no metrics": CallBudget(5, 1),
     "egpo_loss, padded, no metrics": CallBudget(7, 1),
+    "token_log_probs, padded, kept tokens": CallBudget(9, 22),
+    "logits_policy_loss, padded, kept tokens": CallBudget(13, 19),
+    "linear_policy_loss, padded, kept tokens": CallBudget(15, 56),
     "egpo_loss, packed": CallBudget(8, 11),
     "group_advantages, packed": CallBudget(3, 10),
     "linear_egpo_loss, packed": CallBudget(9, 21),

@@ -80,7 +80,7 @@ def linear_loss(batch: Batch) -> None:
     """Of hidden states, whose rows keep some columns of the layer that makes such logits."""
     hidden = torch.zeros(*batch.tokens.shape, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.zeros(batch.logits.shape[-1], HIDDEN, dtype=torch.bfloat16, requires_grad=True)
-    given = {"old_log_probs": batch.old_log_probs, "support": kept(batch), "metrics": "none", "backend": "triton"}
+    given = {"old_log_probs": batch.old_log_probs, "support": kept(batch), "backend": "triton"}
     linear_policy_loss(hidden, weight, batch.tokens, batch.advantages, **given).loss.backward()
 
 

@@ -6,10 +6,10 @@ import torch
 
 import egpo_kernels.triton as backend
 from egpo_kernels import AdvantageConfig, PolicyLossConfig
-from egpo_kernels.config.results import Rows
+from egpo_kernels.config.results import Rows, SamplingSupport
 from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.formulas.advantages import collapse_tolerance
-from egpo_kernels.formulas.kept import Entries, entries_of
+from egpo_kernels.formulas.kept import entries_of
 from egpo_kernels.formulas.rows import Counts, Material, Measured, Purpose
 from egpo_kernels.inputs.layout import PER_SEQUENCE, PER_TOKEN
 from egpo_kernels.inputs.segments import Segments
@@ -67,11 +67,11 @@ def launch_logits(
     backend.rescale_(logits, torch.ones((), device=device), 2.0 * scale)
 
 
-def make_entries(rows: Rows, size: Size, vocab: int, device: str) -> Entries:
+def make_support(size: Size, device: str) -> SamplingSupport:
     """As many kept tokens for each row as a sequence has rows, its own among them."""
     count = size.sequences * size.length
     ids = torch.arange(size.length, device=device).repeat(count)
-    return entries_of(ids, torch.arange(count + 1, device=device) * size.length, rows.tokens, rows.mask, vocab)
+    return SamplingSupport(ids, torch.arange(count + 1, device=device) * size.length)
 
 
 def launch_kept(
@@ -82,7 +82,13 @@ def launch_kept(
     """
     wide, vocab = compute_dtype(dtype), 64
     rows = make_rows(wide, full, size, device)
-    entries = make_entries(rows, size, vocab, device)
+    support = make_support(size, device)
+    entries = backend.kept_entries(*support, rows.tokens, rows.mask, vocab)
+    backend.support_metrics(*support, rows.tokens, rows.mask, wide)
+    logits = torch.zeros(*size, vocab, dtype=dtype, device=device)
+    backend.put_kept_(logits, entries, backend.kept_logits(logits, entries))
+    # By torch's own operations, since kernels may be stubbed here.
+    entries = entries_of(*support, rows.tokens, rows.mask, vocab)
     hidden, weight = (torch.zeros(count, width, dtype=dtype, device=device) for count in (len(rows.mask), vocab))
     values = backend.gathered_products(hidden, weight, entries)
     log_probs, entropy, maximum, sum_exp = backend.kept_statistics(values, entries, rows, scale, full)

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from egpo_kernels.config.results import SamplingSupport
+from egpo_kernels.rollouts.kept import pack_support
+
 SEQUENCES = 8
 ADVANTAGES = (-1.5, -1.0, -0.5, 0.0, 0.75, 1.0, 1.25, 2.0)
 LOG_RATIOS = (0.6, -0.5, 0.02, 0.02, -0.5, -0.5, 0.02, 0.6)
@@ -31,13 +34,16 @@ HIDDEN = 24
 
 
 class Case(NamedTuple):
-    """What a batch is like. A packed one is given all that a caller may leave out, and a temperature for each token."""
+    """What a batch is like. A packed one is given all that a caller may leave out, and a temperature for each token; of
+    a ``kept`` one a sampler kept some tokens for most rows.
+    """
 
     dtype: torch.dtype
     vocab: int
     length: int
     packed: bool = False
     temperature: float = 1.0
+    kept: bool = False
 
 
 class Batch(NamedTuple):
@@ -66,6 +72,7 @@ class Batch(NamedTuple):
     correct: Tensor | None = None
     num_tokens: float | None = None
     num_sequences: float | None = None
+    support: SamplingSupport | None = None
 
     def double(self) -> "Batch":
         """The same numbers in float64."""
@@ -167,8 +174,22 @@ def make_problem(device: torch.device, case: Case, linear: bool = False) -> Prob
     )
     if case.packed:
         given = with_options(given, places)
+    if case.kept:
+        given, exact = _kept(given, exact, tokens)
     size = [*places.shape, HIDDEN, case.vocab] if linear else [*places.shape, case.vocab]
     return _scored(title_of(size, case.dtype), given, exact, tokens[..., None], places)
+
+
+def _kept(given: Batch, exact: Tensor, tokens: Tensor) -> tuple[Batch, Tensor]:
+    """With a record for two of three rows: the token alone, or others too; and logits that are -inf outside of it."""
+    vocab, count = exact.shape[-1], tokens.numel()
+    row, step = torch.arange(count, device=tokens.device)[:, None], torch.arange(6, device=tokens.device)
+    ids = (tokens.reshape(-1, 1) + step * 37) % vocab
+    ids = torch.where((row % 3 == 0) | ((row % 3 == 2) & (step > 0)), -1, ids)
+    support = pack_support(ids)
+    keep = torch.zeros(count, vocab, dtype=torch.bool, device=tokens.device).scatter_(1, ids.clamp(min=0), ids >= 0)
+    keep = (keep | (row % 3 == 0)).scatter_(1, tokens.reshape(-1, 1), True)
+    return given._replace(support=support), torch.where(keep.view(exact.shape), exact, -torch.inf)
 
 
 def impossible(tokens: Tensor, places: Places, vocab: int) -> Tensor:

@@ -134,12 +134,12 @@ def _source(batch: Batch, trains: bool, inplace: bool) -> tuple[str, dict[str, T
     """Which functions it is for, their first arguments, fresh, and options of theirs."""
     if batch.hidden is None or batch.weight is None:
         assert batch.logits is not None
-        options = {"temperature": batch.temperature, "inplace_grad": inplace}
+        options = {"temperature": batch.temperature, "inplace_grad": inplace, "support": batch.support}
         return "logits", {"logits": batch.logits.clone().requires_grad_()}, options
     rows = batch.weight.shape[0] * batch.weight.element_size() * batch.tokens.numel()
     leaves = {"hidden": batch.hidden.clone().requires_grad_(), "weight": batch.weight.clone().requires_grad_(trains)}
     # A third of the rows at a time.
-    return "linear", leaves, {"temperature": batch.temperature, "max_chunk_bytes": rows // 3}
+    return "linear", leaves, {"temperature": batch.temperature, "max_chunk_bytes": rows // 3, "support": batch.support}
 
 
 def _gradients(total: Tensor, leaves: dict[str, Tensor]) -> Outputs:

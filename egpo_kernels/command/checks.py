@@ -51,7 +51,8 @@ def checks(device: torch.device, interpreted: bool) -> list[Check]:
     problems = problems_of_logits(device, interpreted)
     # In bfloat16 too, which the interpreter does not round to as devices do.
     layers = [make_problem(device, cases[number], linear=True) for number in ((0, 1) if interpreted else (0, 2))]
-    return [*of_logits(problems), *_of_hidden(layers), *_of_log_probs(device), *_of_groups(device)]
+    of_layers = [*_of_hidden(layers), *_of_kept(device, cases[0])]
+    return [*of_logits(problems), *of_layers, *_of_log_probs(device), *_of_groups(device)]
 
 
 def problems_of_logits(device: torch.device, interpreted: bool) -> list[Problem]:
@@ -104,6 +105,15 @@ def _of_hidden(problems: list[Problem]) -> Iterator[Check]:
     yield loss("linear_policy_loss, sequence ratio", recipe=PolicyLossConfig(ratio="sequence"))
     yield loss("linear_policy_loss, sequence ratio, frozen", recipe=PolicyLossConfig(ratio="sequence"), trains=False)
     yield loss("linear_egpo_loss", recipe=RECIPES["egpo"])
+
+
+def _of_kept(device: torch.device, case: Case) -> Iterator[Check]:
+    """Rows with a record of what a sampler kept, and without."""
+    on, of_hidden = ([make_problem(device, case._replace(kept=True), linear)] for linear in (False, True))
+    scores = partial(calls.token_log_probs, entropy=True)
+    yield Check("token_log_probs, kept tokens", scores, terms.of_log_probs, on)
+    yield _loss("logits_policy_loss, kept tokens", on, PLAIN)
+    yield _loss("linear_policy_loss, kept tokens", of_hidden, PLAIN)
 
 
 def _of_log_probs(device: torch.device) -> Iterator[Check]:

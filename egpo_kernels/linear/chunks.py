@@ -58,7 +58,7 @@ def active_rows(mask: Tensor, host_mask: Tensor | None, num_active: int | None) 
     """Places of the rows to multiply, a superset of ``mask [N]``; None, which is all, where the host cannot know."""
     check_num_active(mask if host_mask is None else host_mask, num_active)
     if mask.device.type == "cpu":
-        return mask.nonzero()[:, 0]
+        return (mask if host_mask is None else mask & host_mask).nonzero()[:, 0]
     if host_mask is not None:
         return places_on(host_mask, mask.device)
     return None if num_active is None else first_places(mask, num_active)

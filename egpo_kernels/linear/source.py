@@ -170,9 +170,7 @@ def _multiplied(source: Linear, call: calls.Call, recorded: Tensor | None) -> Li
         return source._replace(records=False)
     mask, num_active = source.host_mask, source.num_active
     if recorded.device == call.layout.device:
-        counted = call.given.counted(call.layout).reshape(-1)
-        check_num_active(counted, num_active)
-        return source._replace(num_active=int((counted & ~recorded).sum()))
+        mask = call.given.counted(call.layout).reshape(-1)
     if mask is not None:
         check_num_active(mask, num_active)
         num_active = None

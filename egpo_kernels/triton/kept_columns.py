@@ -59,7 +59,7 @@ def gathered_products_kernel(
     tl.store(out_ptr + offs, tl.sum(total, 1), mask=offs < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups", "tiles"])
 def gathered_sums_kernel(
     values_ptr, source, index_ptr, keys_ptr, order_ptr, offsets_ptr, out, num_groups, width, tiles, DTYPE: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -109,8 +109,8 @@ def add_gathered(values: Tensor, source: Tensor, index: Tensor, grouped: Grouped
         return
     (read, read_key), (written, written_key) = _rowed(source), _rowed(out)
     places, tiles = (index, *grouped), blocks_of(width, SUM_BLOCK_H)
-    numbers = (groups, width, tiles)
-    launches = Launches(source.device, read_key, written_key, lie((values, *places)), *map(size, numbers))
+    numbers, lies = (groups, width, tiles), lie((values, *places))
+    launches = Launches(source.device, read_key, written_key, lies, size(width), groups >> 31, tiles >> 31)
     constants = (triton_dtype(compute_dtype(source.dtype)), SUM_BLOCK_E, SUM_BLOCK_H)
     arguments = (values, read, *places, written, *numbers, *constants)
     launches(gathered_sums_kernel, count * tiles, arguments, OPTIONS)

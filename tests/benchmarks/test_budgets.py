@@ -170,7 +170,8 @@ def test_no_quotient_and_no_root_is_an_approximation(options):
     for row in options:
         assert set(row["approximate"]) <= {"ex2.approx.ftz.f32"}, row
     seen = {row["kernel"] for row in options if row["approximate"]}
-    assert seen == LOGITS_KERNELS | {"policy_loss_kernel", "policy_loss_gradient_kernel", "sequence_kernel"}
+    rest = {"policy_loss_kernel", "policy_loss_gradient_kernel", "sequence_kernel"}
+    assert seen == LOGITS_KERNELS | rest | {"kept_statistics_kernel", "kept_gradient_kernel"}
 
 
 def test_logits_move_sixteen_bytes_at_a_time_with_every_option(options):

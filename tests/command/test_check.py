@@ -84,7 +84,7 @@ def times(factor):
                 arguments[-1].mul_(factor)
             if isinstance(found, tuple):
                 return tuple(it * factor if isinstance(it, torch.Tensor) else it for it in found)
-            return found
+            return found * factor if isinstance(found, torch.Tensor) else found
 
         return wrong
 
@@ -140,6 +140,16 @@ def half_as_many(function):
     return wrong
 
 
+def nobody_alive(function):
+    """Rows whose kept tokens are not looked at."""
+
+    def wrong(*arguments):
+        found = function(*arguments)
+        return found._replace(alive=torch.zeros_like(found.alive))
+
+    return wrong
+
+
 FAULTS = [
     ("token_rows", half_as_many, "egpo_loss, on-policy", "gradient of logits"),
     ("row_statistics", times(1.01), "token_log_probs", "log_probs"),
@@ -157,6 +167,14 @@ FAULTS = [
     ("policy_loss_and_gradient", only(3, 0.0), "policy_loss, entropy bonus, KL", "gradient of entropy"),
     ("policy_loss", times(1.01), "policy_loss, reduction none", "loss"),
     ("policy_loss_gradient", times(0.99), "policy_loss, reduction none", "gradient of log_probs"),
+    ("kept_entries", nobody_alive, "token_log_probs, kept tokens", "gradient of logits"),
+    ("kept_logits", times(1.01), "token_log_probs, kept tokens", "log_probs"),
+    ("kept_statistics", only(0, torch.nan), "logits_policy_loss, kept tokens", "loss"),
+    ("kept_gradient", times(1.01), "token_log_probs, kept tokens", "gradient of logits"),
+    ("put_kept_", nothing, "logits_policy_loss, kept tokens", "gradient of logits"),
+    ("support_metrics", times(1.01), "logits_policy_loss, kept tokens", "metrics"),
+    ("gathered_products", times(1.01), "linear_policy_loss, kept tokens", "loss"),
+    ("add_gathered", nothing, "linear_policy_loss, kept tokens", "gradient of hidden"),
     ("scaled_gradients", each_times(0.99), "policy_loss, cispo", "gradient of log_probs"),
     ("group_advantages", times(1.01), "group_advantages, egpo", "advantages"),
     ("group_advantages", only(1, torch.nan), "group_advantages, egpo_c5", "weights"),
