@@ -12,6 +12,7 @@ from benchmarks.counts.launches import (
     VOCAB,
     Size,
     launch_groups,
+    launch_kept,
     launch_log_probs,
     launch_logits,
     launch_rows,
@@ -45,6 +46,7 @@ def main(device: str = "cuda", vocab: str = "40009") -> None:
     launch_rows(torch.float32, True, SPREAD, SIZE, device=device)
     launch_log_probs(torch.float32, True, CONFIG, SIZE, device=device)
     launch_groups(torch.float32, WHITENED, True, SIZE, device=device)
+    launch_kept(torch.bfloat16, True, SIZE, device=device)
     if architecture(torch.device(device)) == "sm_90":
         with switched_on():
             launch_in_place(device, VOCAB)

@@ -10,7 +10,7 @@ from egpo_kernels.engine import row_ops
 from egpo_kernels.engine.calls import Call
 from egpo_kernels.engine.rows import TOKENS
 from egpo_kernels.formulas import metrics
-from egpo_kernels.formulas.kept import has_record
+from egpo_kernels.formulas.kept import has_record, kept_metrics
 from egpo_kernels.formulas.lazy import merged
 from egpo_kernels.inputs.layout import Layout, to_device
 from egpo_kernels.inputs.segments import flat
@@ -65,6 +65,9 @@ def reported(call: Call, found: LossOutput, mode: Any) -> LossOutput:
     """A loss with the metrics of what was kept, unless none are wanted."""
     if not call.support or mode == "none":
         return found
-    tokens, backend = flat(call.given.tensors[TOKENS]), "triton" if call.backend == "triton" else "portable"
-    vector = row_ops.support_metrics(*call.support, tokens, flat(call.given.counted(call.layout)), call.dtype, backend)
+    tokens, counted = flat(call.given.tensors[TOKENS]), flat(call.given.counted(call.layout))
+    if call.backend == "reference":
+        vector = metrics.finish(kept_metrics(*call.support, tokens.long(), counted, call.dtype), metrics.SUPPORT)
+    else:
+        vector = row_ops.support_metrics(*call.support, tokens, counted, call.dtype, call.backend)
     return LossOutput(found.loss, merged(found.metrics, metrics.named(vector, metrics.SUPPORT)))

@@ -17,7 +17,7 @@ from egpo_kernels.triton.launcher import Launches, lie, size
 from egpo_kernels.triton.settings import blocks_of, triton_dtype
 
 BLOCK_E, BLOCK_H, OPTIONS = 16, 128, {"num_warps": 4}
-SUM_BLOCK_E, SUM_BLOCK_H = 8, 512
+SUM_BLOCK_E, SUM_BLOCK_H = 8, 256
 
 
 class Rowed(NamedTuple):

@@ -134,6 +134,23 @@ def test_the_same_bits_every_time(dtype, config, backend):
         assert_bits(again, before, "gradient")
 
 
+@pytest.mark.cpu
+def test_a_model_of_49_thousand_tokens_takes_less_than_64_mib():
+    """Beside inputs and gradients, of [2048 x 576] times [576 x 49152] in float32."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(count, 576, generator=generator).requires_grad_() for count in (2048, 49152))
+    tokens = torch.randint(49152, (2048,), generator=generator)
+    others = torch.randint(49152, (2048, 14), generator=generator)
+    others[::2] = -1
+    support = ek.pack_support(torch.cat([tokens[:, None], others], 1))
+    ends, advantages = torch.tensor([0, 2048]), torch.randn(2048, generator=generator)
+
+    def run():
+        ek.linear_policy_loss(hidden, weight, tokens, advantages, cu_seqlens=ends, support=support).loss.backward()
+
+    assert peak_bytes(run) - 4 * (hidden.numel() + weight.numel()) < 64 * 2**20
+
+
 @EVERY_HEAD
 @pytest.mark.parametrize("config", [ek.PolicyLossConfig(entropy_coef=0.1), LATE], ids=["known", "late"])
 @pytest.mark.parametrize("backend", FAST)
