@@ -88,12 +88,12 @@ KERNELS = {
     "group_advantages_kernel": KernelBudget((160, 160, 152, 70), (512, 512, 512, 256)),
     "kept_entries_kernel": KernelBudget((58, 58, 58, 22)),
     "kept_logits_kernel": KernelBudget((48, 50, 50, 22)),
-    "kept_statistics_kernel": KernelBudget((28, 30, 26, 18)),
+    "kept_statistics_kernel": KernelBudget((29, 32, 30, 22)),
     "kept_gradient_kernel": KernelBudget((36, 36, 36, 22)),
     "put_kept_kernel": KernelBudget((58, 50, 50, 24), (1024, 1024, 1024, 0)),
-    "kept_metrics_kernel": KernelBudget((32, 32, 32, 32)),
+    "kept_metrics_kernel": KernelBudget((50, 54, 54, 14)),
     "gathered_products_kernel": KernelBudget((48, 48, 48, 34), (64, 64, 64, 64)),
-    "gathered_sums_kernel": KernelBudget((72, 72, 72, 40), (4096, 4096, 4096, 8192)),
+    "gathered_sums_kernel": KernelBudget((48, 48, 48, 32), (4096, 4096, 4096, 4096)),
     "combine_kernel": KernelBudget((120, 120, 120, 72), (1024, 1024, 1024, 2048)),
 }
 

@@ -66,8 +66,10 @@ def reported(call: Call, found: LossOutput, mode: Any) -> LossOutput:
     if not call.support or mode == "none":
         return found
     tokens, counted = flat(call.given.tensors[TOKENS]), flat(call.given.counted(call.layout))
+    ids, offsets = call.support
+    assert tokens is not None
     if call.backend == "reference":
-        vector = metrics.finish(kept_metrics(*call.support, tokens.long(), counted, call.dtype), metrics.SUPPORT)
+        vector = metrics.finish(kept_metrics(ids, offsets, tokens.long(), counted, call.dtype), metrics.SUPPORT)
     else:
-        vector = row_ops.support_metrics(*call.support, tokens, counted, call.dtype, call.backend)
+        vector = row_ops.support_metrics(ids, offsets, tokens, counted, call.dtype, call.backend)
     return LossOutput(found.loss, merged(found.metrics, metrics.named(vector, metrics.SUPPORT)))
