@@ -33,7 +33,10 @@ def parted(package: ModuleType, rows: Rows, support: Support, vocab: int) -> Par
     """Tell rows with a record from rows without."""
     rows = flat_rows(rows)
     assert rows.tokens is not None
-    entries = package.kept_entries(*support, rows.tokens, rows.mask, vocab)
+    ids, offsets = support
+    if not rows.tokens.numel():
+        ids = ids[:0]  # of no row
+    entries = package.kept_entries(ids, offsets, rows.tokens, rows.mask, vocab)
     return Parts(rows, rows._replace(mask=rows.mask & ~entries.mask), rows._replace(mask=entries.mask), entries)
 
 

@@ -69,7 +69,7 @@ def row_of_id(offsets: Tensor, count: int) -> Tensor:
 
 def entries_of(ids: Tensor, offsets: Tensor, tokens: Tensor, mask: Tensor, vocab: int) -> Entries:
     """Put ``tokens [N]`` before the ``ids [M]`` of their rows, of which ``mask [N]`` says which count."""
-    num_rows, count = tokens.shape[0], ids.shape[0]
+    num_rows, count, ids = tokens.shape[0], ids.shape[0], ids.long()
     rows, own = row_of_id(offsets, count), torch.arange(num_rows, device=ids.device)
     mask = mask & has_record(offsets)
     place, first = torch.arange(count, device=ids.device) + (rows + 1).clamp(max=num_rows), offsets[:-1] + own
@@ -79,7 +79,7 @@ def entries_of(ids: Tensor, offsets: Tensor, tokens: Tensor, mask: Tensor, vocab
     def laid(of_ids: Tensor, of_tokens: Tensor) -> Tensor:
         return of_ids.new_empty(count + num_rows).scatter(0, place, of_ids).scatter(0, first, of_tokens)
 
-    ids, rows, alive = laid(ids.long(), tokens), laid(rows, own), laid(kept, mask)
+    ids, rows, alive = laid(ids, tokens), laid(rows, own), laid(kept, mask)
     offsets = offsets + torch.arange(num_rows + 1, device=ids.device)
     broken = counts_per_sequence(alive & ((ids < 0) | (ids >= vocab)), offsets) > 0
     return Entries(ids, rows, alive, offsets, mask, broken)

@@ -247,10 +247,11 @@ def check_support_offsets(offsets: Tensor, num_ids: int) -> None:
     if not checks_values(offsets.device):
         return
     offsets = offsets.long()
-    if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any() or offsets[-1] > num_ids:
+    falls = "".join(f" and falls after row {row}" for row in (offsets[1:] < offsets[:-1]).nonzero()[:1, 0].tolist())
+    if offsets[0] != 0 or falls or offsets[-1] > num_ids:
         raise ValueError(
-            f"support.offsets starts at {int(offsets[0])} and ends at {int(offsets[-1])} over {num_ids} ids; it must "
-            "start at 0, never decrease, and end at or before the last id"
+            f"support.offsets starts at {int(offsets[0])} and ends at {int(offsets[-1])} over {num_ids} ids{falls}; it "
+            "must start at 0, never decrease, and end at or before the last id"
         )
 
 

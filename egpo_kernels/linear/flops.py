@@ -2,7 +2,7 @@
 
 Chunks and a softcap change nothing. All rows count, or ``num_active`` where it is given: how many of them a mask leaves
 is not in its shape, and where the host knows it fewer rows are multiplied than are counted here. With what a sampler
-kept, each kept token of a row counts for one column, and ``num_active`` for the rows without a record.
+kept, each kept token of a row counts for one column, and ``num_active`` bounds the rows without a record.
 """
 
 import sys

@@ -135,7 +135,7 @@ class HeadGradients:
             None if tensor is None or not asked else tensor.new_empty(tensor.shape, dtype=dtype)
             for tensor, asked in zip(head[:4], wanted[1:], strict=True)
         ]
-        self.kept = 0.0
+        self.beta = 0.0
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         """Add what flows back through ``gradient [R, V]`` into the logits of ``hidden [R, H]``."""
@@ -149,19 +149,19 @@ class HeadGradients:
             self._accumulate_(weight, gradient.t(), hidden, gain)
         if bias is not None:
             column = gradient.sum(0, dtype=compute_dtype(bias.dtype))
-            bias.add_(column, alpha=gain) if self.kept else bias.copy_(column.mul_(gain))
+            bias.add_(column, alpha=gain) if self.beta else bias.copy_(column.mul_(gain))
         if lora_a is not None and head.lora_b is not None:
             inner = gradient @ head.lora_b.to(gradient.dtype)
             self._accumulate_(lora_a, inner.t(), hidden, gain * head.lora_scale)
         if lora_b is not None and head.lora_a is not None:
             inner = hidden @ head.lora_a.to(hidden.dtype).t()
             self._accumulate_(lora_b, gradient.t(), inner, gain * head.lora_scale)
-        self.kept = 1.0
+        self.beta = 1.0
 
     def started(self) -> list[Tensor | None]:
         """The sums, to be added to: zeros if nothing was."""
-        if not self.kept:
-            self.kept = 1.0
+        if not self.beta:
+            self.beta = 1.0
             for total in self.sums:
                 if total is not None:
                     total.zero_()
@@ -169,9 +169,9 @@ class HeadGradients:
 
     def _accumulate_(self, total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
         if total.dtype == left.dtype:
-            total.addmm_(left, right, beta=self.kept, alpha=alpha)
+            total.addmm_(left, right, beta=self.beta, alpha=alpha)
         else:
-            torch.addmm(total, left, right, out_dtype=total.dtype, beta=self.kept, alpha=alpha, out=total)
+            torch.addmm(total, left, right, out_dtype=total.dtype, beta=self.beta, alpha=alpha, out=total)
 
     def rounded(self) -> list[Tensor]:
         """The sums in the dtype of what they are gradients of; empty where none was asked for."""

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.engine.kept import Parts
+from egpo_kernels.formulas.kept import Grouped
 from egpo_kernels.inputs.segments import segment_sum
 from egpo_kernels.linear.layer import Gradients, Layer
 
@@ -44,24 +45,25 @@ class KeptColumns:
         if self.head.softcap:
             slopes = torch.ops.aten.tanh_backward(slopes, self.logits)
         slopes = slopes * self.head.gain
-        wanted, of_inner = gradients.of_head.wanted, None
-        if self.inner is not None and (wanted.hidden or wanted.lora_a):
-            of_inner = self._inner_gradient(slopes)
-        if gradients.hidden is not None:
-            self._add_hidden(slopes, of_inner, gradients.hidden.flatten(0, 1))
+        wanted, of_inner, by_row = gradients.of_head.wanted, None, None
+        if wanted.hidden or wanted.lora_a:
+            by_row = self.entries.by_row()
+        if self.inner is not None and by_row is not None:
+            of_inner = self._inner_gradient(slopes, by_row)
+        if gradients.hidden is not None and by_row is not None:
+            self._add_hidden(slopes, of_inner, by_row, gradients.hidden.flatten(0, 1))
         if wanted.of_head:
             self._add_head(slopes, of_inner, gradients.of_head.started())
 
-    def _inner_gradient(self, slopes: Tensor) -> Tensor:
+    def _inner_gradient(self, slopes: Tensor, by_row: Grouped) -> Tensor:
         """Gradient ``[N, r]`` of hidden states that went through the first adapter."""
         assert self.inner is not None and self.head.lora_b is not None
-        found, by_row = torch.zeros_like(self.inner), self.entries.by_row()
-        slopes = slopes * self.head.lora_scale
+        found, slopes = torch.zeros_like(self.inner), slopes * self.head.lora_scale
         self.package.add_gathered(slopes, self.head.lora_b.to(found.dtype), self.columns, by_row, found)
         return found
 
-    def _add_hidden(self, slopes: Tensor, of_inner: Tensor | None, out: Tensor) -> None:
-        self.package.add_gathered(slopes, self.head.weight, self.columns, self.entries.by_row(), out)
+    def _add_hidden(self, slopes: Tensor, of_inner: Tensor | None, by_row: Grouped, out: Tensor) -> None:
+        self.package.add_gathered(slopes, self.head.weight, self.columns, by_row, out)
         if of_inner is not None and self.head.lora_a is not None:
             for part, total in zip(of_inner.split(SPLIT), out.split(SPLIT), strict=True):
                 total += (part @ self.head.lora_a.to(part.dtype)).to(total.dtype)
@@ -75,10 +77,12 @@ class KeptColumns:
         if bias is not None:
             bias += segment_sum(slopes[by_id.order], by_id.offsets).to(bias.dtype)
         if lora_a is not None and of_inner is not None:
+            total = torch.zeros_like(lora_a, dtype=of_inner.dtype)
             for part, states, mask in zip(
                 *(each.split(SPLIT) for each in (of_inner, self.states, self.mask)), strict=True
             ):
                 # What does not count may be NaN, and 0 times that is no 0.
-                lora_a += (part.t() @ torch.where(mask[:, None], states, 0.0).to(part.dtype)).to(lora_a.dtype)
+                total.addmm_(part.t(), torch.where(mask[:, None], states, 0.0).to(part.dtype))
+            lora_a += total.to(lora_a.dtype)
         if lora_b is not None and self.inner is not None:
             self.package.add_gathered(slopes * self.head.lora_scale, self.inner, self.rows, by_id, lora_b)

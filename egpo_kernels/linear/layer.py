@@ -52,9 +52,9 @@ class Layer(NamedTuple):
 class Gradients:
     """Gradients of hidden states and head, gathered chunk by chunk."""
 
-    def __init__(self, layer: Layer, wanted: Wanted, plan: Plan, kept: bool) -> None:
-        """``kept``: something comes from kept columns too, so that one chunk is not all there is to add."""
-        once = plan.total == 0 if kept else plan.once
+    def __init__(self, layer: Layer, wanted: Wanted, plan: Plan, more: bool) -> None:
+        """``more``: something comes from elsewhere too, so that one chunk is not all there is to add."""
+        once = plan.total == 0 if more else plan.once
         self.head = layer.head
         self.hidden = layer.hidden.new_zeros(layer.hidden.shape) if wanted.hidden else None
         self.of_head = HeadGradients(layer.head, wanted, once)

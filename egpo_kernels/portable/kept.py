@@ -61,10 +61,9 @@ def kept_gradient(
 
 
 def kept_logits(logits: Tensor, entries: Entries) -> Tensor:
-    """Logits ``[E]`` of kept tokens in the compute dtype, NaN where an id is none."""
-    columns = entries.columns(logits.shape[-1])
-    values = logits[_places(logits, entries.row_places(), columns)].to(compute_dtype(logits.dtype))
-    return torch.where(entries.ids == columns, values, torch.nan)
+    """Logits ``[E]`` of kept tokens in the compute dtype; any where an id is none, whose row is broken."""
+    places = _places(logits, entries.row_places(), entries.columns(logits.shape[-1]))
+    return logits[places].to(compute_dtype(logits.dtype))
 
 
 def put_kept_(gradient: Tensor, entries: Entries, values: Tensor) -> None:
@@ -99,15 +98,17 @@ def _exponentials(z: Tensor, place: Tensor, maximum: Tensor, heat: Tensor | floa
 
 def gathered_products(left: Tensor, right: Tensor, entries: Entries) -> Tensor:
     """Products ``[E]`` of entries' rows of ``left [N, H]`` and their tokens' rows of ``right [V, H]``, in the compute
-    dtype.
+    dtype; on a CPU 0 for what is not alive.
     """
     columns, place = entries.columns(right.shape[0]), entries.row_places()
-    dtype = compute_dtype(right.dtype)
+    dtype, looked_at = compute_dtype(right.dtype), entries.alive.nonzero()[:, 0] if left.is_cpu else None
+    if looked_at is not None:
+        columns, place = columns[looked_at], place[looked_at]
     made = left.new_empty(columns.shape[0], dtype=dtype)
     size = _chunk_rows(right, dtype)
     for part, row, column in zip(made.split(size), place.split(size), columns.split(size), strict=True):
         torch.sum(left[row].to(dtype).mul_(right[column]), -1, out=part)
-    return made
+    return made if looked_at is None else made.new_zeros(entries.alive.shape).index_copy_(0, looked_at, made)
 
 
 def add_gathered(values: Tensor, source: Tensor, index: Tensor, grouped: Grouped, out: Tensor) -> None:
@@ -116,17 +117,25 @@ def add_gathered(values: Tensor, source: Tensor, index: Tensor, grouped: Grouped
     A group's entries are added up in their order.
     """
     values, index, total = values[grouped.order].to(source.dtype), index[grouped.order], out.shape[0]
-    size = _chunk_rows(source, source.dtype) if out.is_cpu else max(total, 1)
-    bounds = [*grouped.offsets[::size].tolist(), int(grouped.offsets[-1])] if out.is_cpu else [0, index.shape[0]]
+    if not out.is_cpu:
+        # Of a last bag a GPU's kernel takes everything that is left: one more has what is in no group.
+        bags = torch.nn.functional.pad(grouped.offsets, (0, 1), value=index.shape[0])
+        out += _bags(index, source, bags, values)[:-1]
+        return
+    size = _chunk_rows(source, source.dtype)
+    bounds = [*grouped.offsets[::size].tolist(), int(grouped.offsets[-1])]
     for number, first in enumerate(range(0, total, size)):
         inside = slice(bounds[number], bounds[number + 1])
         if inside.start == inside.stop:
             continue
         offsets = grouped.offsets[first : first + size + 1] - grouped.offsets[first]
-        sums = torch.nn.functional.embedding_bag(
-            index[inside], source, offsets, mode="sum", per_sample_weights=values[inside], include_last_offset=True
-        )
-        out[first : first + size] += sums
+        out[first : first + size] += _bags(index[inside], source, offsets, values[inside])
+
+
+def _bags(index: Tensor, source: Tensor, offsets: Tensor, values: Tensor) -> Tensor:
+    return torch.nn.functional.embedding_bag(
+        index, source, offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
 
 
 def _chunk_rows(matrix: Tensor, dtype: torch.dtype) -> int:

@@ -46,7 +46,8 @@ def pack_support(ids: Tensor, fill: int = -1) -> SamplingSupport:
     ends = kept.flatten().cumsum(0)
     place = torch.where(kept.flatten(), ends - 1, rows.numel())
     packed = rows.new_zeros(rows.numel() + 1).scatter_(0, place, rows.flatten())[:-1]
-    return SamplingSupport(packed, torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0)))
+    offsets = torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0))
+    return SamplingSupport(packed[: int(offsets[-1])] if packed.is_cpu else packed, offsets)
 
 
 def support_from_lists(
@@ -82,7 +83,7 @@ def support_from_lists(
     first, last, total = _rows(len(records), length, cu_seqlens)
     begin = first + _starts(starts, len(records))
     tokens = np.array([len(counts) for _, counts in records], np.int64)
-    late = (begin < first) | (begin + tokens > last)
+    late = (tokens > 0) & ((begin < first) | (begin + tokens > last))
     if late.any():
         number = int(late.nonzero()[0][0])
         raise ValueError(
@@ -108,7 +109,7 @@ def top_p_support(
     """What a sampler would keep of these logits, for engines that record nothing.
 
     The trainer's logits are not the sampler's to the last bit: at the edge of a set they keep others now and then. The
-    filters are applied in this order, each to what the one before left, as engines do: ``top_k`` largest (and what
+    filters are applied in this order, each to what the one before left, as SGLang does: ``top_k`` largest (and what
     equals the last of them), the fewest that hold ``top_p`` of the probability, what has at least ``min_p`` times the
     largest probability (arXiv 2407.01082).
 
@@ -117,7 +118,7 @@ def top_p_support(
         top_k: At least 1, or None.
         top_p: In (0, 1], or None.
         min_p: In [0, 1], or None.
-        temperature: Above 0; a float, or a tensor ``[S, T]`` or ``[N]``.
+        temperature: Above 0; a float, or a tensor ``[S]`` (padded), ``[S, T]`` or ``[N]``.
 
     Returns:
         A `SamplingSupport` on the device of logits; it waits for it, to know how many are kept. A row that keeps all
@@ -137,8 +138,11 @@ def top_p_support(
     min_p = check_number("min_p", min_p, low=0.0, high=1.0, optional=True)
     dtype, shape = compute_dtype(logits.dtype), logits.shape[:-1]
     if isinstance(temperature, Tensor):
-        heat = check_tensor("temperature", temperature, "floating", {"that of a token": tuple(shape)}, logits.device)
-        heat = heat.reshape(-1, 1).to(dtype)
+        shapes = {"one for each token": tuple(shape), "[S]": tuple(shape[:1])}
+        heat = check_tensor("temperature", temperature, "floating", shapes, logits.device).to(dtype)
+        if not (heat > 0).all():
+            raise ValueError("temperature holds a number that is not above 0; every one must be: divide by none such")
+        heat = (heat if heat.shape == shape else heat[:, None].expand(shape)).reshape(-1, 1)
     else:
         heat = torch.full((1, 1), check_positive("temperature", temperature), dtype=dtype, device=logits.device).expand(
             shape.numel(), 1
@@ -161,7 +165,7 @@ def _filtered(z: Tensor, top_k: int | None, top_p: float | None, min_p: float | 
     kept = values > -torch.inf
     if top_k is not None and top_k < vocab:
         kept &= values >= values[:, top_k - 1 : top_k]
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # of 1 a rounded sum would leave something out
         share = torch.where(kept, values, -torch.inf).softmax(-1, dtype=accumulation_dtype(z.device))
         # What the larger ones hold, without itself: the largest stays whatever top_p is.
         kept &= share.cumsum(-1) - share < top_p
@@ -213,8 +217,8 @@ def _whole_numbers(name: str, values: Any) -> np.ndarray:
         found = np.asarray(values if isinstance(values, (list, tuple, np.ndarray)) else entries(values))
     except ValueError:  # lists of several lengths
         found = np.asarray(None)
-    if found.ndim != 1 or not (np.issubdtype(found.dtype, np.integer) or found.size == 0):
-        raise TypeError(f"{name} is {shown(values)}; it must be a list of integers")
+    if found.ndim != 1 or not (found.size == 0 or (found.dtype.kind in "iu" and np.can_cast(found.dtype, np.int64))):
+        raise TypeError(f"{name} is {shown(values)}; it must be a list of integers that int64 holds")
     return found.astype(np.int64)
 
 

@@ -141,7 +141,7 @@ def put_kept_(gradient: Tensor, entries: Entries, values: Tensor) -> None:
 def _over_entries(kernel, logits: Tensor, entries: Entries, values: Tensor, constants: tuple) -> None:
     (where, length, key), count = matrix(logits), entries.ids.shape[0]
     places = (entries.rows, entries.ids, entries.alive, values)
-    if count:
+    if count and logits.numel():
         launches = Launches(logits.device, kernel, key, lie(places), count >> 31)
         arguments = (where, *places, count, length, logits.shape[-1], *constants, BLOCK)
         launches(kernel, blocks_of(count, BLOCK), arguments, OPTIONS)

@@ -112,11 +112,7 @@ def only(number, value):
 
 def unwritten(function):
     """A result in memory that nobody is given."""
-
-    def wrong(*arguments):
-        return function(*arguments[:-1], torch.empty_like(arguments[-1]))
-
-    return wrong
+    return lambda *arguments: function(*arguments[:-1], torch.empty_like(arguments[-1]))
 
 
 def nothing(function):
@@ -142,12 +138,7 @@ def half_as_many(function):
 
 def nobody_alive(function):
     """Rows whose kept tokens are not looked at."""
-
-    def wrong(*arguments):
-        found = function(*arguments)
-        return found._replace(alive=torch.zeros_like(found.alive))
-
-    return wrong
+    return lambda *arguments: (made := function(*arguments))._replace(alive=torch.zeros_like(made.alive))
 
 
 FAULTS = [

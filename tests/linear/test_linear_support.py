@@ -21,7 +21,13 @@ from tests.support.device import DEVICE
 PACKAGES = {"portable": portable, "triton": triton}
 VOCAB, WIDTH, RANK = 4096, 64, 2
 EVERYTHING = ("hidden", "weight", "bias", "A", "B")
-HEADS = {"trains": ("hidden", "weight"), "frozen": ("hidden",), "adapters": ("hidden", "A", "B"), "all": EVERYTHING}
+HEADS = {
+    "trains": ("hidden", "weight"),
+    "frozen": ("hidden",),
+    "adapters": ("hidden", "A", "B"),
+    "all": EVERYTHING,
+    "A": ("A",),
+}
 EVERY_HEAD = pytest.mark.parametrize("trains", HEADS.values(), ids=HEADS)
 LATE = ek.PolicyLossConfig(ratio="sequence")
 

@@ -172,6 +172,32 @@ def test_top_p_support(data):
     assert sets_of(ek.top_p_support(logits, temperature=per_row, **options)) == sets_of(found)
 
 
+def test_all_of_the_probability_leaves_nothing_out():
+    """However little of it a token has."""
+    logits = torch.tensor([[0.0, -50.0, -100.0, -torch.inf]], device=DEVICE)
+    assert sets_of(ek.top_p_support(logits, top_p=1.0)) == [[0, 1, 2]]
+
+
+def test_one_temperature_for_each_sequence():
+    logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    heats = torch.tensor([0.5, 2.0], device=DEVICE)
+    found = sets_of(ek.top_p_support(logits, top_p=0.8, temperature=heats))
+    apart = [ek.top_p_support(one, top_p=0.8, temperature=heat) for one, heat in zip(logits, (0.5, 2.0), strict=True)]
+    assert found == sets_of(apart[0]) + sets_of(apart[1])
+
+
+@pytest.mark.parametrize("heat", [0.0, -1.0, torch.nan])
+def test_a_temperature_that_is_none(heat):
+    with pytest.raises(ValueError, match="temperature holds a number that is not above 0"):
+        ek.top_p_support(torch.zeros(1, 3), top_p=0.9, temperature=torch.tensor([heat]))
+
+
+def test_a_sequence_without_a_record_may_start_anywhere():
+    """As of a response of no tokens: its prompt's length less 1 is -1."""
+    found = ek.support_from_lists([None, [[1]], []], length=4, starts=[-1, 0, 9])
+    assert sets_of(found) == [[]] * 4 + [[1]] + [[]] * 7
+
+
 def test_top_p_support_in_chunks(monkeypatch):
     logits = torch.randn(2, 5, 300, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     whole = ek.top_p_support(logits, top_p=0.9)
