@@ -75,7 +75,8 @@ def table(reports: Sequence[Report], host: Report | None = None) -> str:
         rows.append([f"{WORKLOADS[workload].title}, {size(case_of(records[0]))}", *_cells(records)])
     for call in HOST_ROWS if host else ():
         rows.append([f"host time of `{call}`, forward and backward", *_host_cells(host, call)])
-    measured = [*reports, *([host] if host else [])]
+    shown = [report for report in reports if any(one["workload"] in ROWS for one in report["results"])]
+    measured = [*shown, *([host] if host else [])]
     where = "\n".join(f"- {headline(report['machine'])}" for report in measured)
     notes = NOTES.format(host=HOST_NOTES if host else "")
     return f"{tables.table(['', *COLUMNS.values()], rows)}\n{notes}\n{where}\n"

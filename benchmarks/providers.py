@@ -246,6 +246,7 @@ def own_providers(workload: str) -> list[Provider]:
             # What it takes without the record; its answer is another one.
             Provider("egpo_kernels, whole vocabulary", OURS, _ours_linear(support=None), outputs=()),
             Provider("eager", "eager", eager_kept),
+            Provider(GEMMS, GEMMS, bare_gemms(), prepare=bare_gemms, outputs=()),
         ],
         "logits": [
             Provider(OURS, OURS, ours_logits()),
