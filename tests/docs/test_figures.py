@@ -74,7 +74,7 @@ def rows(found):
 
 def test_the_readmes_table_shows_16_bits_and_a_column_a_family():
     found = rows(report(eager={"seconds": [4.0]}, Liger={"refused": "needs a CUDA device"}))
-    assert len(found) == len(WORKLOADS)
+    assert len(found) == len(front.ROWS)
     for row in found:
         assert row[1:] == ["**2 s**<br>3 MiB", "4 s<br>1 MiB", "-", "-", "-", "-"]
         assert "bf16" in row[0] or "responses" in row[0]
@@ -98,7 +98,7 @@ def test_the_readmes_table_ends_with_what_calls_cost_the_host():
     results = [one("egpo_kernels", 2e-3), one("Liger", 1e-3), one("egpo_kernels", 9.0), one("TRL", 0, refused="no")]
     results += [found | {"call": "egpo_loss"} for found in results]
     text = front.table([report()], {"machine": MACHINE | {"cpu": "slide rule"}, "results": results})
-    for row, call in zip(text.splitlines()[2 + len(WORKLOADS) :], front.HOST_ROWS, strict=False):
+    for row, call in zip(text.splitlines()[2 + len(front.ROWS) :], front.HOST_ROWS, strict=False):
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert call in cells[0]
         assert cells[1:] == ["2 ms<br>1 + 2 launches", "-", "-", "-", "**1 ms**<br>1 + 2 launches", "-"]
