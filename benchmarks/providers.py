@@ -99,10 +99,14 @@ def _linear_by_hand(hidden: Tensor, batch: Batch) -> Tensor:
     return _by_hand(hidden @ batch.weight.t(), batch)
 
 
+def _kept_by_hand(hidden: Tensor, batch: Batch) -> Tensor:
+    logits = hidden @ batch.weight.t()
+    return _by_hand(logits.masked_fill(batch.left_out.view(logits.shape), -torch.inf), batch)
+
+
 def eager_kept(batch: Batch) -> Outputs:
     """As `eager_linear`, with logits outside the kept sets filled with -inf first: slime's way, and SkyRL's."""
-    logits = batch.hidden @ batch.weight.t()
-    return answer(_by_hand(logits.masked_fill(batch.left_out.view(logits.shape), -torch.inf), batch), batch)
+    return answer(_kept_by_hand(batch.hidden, batch), batch)
 
 
 def eager_linear(batch: Batch) -> Outputs:
@@ -246,6 +250,7 @@ def own_providers(workload: str) -> list[Provider]:
             # What it takes without the record; its answer is another one.
             Provider("egpo_kernels, whole vocabulary", OURS, _ours_linear(support=None), outputs=()),
             Provider("eager", "eager", eager_kept),
+            Provider("torch.compile", "torch.compile", eager_kept, prepare=_compiled_loss(_kept_by_hand, "hidden")),
             Provider(GEMMS, GEMMS, bare_gemms(), prepare=bare_gemms, outputs=()),
         ],
         "logits": [
