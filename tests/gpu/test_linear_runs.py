@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import egpo_kernels as ek
-from egpo_kernels.linear import passes
+from egpo_kernels.linear import layer as layers
 from tests.support.accuracy import assert_bits
 from tests.support.device import DEVICE, size
 
@@ -87,8 +87,8 @@ def test_a_hundred_runs(path, trains, dtype, monkeypatch):
         planned.append((chunk_rows.plain(*given), given[-1]))
         return planned[-1][0]
 
-    chunk_rows.plain = passes.chunk_rows
-    monkeypatch.setattr(passes, "chunk_rows", chunk_rows)
+    chunk_rows.plain = layers.chunk_rows
+    monkeypatch.setattr(layers, "chunk_rows", chunk_rows)
     first = run(path, tensors, trains)
     assert planned and all(rows < total for rows, total in planned)
     assert all(value.isfinite().all() and value.any() for value in first.values())
