@@ -129,6 +129,7 @@ FIELDS: dict[str, st.SearchStrategy] = {
     "ref": st.sampled_from(["token", "token", "none"]),
     "weights": st.sampled_from(KINDS),
     "heat": st.sampled_from(KINDS),
+    "support": st.sampled_from([None, None, torch.int32, torch.long]),
     "config": st.one_of(st.just(ek.PolicyLossConfig()), st.just(SEQUENCE), ESTIMATES, loss_configs()),
     "groups": st.sampled_from([*WHOLE, 1]),
     "correct": st.booleans(),
@@ -177,6 +178,13 @@ class Made:
         dtype = self.fields.counts
         return torch.ones((), dtype=dtype) if isinstance(dtype, torch.dtype) else dtype
 
+    def support(self) -> ek.SamplingSupport | None:
+        """One kept token for each row."""
+        count, dtype = self.fields.sequences * self.fields.length, self.fields.support
+        if dtype is None:
+            return None
+        return ek.SamplingSupport(self.lying("rows", (count,), dtype), torch.arange(count + 1))
+
     def arguments(self) -> dict[str, Any]:
         """By the names of the public functions' parameters."""
         one = self.fields
@@ -191,7 +199,7 @@ class Made:
             "old_log_probs": self.values(one.old, one.numbers), "ref_log_probs": self.values(one.ref, one.numbers),
             "rollout_weights": self.values(one.weights, one.numbers),
             "temperature": 0.7 if one.heat == "none" else self.values(one.heat, one.numbers),
-            "cu_seqlens": torch.arange(one.sequences + 1) * one.length if one.packed else None,
+            "support": self.support(), "cu_seqlens": torch.arange(one.sequences + 1) * one.length if one.packed else None,
             "config": one.config, "num_tokens": self.count(), "num_sequences": self.count(),
             "groups": groups, "rewards": self.values("sequence", one.numbers),
             "correct": self.values("sequence", torch.bool) if one.correct else None,
