@@ -257,7 +257,7 @@ def calls(draw: st.DrawFn) -> list[dict[str, Any]]:
     return [first, *(other for other in others if other != first), first]
 
 
-def check_calls(examples: int = 200, left_out: tuple[str, int] | None = None) -> list[str]:
+def check_calls(examples: int = 400, left_out: tuple[str, int] | None = None) -> list[str]:
     """Names of the kernels that were launched from memory, all of which Triton would have launched."""
     assert not triton.knobs.runtime.interpret
     counted: list[str] = []
