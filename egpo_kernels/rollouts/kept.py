@@ -141,7 +141,9 @@ def top_p_support(
         shapes = {"one for each token": tuple(shape), "[S]": tuple(shape[:1])}
         heat = check_tensor("temperature", temperature, "floating", shapes, logits.device).to(dtype)
         if not (heat > 0).all():
-            raise ValueError("temperature holds a number that is not above 0; every one must be: divide by none such")
+            raise ValueError(
+                "temperature holds a number that is not above 0; every one must be: give positions that do not count a 1"
+            )
         heat = (heat if heat.shape == shape else heat[:, None].expand(shape)).reshape(-1, 1)
     else:
         heat = torch.full((1, 1), check_positive("temperature", temperature), dtype=dtype, device=logits.device).expand(

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import egpo_kernels as ek
-from tests.engine.test_compile import assert_close, compiled, fresh_compiler, pytestmark  # noqa: F401
+from tests.engine.test_compile import assert_compiles_once, fresh_compiler, pytestmark  # noqa: F401
 from tests.support.batches import (
     LAYOUTS,
     NEEDS_TRITON,
-    differentiate,
     frozen_head,
-    make_batch,
     one_pass,
     only_log_probs,
     trained_head,
@@ -40,10 +37,4 @@ CASES += [pytest.param(path, "padded", "triton", marks=NEEDS_TRITON) for path in
 
 @pytest.mark.parametrize("path, layout, backend", CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_compiled_equals_eager_and_compiles_once(path, layout, backend):
-    counter, path = CompileCounterWithBackend("aot_eager"), kept(path)
-    step, frames = compiled(path, counter), []
-    for lengths, vocab in ((3, 4, 2, 4), 37), ((5, 3, 2, 2, 6, 4), 41):
-        batch = make_batch(layout, vocab, lengths=lengths)
-        assert_close(differentiate(step, batch, backend), differentiate(path, batch, backend))
-        frames.append(counter.frame_count)
-    assert frames[0] == frames[1]
+    assert_compiles_once(kept(path), layout, backend)
