@@ -142,7 +142,7 @@ def top_p_support(
         heat = check_tensor("temperature", temperature, "floating", shapes, logits.device).to(dtype)
         if not (heat > 0).all():
             raise ValueError(
-                "temperature holds a number that is not above 0; every one must be: give positions that do not count a 1"
+                "temperature holds a number that is not above 0; every one must be: give masked positions a 1"
             )
         heat = (heat if heat.shape == shape else heat[:, None].expand(shape)).reshape(-1, 1)
     else:
