@@ -38,21 +38,13 @@ def read_support(support: Any, layout: Layout) -> Support:
     """Check a `SamplingSupport` for the rows of a layout; on the CPU, the host knows which have a record."""
     check_instance("support", support, SamplingSupport)
     count, device = layout.num_rows + 1, layout.device
-    given = []
-    for name, value in zip(("support.ids", "support.offsets"), support, strict=True):
-        check_dense(name, value, "integer")
-        if value.dim() != 1 or (name == "support.offsets" and value.shape[0] != count):
-            wanted = (
-                f"[N + 1] = [{count}]" if name == "support.offsets" else "[M], the ids of all rows one after another"
-            )
-            raise ValueError(f"{name} has shape {list(value.shape)}; it must be {wanted}")
-        given.append(value)
-    host = all(value.device.type == "cpu" for value in given)
-    home = given[0].device if host else device
-    ids, offsets = (
-        check_tensor(name, value, "integer", {}, home)
-        for name, value in zip(("support.ids", "support.offsets"), given, strict=True)
-    )
+    ids, offsets = (check_dense(f"support.{name}", value, "integer") for name, value in support._asdict().items())
+    if ids.dim() != 1:
+        raise ValueError(f"support.ids has shape {list(ids.shape)}; it must be [M], all rows' ids one after another")
+    host = ids.device.type == offsets.device.type == "cpu"
+    home = ids.device if host else device
+    ids = check_tensor("support.ids", ids, "integer", {}, home)
+    offsets = check_tensor("support.offsets", offsets, "integer", {"[N + 1]": (count,)}, home)
     offsets, poison = torch.ops.egpo_kernels.support_offsets(offsets, ids.shape[0])
     recorded = has_record(offsets) if host else None
     if host and home != device:
