@@ -1,5 +1,6 @@
 """Kernels are interpreted on CPU tensors; TRITON_INTERPRET=0 runs them compiled, on a machine with a GPU."""
 
+import gc
 import os
 
 import pytest
@@ -41,6 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if walks and item.get_closest_marker("cpu") is None:
             item.add_marker(pytest.mark.gpu)
     items.sort(key=lambda item: [not item.nodeid.startswith(start) for start in FIRST])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported and collected stays; a `gc.collect`, of which trainers do many, need not go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
