@@ -44,8 +44,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: [not item.nodeid.startswith(start) for start in FIRST])
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """What was imported and collected stays; a `gc.collect`, of which trainers do many, need not go through it."""
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What a file leaves behind stays; a `gc.collect`, of which trainers do many, need not go through it."""
+    if nextitem is None or nextitem.path != item.path:
+        freeze()
+
+
+def pytest_collection_finish() -> None:
+    """The same of all that was imported and collected."""
+    freeze()
+
+
+def freeze() -> None:
     gc.collect()
     gc.freeze()
 

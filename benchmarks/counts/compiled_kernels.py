@@ -1,9 +1,10 @@
 """Compile every kernel the library would launch, for a GPU that need not be there; print a JSON line for each.
 
     python -m benchmarks.counts.compiled_kernels sm_90            # every dtype and option
+    python -m benchmarks.counts.compiled_kernels sm_90 compiles   # the same, not disassembled
     python -m benchmarks.counts.compiled_kernels sm_90 values     # one of each, many values; specialised, not compiled
     python -m benchmarks.counts.compiled_kernels sm_90 hopper     # those over logits, as a Hopper is meant to run them
-    python -m benchmarks.counts.compiled_kernels sm_90 sweep      # those over logits with every constant of the sweep
+    python -m benchmarks.counts.compiled_kernels sm_90 sweep      # those with every constant of the sweep, the same
     python -m benchmarks.counts.compiled_kernels sm_90 ring       # the kernel that no rule of the table launches
 
 The library's own host code runs on CPU tensors, so that whatever is added to the library is covered.
@@ -133,9 +134,10 @@ def through_ring(compiler: Compiler) -> None:
 
 def main(target: str, what: str = "options") -> None:
     """Let the library launch its kernels into the compiler."""
-    compiler = Compiler(target, compiles=what != "values")
+    compiler = Compiler(target, compiles=what != "values", disassembles=what not in ("compiles", "sweep"))
     walks = {
-        "options": every_option, "values": many_values, "hopper": hopper, "sweep": every_candidate, "ring": through_ring
+        "options": every_option, "compiles": every_option, "values": many_values, "hopper": hopper,
+        "sweep": every_candidate, "ring": through_ring,
     }  # fmt: skip
     with compiler.catching():
         walks[what](compiler)

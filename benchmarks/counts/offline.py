@@ -34,12 +34,16 @@ from egpo_kernels.triton import launch
 
 
 class Compiler:
-    """Stands in for `JITFunction.run`: specialises as a launch does and compiles, once for each specialisation."""
+    """Stands in for `JITFunction.run`: specialises as a launch does and compiles, once for each specialisation.
 
-    def __init__(self, target: str, compiles: bool = True) -> None:
+    Kernels over logits are disassembled too, which takes ten times as long as the rest.
+    """
+
+    def __init__(self, target: str, compiles: bool = True, disassembles: bool = True) -> None:
         if triton.knobs.runtime.interpret:
             raise RuntimeError("TRITON_INTERPRET is set: kernels compile only in a process started without it")
-        self.target, self.compiles, self.label = target, compiles, {}
+        self.target, self.label = target, {}
+        self.compiles, self.disassembles = compiles, disassembles
         self.gpu = gpu_target(target)
         self.backend = make_backend(self.gpu)
         self.binders = {}
@@ -76,8 +80,7 @@ class Compiler:
         """The figures of a kernel; its instructions too if its ``largest`` argument is as large as logits."""
         binary = triton.compile(source, target=self.gpu, options=options)
         row = {"target": self.target, **resources(binary)}
-        # Disassembling takes longest.
-        if largest.numel() < VOCAB:
+        if largest.numel() < VOCAB or not self.disassembles:
             return row
         if "cubin" not in binary.asm:
             return row | amd_accesses(binary.asm["amdgcn"])

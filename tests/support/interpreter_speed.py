@@ -17,8 +17,9 @@ from triton.runtime import interpreter
 
 _patch_lang = interpreter._patch_lang
 _launch = interpreter.GridExecutor.__call__
-_numpy_dtype = interpreter._get_np_dtype
-_make_block_type = tl.core.block_type.__init__
+numpy_dtype = interpreter._get_np_dtype
+make_block_type = tl.core.block_type.__init__
+make_tensor = tl.core.tensor.__init__
 _patched: list[set[frozenset[str]]] = []
 _dtypes: dict[str, Any] = {}
 _blocks: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
@@ -64,17 +65,17 @@ def _launch_patched_once(self: Any, *args: Any, **kwargs: Any) -> Any:
         _patched.pop()
 
 
-def _numpy_dtype_once(dtype: Any) -> Any:
+def numpy_dtype_once(dtype: Any) -> Any:
     name = dtype.scalar.name
     if name not in _dtypes:
-        _dtypes[name] = _numpy_dtype(dtype)
+        _dtypes[name] = numpy_dtype(dtype)
     return _dtypes[name]
 
 
 def _block_type_once(self: Any, element_ty: Any, shape: Any) -> None:
     key = (element_ty.name, tuple(int(getattr(size, "value", size)) for size in shape))
     if key not in _blocks:
-        _make_block_type(self, element_ty, shape)
+        make_block_type(self, element_ty, shape)
         _blocks[key] = dict(self.__dict__)
     self.__dict__.update(_blocks[key], element_ty=element_ty)
 
@@ -92,7 +93,7 @@ def _tensor_of_a_known_shape(self: Any, handle: Any, type: Any) -> None:
 def hurry() -> None:
     """Replace the interpreter's patching, and leave out the checks whose findings it would drop."""
     interpreter._patch_builtin = _patch_known_builtins
-    interpreter._get_np_dtype = _numpy_dtype_once
+    interpreter._get_np_dtype = numpy_dtype_once
     tl.core.block_type.__init__ = _block_type_once
     tl.core.tensor.__init__ = _tensor_of_a_known_shape
     interpreter._patch_lang = _patch_once
