@@ -81,6 +81,14 @@ def test_nan_matters_inside_a_set_and_not_outside(backend):
 
 
 @EVERY_BACKEND
+@pytest.mark.parametrize("size", [1e37, 1e39, 1e300])
+def test_logits_that_no_float32_could_hold(size, backend):
+    log_prob, entropy, gradient = one_row((0, 1), backend, (-size, -size, size, size))
+    assert log_prob == pytest.approx(-math.log(2)) and entropy == pytest.approx(math.log(2))
+    assert gradient == pytest.approx([-0.5, 0.5, 0.0, 0.0])
+
+
+@EVERY_BACKEND
 def test_minus_infinity_in_a_set(backend):
     log_prob, entropy, gradient = one_row((0, 1, 2), backend, (-math.inf, 1.0, 1.0, 9.0))
     assert log_prob == pytest.approx(-math.log(2)) and entropy == pytest.approx(math.log(2)) and gradient[0] == 0

@@ -59,18 +59,19 @@ def test_a_support_that_is_none(support, error, message, backend):
         ek.logits_policy_loss(batch.logits, batch.tokens, batch.advantages, support=support, backend=backend)
 
 
-def every_call(batch, support, backend):
+def every_call(batch, support, backend, **layout):
     """Each function that takes a support, on the same rows."""
     logits = batch.logits.clone().requires_grad_()
     eye = torch.eye(37, device=DEVICE)
     shared = {"support": support, "backend": backend}
+    loss = shared | layout
     return {
         "token_log_probs": lambda: ek.token_log_probs(logits, batch.tokens, **shared).log_probs,
-        "logits_policy_loss": lambda: ek.logits_policy_loss(logits, batch.tokens, batch.advantages, **shared).loss,
-        "egpo_loss": lambda: ek.egpo_loss(logits, batch.tokens, 2, batch.rewards, **shared).loss,
+        "logits_policy_loss": lambda: ek.logits_policy_loss(logits, batch.tokens, batch.advantages, **loss).loss,
+        "egpo_loss": lambda: ek.egpo_loss(logits, batch.tokens, 2, batch.rewards, **loss).loss,
         "linear_token_log_probs": lambda: ek.linear_token_log_probs(logits, eye, batch.tokens, **shared).log_probs,
-        "linear_policy_loss": lambda: ek.linear_policy_loss(logits, eye, batch.tokens, batch.advantages, **shared).loss,
-        "linear_egpo_loss": lambda: ek.linear_egpo_loss(logits, eye, batch.tokens, 2, batch.rewards, **shared).loss,
+        "linear_policy_loss": lambda: ek.linear_policy_loss(logits, eye, batch.tokens, batch.advantages, **loss).loss,
+        "linear_egpo_loss": lambda: ek.linear_egpo_loss(logits, eye, batch.tokens, 2, batch.rewards, **loss).loss,
     }, logits  # fmt: skip
 
 
@@ -118,13 +119,32 @@ def test_what_is_recorded_for_rows_that_do_not_count_is_not_looked_at(backend):
     )
 
 
-def test_ids_behind_the_last_row_belong_to_none():
-    batch = make_batch()
-    results = [
-        ek.token_log_probs(batch.logits, batch.tokens, support=bad(ids, GOOD)).log_probs
-        for ids in (TOKENS, [*TOKENS, 99, -5])
-    ]
-    assert_bits(*results, "log-probs")
+@EVERY_CALL
+@EVERY_BACKEND
+def test_ids_behind_the_last_row_belong_to_none(call, backend):
+    """Neither in the value nor in the gradient; the last row that they are behind may have a record or none."""
+    for offsets in (GOOD, [*GOOD[:-1], ROWS - 1]):
+        results = []
+        for ids in (TOKENS[: offsets[-1]], [*TOKENS[: offsets[-1]], 99, -5, 3, 99]):
+            ways, logits = every_call(make_batch(), bad(ids, offsets), backend)
+            found = ways[call]()
+            found.sum().backward()
+            results.append((found.detach(), logits.grad))
+        for name, *values in zip(("values", "gradient"), *results, strict=True):
+            assert_bits(*values, name)
+
+
+@pytest.mark.parametrize("call", [name for name in CALLS if not name.endswith("log_probs")])
+@EVERY_BACKEND
+def test_a_sound_support_mends_no_bad_cu_seqlens(call, backend, monkeypatch):
+    monkeypatch.setattr(validation, "checks_values", lambda device: False)
+    batch = make_batch("packed")
+    offsets = batch.cu_seqlens.clone()
+    offsets[1] = offsets[2] + 1
+    rows = batch.tokens.numel()
+    support = bad([0] * rows, list(range(rows + 1)))
+    ways, _ = every_call(batch, support, backend, cu_seqlens=offsets)
+    assert ways[call]().isnan()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
