@@ -58,7 +58,9 @@ def pytest_collection_finish() -> None:
 
 def freeze() -> None:
     gc.collect()
-    gc.freeze()
+    # A GPU's memory is not for what a failure's frames hold in a cycle.
+    if os.environ["TRITON_INTERPRET"] == "1":
+        gc.freeze()
 
 
 @pytest.fixture
