@@ -8,11 +8,15 @@ import pytest
 # Before anything imports triton: @triton.jit looks at it when it decorates.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import triton
+
 from tests.support.interpreter import round_bfloat16_to_nearest
 from tests.support.interpreter_speed import hurry
 
-round_bfloat16_to_nearest()
-hurry()
+INTERPRETED = triton.knobs.runtime.interpret
+if INTERPRETED:
+    round_bfloat16_to_nearest()
+    hurry()
 
 
 # Here and not in pyproject.toml, so that a run without that file knows them.
@@ -59,7 +63,7 @@ def pytest_collection_finish() -> None:
 def freeze() -> None:
     gc.collect()
     # A GPU's memory is not for what a failure's frames hold in a cycle.
-    if os.environ["TRITON_INTERPRET"] == "1":
+    if INTERPRETED:
         gc.freeze()
 
 

@@ -1,10 +1,10 @@
 """Compile every kernel the library would launch, for a GPU that need not be there; print a JSON line for each.
 
     python -m benchmarks.counts.compiled_kernels sm_90            # every dtype and option
-    python -m benchmarks.counts.compiled_kernels sm_90 compiles   # the same, not disassembled
+    python -m benchmarks.counts.compiled_kernels sm_90 compiles   # the same without disassembly, which takes longest
     python -m benchmarks.counts.compiled_kernels sm_90 values     # one of each, many values; specialised, not compiled
     python -m benchmarks.counts.compiled_kernels sm_90 hopper     # those over logits, as a Hopper is meant to run them
-    python -m benchmarks.counts.compiled_kernels sm_90 sweep      # those with every constant of the sweep, the same
+    python -m benchmarks.counts.compiled_kernels sm_90 sweep      # with each constant of the sweep; no disassembly
     python -m benchmarks.counts.compiled_kernels sm_90 ring       # the kernel that no rule of the table launches
 
 The library's own host code runs on CPU tensors, so that whatever is added to the library is covered.

@@ -73,7 +73,7 @@ def numpy_dtype_once(dtype: Any) -> Any:
 
 
 def _block_type_once(self: Any, element_ty: Any, shape: Any) -> None:
-    key = (element_ty.name, tuple(int(getattr(size, "value", size)) for size in shape))
+    key = (element_ty.name, tuple(getattr(size, "value", size) for size in shape))
     if key not in _blocks:
         make_block_type(self, element_ty, shape)
         _blocks[key] = dict(self.__dict__)
@@ -91,7 +91,7 @@ def _tensor_of_a_known_shape(self: Any, handle: Any, type: Any) -> None:
 
 
 def hurry() -> None:
-    """Replace the interpreter's patching, and leave out the checks whose findings it would drop."""
+    """Replace what is slow, and leave out the checks whose findings would be dropped; for interpreted kernels alone."""
     interpreter._patch_builtin = _patch_known_builtins
     interpreter._get_np_dtype = numpy_dtype_once
     tl.core.block_type.__init__ = _block_type_once
