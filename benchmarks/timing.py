@@ -12,7 +12,7 @@ import torch
 from benchmarks.batches import Batch, Case
 from benchmarks.providers import Provider
 from benchmarks.workloads import WORKLOADS
-from egpo_kernels.engine import ops
+from egpo_kernels.engine import memory as gradients
 
 FLUSH_BYTES = 8 << 30
 """Far more than any GPU's cache; writing it is meant to outlast the host's queueing of a call's kernels behind it."""
@@ -100,7 +100,7 @@ def peak_bytes(case: Case, provider: Provider) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     # What a first call allocates for good is not a call's, but the gradient's memory is.
-    ops._last_gradient.clear()
+    gradients.last_gradient.clear()
     gc.collect()
     # What the C library keeps of freed scratch would not be seen to be taken again (glibc).
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

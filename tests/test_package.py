@@ -24,6 +24,7 @@ FLOORS = (
     {"inputs"},
     {"formulas"},
     BACKENDS | {"rollouts", "recipes"},
+    {"parallel"},
     {"engine"},
     {"linear"},
     {"api"},
@@ -35,11 +36,12 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Inside a room that holds a path from inputs to a loss, likewise, lowest first.
 STEPS = {
     "config": ("fields", "results", "settings", "recipes"),
-    "inputs": ("segments", "validation", "layout"),
+    "inputs": ("segments", "validation", "values", "layout"),
     "formulas": (
         "arrays",
         "tables",
         "kept",
+        "shards",
         "lazy",
         "reduction",
         "rows",
@@ -60,6 +62,7 @@ STEPS = {
         "row_ops",
         "rows",
         "given_ops",
+        "memory",
         "kept",
         "ops",
         "autograd",
@@ -68,7 +71,9 @@ STEPS = {
         "support",
         "losses",
         "logits",
+        "reports",
     ),
+    "parallel": ("exchange", "shard", "reading", "hidden", "sharded", "whole"),
 }
 
 

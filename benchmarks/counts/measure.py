@@ -20,7 +20,8 @@ from benchmarks.counts.launches import VOCAB
 from benchmarks.counts.offline import Compiler
 from benchmarks.counts.traffic import Launch, count_traffic
 from egpo_kernels.command.info import version
-from egpo_kernels.engine import dispatch, ops
+from egpo_kernels.engine import dispatch
+from egpo_kernels.engine import memory as gradients
 
 # More than one block of everybody's, and not a multiple of ours.
 SMALL_VOCAB = 20000
@@ -34,7 +35,7 @@ def traffic_of(case: Case) -> dict[str, Any]:
     gc.collect()
     memory = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     # As on a GPU: on a CPU the library keeps the gradient's memory between calls, out of the profiler's sight.
-    with memory, count_traffic() as traffic, mock.patch.object(ops, "_new_gradient", torch.empty_like):
+    with memory, count_traffic() as traffic, mock.patch.object(gradients, "new_gradient", torch.empty_like):
         case.run(batch)
     gradient = batch.logits.grad
     parts = {"logits": traffic.of(batch.logits)}

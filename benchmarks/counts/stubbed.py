@@ -26,7 +26,7 @@ from triton.backends.driver import DriverBase
 
 from benchmarks.counts.measure import triton_on_cpu
 from benchmarks.counts.offline import gpu_target
-from egpo_kernels.engine import ops
+from egpo_kernels.engine import memory as gradients
 from egpo_kernels.inputs import validation
 from egpo_kernels.linear import chunks
 from egpo_kernels.triton import launch
@@ -105,7 +105,7 @@ def stubbed() -> Iterator[list[str]]:
 def _as_on_a_gpu() -> Iterator[Any]:
     """What is answered otherwise where a device is not a CPU."""
     yield mock.patch.object(launch, "architecture", functools.cache(lambda device: TARGET))
-    yield mock.patch.object(ops, "_keeps_memory", lambda device: False)
+    yield mock.patch.object(gradients, "keeps_memory", lambda device: False)
     yield from _everywhere(validation.checks_values, lambda device: False)
     yield from _everywhere(chunks.active_rows, lambda mask, host_mask, num_active: None)
     with contextlib.suppress(ImportError):

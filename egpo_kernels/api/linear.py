@@ -10,9 +10,10 @@ from egpo_kernels.config.fields import check_bool
 from egpo_kernels.config.results import LossOutput, SamplingSupport, TokenLogProbs
 from egpo_kernels.config.settings import PolicyLossConfig, Recipe
 from egpo_kernels.engine import calls, losses
-from egpo_kernels.engine.support import reported
+from egpo_kernels.engine.reports import reported
 from egpo_kernels.inputs.validation import check_instance
 from egpo_kernels.linear.source import Given, read_hidden
+from egpo_kernels.parallel import reading
 
 Lora = tuple[Tensor, Tensor, float]
 
@@ -38,6 +39,11 @@ def linear_egpo_loss(
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     support: SamplingSupport | None = None,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    hidden_grad: str | None = None,
+    sequence_parallel: bool = False,
     recipe: Recipe | str = recipes.EGPO,
     num_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
@@ -78,6 +84,11 @@ def linear_egpo_loss(
         temperature: A float, ``[S]`` or per token.
         support: What the sampler kept for each row (top-k, top-p, min-p), a `SamplingSupport`: log-probs, entropy and
             gradient are over these tokens, and old and reference log-probs must be too. None: the whole vocabulary.
+        vocab_group: Over whose ranks the vocabulary is split; see `linear_policy_loss` for this and the next four.
+        vocab_start: Where this rank's rows of weight begin.
+        vocab_size: Ids of the vocabulary; rows of weight behind them are padding.
+        hidden_grad: ``all_reduce``, ``reduce_scatter`` or ``partial``.
+        sequence_parallel: Whether hidden is this rank's part of the tokens.
         recipe: A `Recipe` or its name.
         num_tokens: Tokens in the mask over the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
         num_sequences: Sequences with a token in the mask over the whole batch, for the ``seq_mean`` reductions.
@@ -96,7 +107,10 @@ def linear_egpo_loss(
         TypeError: A wrong type or dtype.
     """
     recipe = recipes.get(recipe)
-    given = Given(hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes, logits_dtype)
+    given = Given(
+        hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes, logits_dtype,
+        reading.Given(vocab_group, vocab_start, vocab_size), hidden_grad, sequence_parallel,
+    )  # fmt: skip
     call = read_hidden(given, tokens, mask, cu_seqlens, temperature, support, backend)
     grouping = calls.Grouping(groups, rewards, entropy_mask, correct, group_size)
     constants = calls.Constants(None, old_log_probs, ref_log_probs, rollout_weights)
@@ -122,6 +136,11 @@ def linear_policy_loss(
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     support: SamplingSupport | None = None,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    hidden_grad: str | None = None,
+    sequence_parallel: bool = False,
     config: PolicyLossConfig = recipes.EGPO.loss,
     num_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
@@ -146,8 +165,7 @@ def linear_policy_loss(
     Adapters on a frozen weight cost as much as a frozen head, plus products with r in place of H; 3 if the coefficient
     is known later. Masked rows are not multiplied if the host knows how many rows are in the mask.
 
-    At the peak, memory holds the inputs, the gradients, one chunk, and, if a 16-bit head trains in several chunks, its
-    gradients in float32.
+    The peak holds inputs, gradients, one chunk, and, if a 16-bit head trains in several, its gradients in float32.
 
     Args:
         hidden: Last hidden states, ``[S, T, H]``, or ``[N, H]`` packed; fp16, bf16, fp32 or fp64; ``hidden[..., t, :]``
@@ -175,6 +193,15 @@ def linear_policy_loss(
         temperature: Sampling temperature, a float, ``[S]`` or per token.
         support: What the sampler kept for each row (top-k, top-p, min-p), a `SamplingSupport`: log-probs, entropy and
             gradient are over these tokens, and old and reference log-probs must be too. None: the whole vocabulary.
+        vocab_group: Over whose ranks the vocabulary is split: each passes its own rows of weight (bias, B); see
+            `logits_policy_loss`. One exchange a chunk. A ``DTensor`` as weight needs it, unless hidden is one too.
+        vocab_start: Where this rank's rows of weight begin; see `logits_policy_loss`.
+        vocab_size: Ids of the vocabulary; see `logits_policy_loss`. Rows of weight behind them get a gradient of 0.
+        hidden_grad: Each rank makes a part of the gradient of hidden: ``all_reduce`` sums it in hidden's dtype, while
+            the head's is made; ``partial`` leaves that to whoever made hidden; ``reduce_scatter`` goes with
+            ``sequence_parallel``. None: that, or ``all_reduce``.
+        sequence_parallel: Whether hidden is this rank's part of the tokens, ``[S, T / P, H]`` or ``[N / P, H]``, in the
+            ranks' order. Everything per token is of all tokens.
         config: Settings of the loss.
         num_tokens: Tokens in the mask over the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
         num_sequences: Sequences with a token in the mask over the whole batch, for the ``seq_mean`` reductions.
@@ -196,7 +223,10 @@ def linear_policy_loss(
         TypeError: A wrong type or dtype.
     """
     check_instance("config", config, PolicyLossConfig)
-    given = Given(hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes, logits_dtype)
+    given = Given(
+        hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes, logits_dtype,
+        reading.Given(vocab_group, vocab_start, vocab_size), hidden_grad, sequence_parallel,
+    )  # fmt: skip
     call = read_hidden(given, tokens, mask, cu_seqlens, temperature, support, backend)
     constants = calls.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
     options = calls.Options(num_tokens, num_sequences, grad_scale, metrics)
@@ -216,6 +246,11 @@ def linear_token_log_probs(
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     support: SamplingSupport | None = None,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    hidden_grad: str | None = None,
+    sequence_parallel: bool = False,
     return_entropy: bool = False,
     num_active: int | None = None,
     max_chunk_bytes: int | None = None,
@@ -239,6 +274,11 @@ def linear_token_log_probs(
         temperature: A float, ``[S]`` (padded) or per token.
         support: What the sampler kept for each row (top-k, top-p, min-p), a `SamplingSupport`: log-probs, entropy and
             gradient are over these tokens, and old and reference log-probs must be too. None: the whole vocabulary.
+        vocab_group: Over whose ranks the vocabulary is split; see `linear_policy_loss` for this and the next four.
+        vocab_start: Where this rank's rows of weight begin.
+        vocab_size: Ids of the vocabulary; rows of weight behind them are padding.
+        hidden_grad: ``all_reduce``, ``reduce_scatter`` or ``partial``.
+        sequence_parallel: Whether hidden is this rank's part of the tokens.
         return_entropy: Also return the entropy.
         num_active: Number of tokens in the mask, or an upper bound; see `linear_policy_loss`.
         max_chunk_bytes: Largest memory of a chunk; see `linear_policy_loss`.
@@ -252,6 +292,9 @@ def linear_token_log_probs(
         TypeError: A wrong type or dtype.
     """
     packed = isinstance(hidden, Tensor) and hidden.dim() == 2
-    given = Given(hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes, logits_dtype)
+    given = Given(
+        hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes, logits_dtype,
+        reading.Given(vocab_group, vocab_start, vocab_size), hidden_grad, sequence_parallel,
+    )  # fmt: skip
     call = read_hidden(given, tokens, mask, None, temperature, support, backend, one_sequence=packed)
     return losses.shaped_log_probs(call, check_bool("return_entropy", return_entropy))

@@ -11,8 +11,9 @@ from egpo_kernels.config.settings import PolicyLossConfig, Recipe
 from egpo_kernels.engine import calls, losses
 from egpo_kernels.engine.kinds import kind_of_call
 from egpo_kernels.engine.logits import LOSSES, SCORES, kind_of_loss, log_probs_of, read_logits
-from egpo_kernels.engine.support import reported
+from egpo_kernels.engine.reports import reported
 from egpo_kernels.inputs.validation import check_choice, check_instance
+from egpo_kernels.parallel import reading
 
 
 def egpo_loss(
@@ -30,6 +31,9 @@ def egpo_loss(
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     support: SamplingSupport | None = None,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
     recipe: Recipe | str = recipes.EGPO,
     num_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
@@ -64,6 +68,10 @@ def egpo_loss(
         temperature: Sampling temperature, a float, ``[S]`` or per token.
         support: What the sampler kept for each row (top-k, top-p, min-p), a `SamplingSupport`: log-probs, entropy and
             gradient are over these tokens, and old and reference log-probs must be too. None: the whole vocabulary.
+        vocab_group: A ``ProcessGroup`` or a 1-D ``DeviceMesh`` over whose ranks the vocabulary is split; see
+            `logits_policy_loss`.
+        vocab_start: Where this rank's columns begin; see `logits_policy_loss`.
+        vocab_size: Ids of the vocabulary; see `logits_policy_loss`.
         recipe: A `Recipe` or its name.
         num_tokens: Tokens in the mask over the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
         num_sequences: Sequences with a token in the mask over the whole batch, for the ``seq_mean`` reductions.
@@ -81,7 +89,8 @@ def egpo_loss(
         TypeError: A wrong type or dtype.
     """
     recipe = recipes.get(recipe)
-    call = read_logits(logits, tokens, mask, cu_seqlens, temperature, support, inplace_grad, backend)
+    columns = reading.Given(vocab_group, vocab_start, vocab_size)
+    call = read_logits(logits, tokens, mask, cu_seqlens, temperature, support, inplace_grad, backend, columns=columns)
     grouping = calls.Grouping(groups, rewards, entropy_mask, correct, group_size)
     given = calls.Constants(None, old_log_probs, ref_log_probs, rollout_weights)
     options = calls.Options(num_tokens, num_sequences, grad_scale, metrics)
@@ -153,6 +162,9 @@ def logits_policy_loss(
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     support: SamplingSupport | None = None,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
     config: PolicyLossConfig = recipes.EGPO.loss,
     num_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
@@ -183,6 +195,13 @@ def logits_policy_loss(
         temperature: Sampling temperature, a float, ``[S]`` or per token.
         support: What the sampler kept for each row (top-k, top-p, min-p), a `SamplingSupport`: log-probs, entropy and
             gradient are over these tokens, and old and reference log-probs must be too. None: the whole vocabulary.
+        vocab_group: A ``ProcessGroup`` or a 1-D ``DeviceMesh`` over whose ranks the vocabulary is split: each passes
+            its own columns of logits and the same of everything else, and gets the whole loss and its own part of the
+            gradient. One exchange, in forward. Logits that are a ``DTensor``, Shard on the vocabulary, say it
+            themselves. None: not split.
+        vocab_start: Where this rank's columns begin. None: ranks have equally many columns, in their order.
+        vocab_size: Ids of the vocabulary, which must be given with ``vocab_start``; columns behind them are padding,
+            which is not read and gets no gradient. None: all columns count.
         config: Settings of the loss.
         num_tokens: Tokens in the mask over the whole (global) batch, for ``token_mean``; a number or 0-d tensor.
         num_sequences: Sequences with a token in the mask over the whole batch, for the ``seq_mean`` reductions.
@@ -204,14 +223,16 @@ def logits_policy_loss(
     """
     rows = (mask, tokens, None, advantages, None, old_log_probs, ref_log_probs, rollout_weights)
     options = calls.Options(num_tokens, num_sequences, grad_scale, metrics)
-    kind = None
-    if support is None:
+    kind, columns = None, reading.Given(vocab_group, vocab_start, vocab_size)
+    if support is None and columns.nothing:
         kind = kind_of_loss(logits, rows, cu_seqlens, temperature, config, options, inplace_grad, backend)
     way = LOSSES.get(kind)
     if way is not None:
         return way.loss(logits, rows, temperature, options)
     check_instance("config", config, PolicyLossConfig)
-    call = read_logits(logits, tokens, mask, cu_seqlens, temperature, support, inplace_grad, backend, kind=kind)
+    call = read_logits(
+        logits, tokens, mask, cu_seqlens, temperature, support, inplace_grad, backend, kind=kind, columns=columns
+    )
     given = calls.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)
     return reported(call, losses.loss_of_tokens(call, given, config, options), options.metrics)
 
@@ -223,6 +244,9 @@ def token_log_probs(
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     support: SamplingSupport | None = None,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
     return_entropy: bool = False,
     inplace_grad: bool = False,
     backend: str = "auto",
@@ -239,6 +263,10 @@ def token_log_probs(
         temperature: A float, ``[S]`` (padded) or per token.
         support: What the sampler kept for each row (top-k, top-p, min-p), a `SamplingSupport`: log-probs, entropy and
             gradient are over these tokens, and old and reference log-probs must be too. None: the whole vocabulary.
+        vocab_group: A ``ProcessGroup`` or a 1-D ``DeviceMesh`` over whose ranks the vocabulary is split; see
+            `logits_policy_loss`.
+        vocab_start: Where this rank's columns begin; see `logits_policy_loss`.
+        vocab_size: Ids of the vocabulary; see `logits_policy_loss`.
         return_entropy: Also return the entropy.
         inplace_grad: Write the gradient over the logits in backward.
         backend: ``auto``, ``triton``, ``portable`` or ``reference``.
@@ -251,12 +279,12 @@ def token_log_probs(
         ValueError: A wrong shape, device or value.
         TypeError: A wrong type or dtype.
     """
-    kind = None
-    if support is None:
+    kind, columns = None, reading.Given(vocab_group, vocab_start, vocab_size)
+    if support is None and columns.nothing:
         kind = kind_of_call(logits, (mask, tokens), temperature, backend, return_entropy, inplace_grad)
     way = SCORES.get(kind)
     if way is not None:
         return way.log_probs(logits, mask, tokens, temperature)
     packed = isinstance(logits, Tensor) and logits.dim() == 2
-    call = read_logits(logits, tokens, mask, None, temperature, support, inplace_grad, backend, packed, kind)
+    call = read_logits(logits, tokens, mask, None, temperature, support, inplace_grad, backend, packed, kind, columns)
     return log_probs_of(call, check_bool("return_entropy", return_entropy))

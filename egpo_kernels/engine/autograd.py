@@ -56,44 +56,61 @@ def looks_at(tensor: Tensor) -> bool:
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """Log-prob and entropy of each row; the gradient is made in backward, from the logits read once more."""
+    """Log-prob and entropy of each row; the gradient is made in backward, from the logits read once more.
+
+    With a ``shard`` also the status of its exchange.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, temperature: float, want_entropy: bool, inplace: bool, backend: str, *rows: Any
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        logits: Tensor,
+        temperature: float,
+        want_entropy: bool,
+        inplace: bool,
+        backend: str,
+        shard: str,
+        *rows: Any,
+    ) -> tuple[Tensor, ...]:
         """See `egpo_kernels.engine.ops.row_statistics`."""
-        log_probs, entropy, maximum, sum_exp = ops.row_statistics(
-            logits.detach(), list(rows), temperature, want_entropy, backend
+        log_probs, entropy, maximum, sum_exp, status = ops.row_statistics(
+            logits.detach(), list(rows), temperature, want_entropy, backend, shard
         )
-        ctx.save_for_backward(logits, maximum, sum_exp, entropy, *rows)
-        ctx.options, ctx.overwritten = (temperature, want_entropy, inplace, backend), False
+        ctx.save_for_backward(logits, maximum, sum_exp, entropy, log_probs if shard else None, *rows)
+        ctx.options, ctx.overwritten = (temperature, want_entropy, inplace, backend, shard), False
         ctx.set_materialize_grads(False)
-        return log_probs, entropy
+        if not shard:
+            return log_probs, entropy
+        ctx.mark_non_differentiable(status)
+        return log_probs, entropy, status
 
     @staticmethod
-    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> Any:
+    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, *_: None) -> Any:
         """Gradient with respect to the logits only."""
-        temperature, want_entropy, inplace, backend = ctx.options
+        temperature, want_entropy, inplace, backend, shard = ctx.options
         if inplace and not is_compiling():
             if ctx.overwritten:
                 raise RuntimeError(CONSUMED)
             ctx.overwritten = True
-        logits, maximum, sum_exp, entropy, *rows = ctx.saved_tensors
+        logits, maximum, sum_exp, entropy, log_probs, *rows = ctx.saved_tensors
         if not want_entropy:
             grad_entropy = None
         given = (grad_log_probs, grad_entropy)
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(maximum)
         with no_gradients():
+            if log_probs is not None:
+                # Nothing comes from a token whose logit is -inf, which may lie in another rank's columns.
+                rows[0] = rows[0] & (log_probs != -torch.inf).view(rows[0].shape)
             statistics = [maximum, sum_exp, entropy]
             upstream = [grad_log_probs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous()]
             gradient = logits.detach()
+            options = (rows, statistics, upstream, temperature, backend, shard)
             if inplace:
-                ops.logits_gradient_(gradient, rows, statistics, upstream, temperature, backend)
+                ops.logits_gradient_(gradient, *options)
             else:
-                gradient = ops.logits_gradient(gradient, rows, statistics, upstream, temperature, backend)
-        return guarded(backend, gradient, logits, *given), *[None] * (4 + len(rows))
+                gradient = ops.logits_gradient(gradient, *options)
+        return guarded(backend, gradient, logits, *given), *[None] * (5 + len(rows))
 
 
 class PolicyLoss(torch.autograd.Function):

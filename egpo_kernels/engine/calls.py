@@ -14,6 +14,8 @@ from egpo_kernels.engine.dispatch import choose_backend
 from egpo_kernels.engine.rows import Given, Unmade
 from egpo_kernels.inputs import layout as layouts
 from egpo_kernels.inputs.layout import Layout
+from egpo_kernels.parallel.reading import check_alike
+from egpo_kernels.parallel.shard import Shard
 
 
 class Source(Protocol):
@@ -30,6 +32,18 @@ class Source(Protocol):
     @property
     def requires_grad(self) -> bool:
         """Whether anything in it is differentiated."""
+
+    @property
+    def late(self) -> bool:
+        """Whether its gradient can only be made in backward."""
+
+    @property
+    def shard(self) -> Shard | None:
+        """Which columns of the vocabulary it has, None for all."""
+
+    @property
+    def statuses(self) -> list[Tensor]:
+        """Of exchanges with other ranks, see `egpo_kernels.parallel.sharded.Sharded`; whoever has one adds to them."""
 
     def log_probs(self, call: "Call", rows: Rows, want_entropy: bool, entropy_gradient: bool) -> TokenLogProbs:
         """Log-probs ``[N]`` and entropy of the counted rows; ``entropy_gradient``: it will be differentiated too."""
@@ -106,4 +120,6 @@ def read_tokens(
         given.put(rows.TEMPERATURE, *layouts.temperature_field(temperature, layout, lambda: given.counted(layout)))
     else:
         heat = check_positive("temperature", temperature)
-    return Call(source, given, layout, heat, compute_dtype(source.dtype), choose_backend(backend, layout.device), kind)
+    backend = choose_backend(backend, layout.device)
+    check_alike(source.shard, shape=layout.shape, dtype=source.dtype, temperature=heat, backend=backend)
+    return Call(source, given, layout, heat, compute_dtype(source.dtype), backend, kind)

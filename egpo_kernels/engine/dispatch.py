@@ -5,10 +5,13 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from egpo_kernels.inputs.validation import check_choice, environment, kind_of
+from egpo_kernels.parallel.shard import shard_of
+from egpo_kernels.parallel.sharded import Sharded
 
 BACKENDS = ("auto", "triton", "portable", "reference")
 TRITON_DEVICES = ("cuda", "xpu")
@@ -68,3 +71,11 @@ def _named() -> str | None:
 def implementation(backend: str) -> ModuleType:
     """Return the package that implements ``portable`` or ``triton``, imported on first use."""
     return importlib.import_module(f"egpo_kernels.{backend}")
+
+
+def package_of(backend: str, shard: str) -> Any:
+    """A backend's package, over one rank's columns where there is a ``shard``: `egpo_kernels.parallel.shard.Shard`'s
+    text, "" without.
+    """
+    found = shard_of(shard)
+    return implementation(backend) if found is None else Sharded(implementation(backend), found)

@@ -3,8 +3,7 @@
 Kept logits are read before anything is written, so that a gradient may lie over the logits.
 """
 
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from egpo_kernels.formulas.kept import Entries, row_of_id
 from egpo_kernels.formulas.rows import Material
 from egpo_kernels.inputs import validation
 from egpo_kernels.inputs.segments import Segments, flat, flat_rows
+from egpo_kernels.inputs.values import check_kept, check_rows
 
 Support = tuple[Tensor, Tensor]
 """Ids ``[M]`` and sound offsets ``[N + 1]``."""
@@ -29,7 +29,7 @@ class Parts(NamedTuple):
     entries: Entries
 
 
-def parted(package: ModuleType, rows: Rows, support: Support, vocab: int) -> Parts:
+def parted(package: Any, rows: Rows, support: Support, vocab: int) -> Parts:
     """Tell rows with a record from rows without."""
     rows = flat_rows(rows)
     assert rows.tokens is not None
@@ -40,7 +40,7 @@ def parted(package: ModuleType, rows: Rows, support: Support, vocab: int) -> Par
     return Parts(rows, rows._replace(mask=rows.mask & ~entries.mask), rows._replace(mask=entries.mask), entries)
 
 
-def checked(package: ModuleType, rows: Rows, support: Support, vocab: int) -> Parts:
+def checked(package: Any, rows: Rows, support: Support, vocab: int) -> Parts:
     """As `parted`, with the values looked at where that costs no sync."""
     check(rows, support, vocab)
     return parted(package, rows, support, vocab)
@@ -52,7 +52,7 @@ def check(rows: Rows, support: Support, vocab: int) -> None:
     if validation.checks_values(ids.device):
         row = row_of_id(offsets, ids.shape[0])
         counts = torch.nn.functional.pad(flat(rows.mask), (0, 1))
-        validation.check_kept(ids.long(), row, counts[row], vocab)
+        check_kept(ids.long(), row, counts[row], vocab)
 
 
 class Softmax(NamedTuple):
@@ -65,7 +65,7 @@ class Softmax(NamedTuple):
 
 
 def loss_gradient(
-    package: ModuleType,
+    package: Any,
     parts: Parts,
     values: Tensor,
     config: PolicyLossConfig,
@@ -89,7 +89,7 @@ def merged(parts: Parts, of_recorded: Tensor, of_others: Tensor) -> Tensor:
 
 
 def row_statistics(
-    package: ModuleType, logits: Tensor, parts: Parts, temperature: float, want_entropy: bool
+    package: Any, logits: Tensor, parts: Parts, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As a backend's own: log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials ``[N]``."""
     values = package.kept_logits(logits, parts.entries)
@@ -106,7 +106,7 @@ def row_statistics(
 
 
 def logits_gradient(
-    package: ModuleType,
+    package: Any,
     logits: Tensor,
     parts: Parts,
     statistics: list[Tensor],
@@ -122,7 +122,7 @@ def logits_gradient(
 
 
 def logits_policy_loss(
-    package: ModuleType,
+    package: Any,
     logits: Tensor,
     material: Material,
     support: Support,
@@ -135,7 +135,7 @@ def logits_policy_loss(
     """As a backend's own: loss and metrics vector, the gradient to ``out``, maybe ``logits``."""
     rows, config, vocab = package.token_rows(material), material.purpose.config, logits.shape[-1]
     assert config is not None
-    validation.check_rows(rows, vocab)
+    check_rows(rows, vocab)
     parts = checked(package, rows, support, vocab)
     values = package.kept_logits(logits, parts.entries)
     found, gradient = loss_gradient(package, parts, values, config, temperature, grad_scale, want_entropy)

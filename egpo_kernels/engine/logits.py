@@ -19,14 +19,22 @@ from egpo_kernels.engine.support import read_support, with_support
 from egpo_kernels.formulas import metrics
 from egpo_kernels.formulas.rows import NO_COUNTS
 from egpo_kernels.inputs import layout as layouts
-from egpo_kernels.inputs.validation import check_logits, check_not_overlapping, check_rows
+from egpo_kernels.inputs.validation import check_logits, check_not_overlapping
+from egpo_kernels.inputs.values import check_rows
+from egpo_kernels.parallel import reading
+from egpo_kernels.parallel.shard import Shard
+from egpo_kernels.parallel.whole import agreed, whole_rows
 
 
 class Logits(NamedTuple):
-    """Logits ``[B, T, V]``, undivided by the temperature, and whether their gradient goes where they lie."""
+    """Logits ``[B, T, V]``, undivided by the temperature, whether their gradient goes where they lie, and, where these
+    are some columns of the vocabulary, which.
+    """
 
     tensor: Tensor
     inplace: bool
+    shard: Shard | None
+    statuses: list[Tensor]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -36,7 +44,12 @@ class Logits(NamedTuple):
     @property
     def vocab(self) -> int:
         """Vocabulary size."""
-        return self.tensor.shape[-1]
+        return self.tensor.shape[-1] if self.shard is None else self.shard.vocab
+
+    @property
+    def late(self) -> bool:
+        """With other ranks there are statistics first, and the gradient costs in backward what it costs before."""
+        return self.shard is not None
 
     @property
     def requires_grad(self) -> bool:
@@ -48,12 +61,15 @@ class Logits(NamedTuple):
     ) -> TokenLogProbs:
         """See `egpo_kernels.engine.calls.Source`; a gradient through the entropy costs nothing more here."""
         if call.backend == "reference":
-            check_rows(rows, self.vocab)
-            logits = reference_logits(self.tensor, rows, call.support)
-            log_probs, entropy = reference.token_log_probs(logits, rows, call.temperature)
+            log_probs, entropy = reference_scores(self.tensor, call, rows, self.shard, self.statuses)
             return TokenLogProbs(log_probs, entropy if want_entropy else None)
+        fields = [*rows, *call.support]
         options = (call.temperature, want_entropy, self.inplace, call.backend)
-        return _scores(ops.token_scores, self.tensor, [*rows, *call.support], *options)
+        if self.shard is None:
+            return _scores(ops.token_scores, self.tensor, fields, *options)
+        log_probs, entropy, status = autograd.TokenLogProbs.apply(self.tensor, *options, self.shard.text, *fields)
+        self.statuses.append(status)
+        return TokenLogProbs(log_probs, entropy if want_entropy else None)
 
     def loss(
         self,
@@ -73,6 +89,21 @@ class Logits(NamedTuple):
         # A list is one argument, which costs the host less; a compiler must see what is in it.
         given = tensors if is_compiling() else [tensors]
         return autograd.LogitsPolicyLoss.apply(self.tensor, how, [call.temperature, scale], options, *given)
+
+
+def reference_scores(
+    logits: Tensor, call: calls.Call, rows: Rows, shard: Shard | None, statuses: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy ``[N]`` as `reference` makes them; of some columns by way of all of them."""
+    poison = None
+    if shard is not None:
+        status = agreed(rows, shard, logits)
+        statuses.append(status)
+        logits, poison = whole_rows(logits, shard), status[1]
+    vocab = logits.shape[-1]
+    check_rows(rows, vocab)
+    found = reference.token_log_probs(reference_logits(logits, rows, call.support), rows, call.temperature)
+    return found if poison is None else (found[0] * poison, found[1] * poison)
 
 
 def reference_logits(logits: Tensor, rows: Rows, support: tuple[Tensor, ...]) -> Tensor:
@@ -95,7 +126,7 @@ def _scores(
 ) -> TokenLogProbs:
     """Log-probs ``[N]`` and, if wanted, entropy; ``operator`` gives them where nobody asks for a gradient."""
     if autograd.looks_at(logits):
-        found = autograd.TokenLogProbs.apply(logits, temperature, want_entropy, inplace, backend, *rows)
+        found = autograd.TokenLogProbs.apply(logits, temperature, want_entropy, inplace, backend, "", *rows)
     else:
         found = operator(logits, rows, temperature, want_entropy, backend)
     return TokenLogProbs(found[0], found[1] if want_entropy else None)
@@ -202,16 +233,20 @@ def read_logits(
     backend: str,
     one_sequence: bool = False,
     kind: Hashable | None = None,
+    columns: reading.Given = reading.NOTHING,
 ) -> calls.Call:
     """Check logits, tokens, mask and temperature; the call's ``kind`` is only handed on."""
-    packed = cu_seqlens is not None or one_sequence
-    logits = check_logits("logits", logits, packed)
+    packed, shard = cu_seqlens is not None or one_sequence, None
+    if isinstance(logits, Tensor) and logits.dim():
+        logits, shard = reading.read_shard("logits", logits, -1, columns)
+    logits = check_logits("logits", logits, packed, may_be_empty=shard is not None)
     shape = tuple(logits.shape[:-1])
     if one_sequence:
         layout = layouts.one_sequence(shape, logits.device)
     else:
         layout = layouts.make_layout("logits", shape, cu_seqlens, logits.device)
-    source = Logits(logits.unsqueeze(0) if packed else logits, check_bool("inplace_grad", inplace_grad))
+    inplace = check_bool("inplace_grad", inplace_grad)
+    source = Logits(logits.unsqueeze(0) if packed else logits, inplace, shard, [])
     call = calls.read_tokens(source, layout, tokens, mask, temperature, backend, kind)
     if source.inplace:
         if call.backend == "reference":

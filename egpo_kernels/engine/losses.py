@@ -159,7 +159,7 @@ def loss_of_tokens(
     scale = check_positive("grad_scale", options.grad_scale)
     # fp16 cannot hold an unscaled gradient: without a scale it waits for the upstream one.
     unscaled = call.source.dtype == torch.float16 and scale == 1.0
-    late = config.late or unscaled or call.backend == "reference"
+    late = config.late or unscaled or call.source.late or call.backend == "reference"
     entropy = wants_entropy(config, options.metrics)
     if found is not None or late or not (torch.is_grad_enabled() and call.source.requires_grad):
         made = unmade.made(call.backend)

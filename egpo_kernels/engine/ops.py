@@ -6,29 +6,28 @@ A trailing underscore marks an operator that writes into its first argument.
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from egpo_kernels.config.results import Rows
 from egpo_kernels.config.settings import compute_dtype
-from egpo_kernels.engine import kept
-from egpo_kernels.engine.dispatch import implementation
+from egpo_kernels.engine import kept, memory
+from egpo_kernels.engine.dispatch import implementation, package_of
 from egpo_kernels.engine.operator import (
     OptionalTensors,
     Tensors,
     Tensors2,
     Tensors3,
-    Tensors4,
+    Tensors5,
     fake_vector,
     operator,
     policy_config,
 )
 from egpo_kernels.engine.row_ops import material_of
 from egpo_kernels.formulas import metrics
-from egpo_kernels.inputs import validation
 from egpo_kernels.inputs.segments import Segments, flat_rows
+from egpo_kernels.inputs.values import check_rows
+from egpo_kernels.parallel.sharded import Sharded
 
 NUM_FIELDS, NUM_GIVEN = len(Rows._fields), len(Rows._fields) + 4
 
@@ -50,29 +49,8 @@ def read_rows(fields: OptionalTensors, backend: str) -> Rows:
 def checked_rows(fields: OptionalTensors, vocab: int, backend: str) -> Rows:
     """As `read_rows`, with the values looked at where that costs no sync."""
     rows = read_rows(fields, backend)
-    validation.check_rows(rows, vocab)
+    check_rows(rows, vocab)
     return rows
-
-
-def _new_gradient(logits: Tensor) -> Tensor:
-    if not _keeps_memory(logits.device) or logits.numel() == 0:
-        return logits.new_empty(logits.shape)
-    # Touching new memory costs more than the arithmetic: take the last gradient's, once nothing holds it any more;
-    # and where it must be new, numpy asks the system for huge pages.
-    size = logits.numel() * logits.element_size()
-    memory, holder = _last_gradient.pop(logits.device, (None, None))
-    if memory is None or holder is None or memory.size != size or not holder.expired():
-        memory = np.empty(size, np.uint8)
-    gradient = torch.from_numpy(memory).view(logits.dtype).view(logits.shape)
-    _last_gradient[logits.device] = (memory, StorageWeakRef(gradient.untyped_storage()))
-    return gradient
-
-
-def _keeps_memory(device: torch.device) -> bool:
-    return validation.kind_of(device) == "cpu"
-
-
-_last_gradient: dict[torch.device, tuple[np.ndarray, StorageWeakRef]] = {}
 
 
 def _fake_gradient(logits: Tensor, *_: Any) -> Tensor:
@@ -80,30 +58,47 @@ def _fake_gradient(logits: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_statistics(
-    logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
-) -> Tensors4:
+    logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str, shard: str
+) -> Tensors5:
     count, dtype = logits.shape[0] * logits.shape[1], compute_dtype(logits.dtype)
     entropy = logits.new_empty(count if want_entropy else 0, dtype=dtype)
     log_probs, maximum, sum_exp = (logits.new_empty(count, dtype=dtype) for _ in range(3))
-    return log_probs, entropy, maximum, sum_exp
-
-
-def _statistics(
-    logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
-) -> Tensors4:
-    read, package, support = checked_rows(rows, logits.shape[-1], backend), implementation(backend), support_of(rows)
-    if support is None:
-        return package.row_statistics(logits, read, temperature, want_entropy)
-    parts = kept.checked(package, read, support, logits.shape[-1])
-    return kept.row_statistics(package, logits, parts, temperature, want_entropy)
+    return log_probs, entropy, maximum, sum_exp, logits.new_empty(2 if shard else 0, dtype=dtype)
 
 
 @operator(_fake_statistics)
 def row_statistics(
-    logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str
-) -> Tensors4:
-    """Of each row of ``logits [B, T, V]``: log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials."""
-    return _statistics(logits, rows, temperature, want_entropy, backend)
+    logits: Tensor, rows: OptionalTensors, temperature: float, want_entropy: bool, backend: str, shard: str
+) -> Tensors5:
+    """Of each row of ``logits [B, T, V]``: log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials.
+
+    Last comes the status of a `Sharded`, ``[0]`` without a shard. With one, bad values raise only after the exchange:
+    the other ranks wait for it.
+    """
+    read, package, support = read_rows(rows, backend), package_of(backend, shard), support_of(rows)
+    vocab = logits.shape[-1]
+    if not isinstance(package, Sharded):
+        _check(read, support, vocab)
+        found = _statistics(package, logits, read, support, temperature, want_entropy)
+        return *found, found[0].new_empty(0)
+    found = _statistics(package, logits, read, support, temperature, want_entropy)
+    _check(read, support, package.shard.vocab)
+    return *found, package.status
+
+
+def _check(rows: Rows, support: kept.Support | None, vocab: int) -> None:
+    check_rows(rows, vocab)
+    if support is not None:
+        kept.check(flat_rows(rows), support, vocab)
+
+
+def _statistics(
+    package: Any, logits: Tensor, rows: Rows, support: kept.Support | None, temperature: float, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if support is None:
+        return package.row_statistics(logits, rows, temperature, want_entropy)
+    parts = kept.parted(package, rows, support, logits.shape[-1])
+    return kept.row_statistics(package, logits, parts, temperature, want_entropy)
 
 
 def _fake_scores(
@@ -119,7 +114,7 @@ def token_scores(
 ) -> Tensors:
     """As `row_statistics` where no gradient is asked for: log-prob and, if wanted, entropy ``[N]``."""
     if support_of(rows) is not None:
-        return list(_statistics(logits, rows, temperature, want_entropy, backend)[: 1 + want_entropy])
+        return list(row_statistics.function(logits, rows, temperature, want_entropy, backend, "")[: 1 + want_entropy])
     read = checked_rows(rows, logits.shape[-1], backend)
     return implementation(backend).token_scores(logits, read, temperature, want_entropy)
 
@@ -131,9 +126,10 @@ def _write_gradient(
     upstream: OptionalTensors,
     temperature: float,
     backend: str,
+    shard: str,
     gradient: Tensor,
 ) -> None:
-    read, package, support = read_rows(rows, backend), implementation(backend), support_of(rows)
+    read, package, support = read_rows(rows, backend), package_of(backend, shard), support_of(rows)
     if support is None:
         package.logits_gradient(logits, read, statistics, upstream, temperature, gradient)
     else:
@@ -149,10 +145,11 @@ def logits_gradient(
     upstream: OptionalTensors,
     temperature: float,
     backend: str,
+    shard: str,
 ) -> Tensor:
     """Gradient ``[B, T, V]`` from statistics (maximum, sum of exponentials, entropy) and upstream (dL/dl, dL/dEnt)."""
-    gradient = _new_gradient(logits)
-    _write_gradient(logits, rows, statistics, upstream, temperature, backend, gradient)
+    gradient = memory.new_gradient(logits)
+    _write_gradient(logits, rows, statistics, upstream, temperature, backend, shard, gradient)
     return gradient
 
 
@@ -164,9 +161,10 @@ def logits_gradient_(
     upstream: OptionalTensors,
     temperature: float,
     backend: str,
+    shard: str,
 ) -> None:
     """As `logits_gradient`, written over ``logits``."""
-    _write_gradient(logits, rows, statistics, upstream, temperature, backend, logits)
+    _write_gradient(logits, rows, statistics, upstream, temperature, backend, shard, logits)
 
 
 def _fake_loss(log_probs: Tensor, *others: Any) -> Tensors2:
@@ -263,7 +261,7 @@ def logits_policy_loss(
     """Loss, metrics vector, gradient ``[B, T, V]``; ``scalars`` are temperature and grad_scale, for the others see
     `egpo_kernels.engine.row_ops.token_rows`.
     """
-    gradient = _new_gradient(logits)
+    gradient = memory.new_gradient(logits)
     arguments = (given, kinds, size, numbers, config, only_active, scalars, want_entropy, reported, backend)
     return *_loss_and_gradient(logits, *arguments, gradient), gradient
 

@@ -23,7 +23,7 @@ from egpo_kernels.engine.operator import (
 )
 from egpo_kernels.formulas import metrics
 from egpo_kernels.formulas.rows import NO_COUNTS, Counts, Material, Measured, Purpose
-from egpo_kernels.inputs import validation
+from egpo_kernels.inputs import validation, values
 from egpo_kernels.inputs.segments import Segments
 
 How = tuple[list[int], list[int], list[float], str, bool]
@@ -37,14 +37,14 @@ def _fake_offsets(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
 @operator(_fake_offsets)
 def sequence_offsets(cu_seqlens: Tensor, num_rows: int) -> Tensors2:
     """Offsets ``[S + 1]`` int64 that never leave ``[0, num_rows]``, and 1.0 or, where they had to be mended, NaN."""
-    validation.check_cu_seqlens(cu_seqlens, num_rows)
+    values.check_cu_seqlens(cu_seqlens, num_rows)
     return _mended(cu_seqlens, num_rows)
 
 
 @operator(_fake_offsets)
 def support_offsets(offsets: Tensor, num_ids: int) -> Tensors2:
     """As `sequence_offsets`, of the offsets ``[N + 1]`` of what a sampler kept."""
-    validation.check_support_offsets(offsets, num_ids)
+    values.check_support_offsets(offsets, num_ids)
     mended, sound = _mended(offsets, num_ids)
     # Ids before the first row's are that row's: none lies outside all rows but behind the last.
     return torch.nn.functional.pad(mended[1:], (1, 0)), sound
@@ -70,7 +70,7 @@ def support_metrics(
 def read_either_way(by_sequence: Tensor, by_token: Tensor, inside: Tensor, name: str) -> Tensor:
     """1.0 where ``name``, with as many tokens as sequences, says the same of rows ``inside`` either way, else NaN."""
     same = (by_sequence == by_token) | (by_sequence.isnan() & by_token.isnan()) | ~inside
-    validation.check_either_way(name, same)
+    values.check_either_way(name, same)
     return torch.where(same.all(), 1.0, torch.nan)
 
 

@@ -1,19 +1,14 @@
-"""What a sampler kept, as the caller gave it: checked, brought to where it is used, reported."""
+"""What a sampler kept, as the caller gave it: checked, and brought to where it is used."""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from egpo_kernels.config.results import LossOutput, SamplingSupport
-from egpo_kernels.engine import row_ops
+from egpo_kernels.config.results import SamplingSupport
 from egpo_kernels.engine.calls import Call
-from egpo_kernels.engine.rows import TOKENS
-from egpo_kernels.formulas import metrics
-from egpo_kernels.formulas.kept import has_record, kept_metrics
-from egpo_kernels.formulas.lazy import merged
+from egpo_kernels.formulas.kept import has_record
 from egpo_kernels.inputs.layout import Layout, to_device
-from egpo_kernels.inputs.segments import flat
 from egpo_kernels.inputs.validation import check_dense, check_instance, check_tensor
 
 
@@ -51,17 +46,3 @@ def read_support(support: Any, layout: Layout) -> Support:
         wanted = "it must be on the logits' device there"
         ids, offsets, poison = (to_device("support", value, device, wanted) for value in (ids, offsets, poison))
     return Support(ids, offsets, poison, recorded)
-
-
-def reported(call: Call, found: LossOutput, mode: Any) -> LossOutput:
-    """A loss with the metrics of what was kept, unless none are wanted."""
-    if not call.support or mode == "none":
-        return found
-    tokens, counted = flat(call.given.tensors[TOKENS]), flat(call.given.counted(call.layout))
-    ids, offsets = call.support
-    assert tokens is not None
-    if call.backend == "reference":
-        vector = metrics.finish(kept_metrics(ids, offsets, tokens.long(), counted, call.dtype), metrics.SUPPORT)
-    else:
-        vector = row_ops.support_metrics(ids, offsets, tokens, counted, call.dtype, call.backend)
-    return LossOutput(found.loss, merged(found.metrics, metrics.named(vector, metrics.SUPPORT)))

@@ -20,11 +20,12 @@ from egpo_kernels.formulas.arrays import at_hand
 from egpo_kernels.formulas.arrays import total as total
 from egpo_kernels.formulas.lazy import LazyMetrics, Part, unread
 from egpo_kernels.formulas.tables import GROUP, NOTHING, TOKEN, Table
+from egpo_kernels.formulas.tables import RANKS as RANKS
 from egpo_kernels.formulas.tables import SUMMARIES as SUMMARIES
 from egpo_kernels.formulas.tables import SUPPORT as SUPPORT
 from egpo_kernels.inputs.validation import check_dense, check_tensor
 
-TABLES = (TOKEN, GROUP, SUPPORT)
+TABLES = (TOKEN, GROUP, SUPPORT, RANKS)
 # The key under which the count of a mean, minimum or maximum is itself reported.
 _COUNT_KEYS = {m.key: m.over for t in TABLES for m in t.metrics if m.kind in ("mean", "min", "max")}
 _GAPS = {m.key: m for t in TABLES for m in t.metrics if m.kind == "gap"}

@@ -116,3 +116,7 @@ SUPPORT = Table(
         *(_metric(key, "") for key in _SUPPORT_COUNTS),
     ),
 )
+
+RANKS = Table(
+    sums=("vocab_group/mismatched_ranks/sum",), maxima=(), metrics=(_metric("vocab_group/mismatched_ranks/sum", ""),)
+)

@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from egpo_kernels.config.fields import fits_float32, plain
-from egpo_kernels.config.results import Rows
-from egpo_kernels.inputs.segments import flat_rows
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -30,8 +28,13 @@ _KINDS = {
 def check_dense(name: str, value: Any, kind: str) -> Tensor:
     """Return ``value`` when it is a tensor of that kind whose elements lie in strided memory."""
     is_tensor = isinstance(value, Tensor) and value.dtype in _KINDS[kind]
-    if is_tensor and value.layout == torch.strided and not value.is_nested:
+    if is_tensor and value.layout == torch.strided and not value.is_nested and not is_distributed(value):
         return value
+    if is_distributed(value):
+        raise TypeError(
+            f"{name} is a DTensor with placements {tuple(map(str, value.placements))}; it must be a plain tensor, this "
+            "rank's: pass its to_local(), or full_tensor()"
+        )
     if not isinstance(value, Tensor) or value.dtype not in _KINDS[kind]:
         wanted = f"an {kind}" if kind == "integer" else f"a {kind}"
         if not isinstance(value, Tensor):
@@ -42,6 +45,11 @@ def check_dense(name: str, value: Any, kind: str) -> Tensor:
     raise ValueError(f"{name} {what}; it must be dense (torch.strided)")
 
 
+def is_distributed(value: Any) -> bool:
+    """Whether it is a DTensor, without an import of what they are made of."""
+    return type(value).__name__ == "DTensor"
+
+
 def is_fit(value: Any, kind: str, device: torch.device) -> bool:
     """Whether `check_tensor` has nothing to say but of its shape, and nothing to do: the way of almost every tensor."""
     return (
@@ -49,6 +57,7 @@ def is_fit(value: Any, kind: str, device: torch.device) -> bool:
         and value.dtype in _KINDS[kind]
         and value.device == device
         and value.layout is torch.strided
+        and not is_distributed(value)
         and not (is_compiling() or value.is_nested or value.is_neg() or value.is_inference())
     )
 
@@ -90,14 +99,17 @@ def check_held(name: str, values: Tensor, held: Tensor) -> None:
         )
 
 
-def check_logits(name: str, logits: Any, packed: bool) -> Tensor:
-    """Return ``logits`` when they are ``[S, T, V]`` (``[N, V]`` packed), of a known dtype, readable where they lie."""
+def check_logits(name: str, logits: Any, packed: bool, may_be_empty: bool = False) -> Tensor:
+    """Return ``logits`` when they are ``[S, T, V]`` (``[N, V]`` packed), of a known dtype, readable where they lie.
+
+    Where other ranks have other columns, these ``may_be_empty``.
+    """
     check_dense(name, logits, "floating")
     if logits.dim() != (2 if packed else 3):
         wanted = "[N, V] with cu_seqlens" if packed else "[S, T, V] (or [N, V] with cu_seqlens)"
         raise ValueError(f"{name} has shape {list(logits.shape)}; it must be {wanted}")
     vocab = logits.shape[-1]
-    if vocab < 1:
+    if vocab < 1 and not may_be_empty:
         raise ValueError(f"{name} has shape {list(logits.shape)}; its vocabulary (last dimension) must not be empty")
     if vocab > 1 and logits.stride(-1) != 1:
         raise ValueError(
@@ -195,96 +207,6 @@ def kind_of(device: torch.device) -> str:
 @functools.cache
 def _kind_of(device: torch.device) -> str:
     return device.type
-
-
-def _check_tokens(tokens: Tensor | None, mask: Tensor, vocab: int) -> None:
-    if tokens is None:
-        return
-    wrong = mask & ((tokens < 0) | (tokens >= vocab))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"tokens holds {int(tokens[row])} at flattened position {row}, where the mask counts it; every counted "
-            f"token must be in [0, {vocab}): mask it out"
-        )
-
-
-def _check_temperatures(temperature: Tensor | None, mask: Tensor) -> None:
-    if temperature is None:
-        return
-    # Below float32's smallest normal number, 1 / temperature overflows.
-    wrong = mask & ~((temperature >= torch.finfo(torch.float32).tiny) & temperature.isfinite())
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"temperature holds {float(temperature[row])} at flattened position {row}; it must be positive, finite "
-            "and a number that float32 can divide by"
-        )
-
-
-def check_rows(rows: Rows, vocab: int) -> None:
-    """Raise when a counted row's token or temperature cannot be. Values are read only where that costs no sync."""
-    if checks_values(rows.mask.device):
-        rows = flat_rows(rows)
-        _check_tokens(rows.tokens, rows.mask, vocab)
-        _check_temperatures(rows.temperature, rows.mask)
-
-
-def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> None:
-    """Raise when ``cu_seqlens`` does not start at 0, decreases, or ends past the last row."""
-    if not checks_values(cu_seqlens.device):
-        return
-    cu_seqlens = cu_seqlens.long()
-    if cu_seqlens[0] != 0 or (cu_seqlens[1:] < cu_seqlens[:-1]).any() or cu_seqlens[-1] > num_rows:
-        raise ValueError(
-            f"cu_seqlens starts at {int(cu_seqlens[0])} and ends at {int(cu_seqlens[-1])} over {num_rows} packed "
-            "tokens; it must start at 0, never decrease, and end at or before the last token"
-        )
-
-
-def check_support_offsets(offsets: Tensor, num_ids: int) -> None:
-    """Raise when a support's offsets do not start at 0, decrease, or end past the last id."""
-    if not checks_values(offsets.device):
-        return
-    offsets = offsets.long()
-    falls = "".join(f" and falls after row {row}" for row in (offsets[1:] < offsets[:-1]).nonzero()[:1, 0].tolist())
-    if offsets[0] != 0 or falls or offsets[-1] > num_ids:
-        raise ValueError(
-            f"support.offsets starts at {int(offsets[0])} and ends at {int(offsets[-1])} over {num_ids} ids{falls}; it "
-            "must start at 0, never decrease, and end at or before the last id"
-        )
-
-
-def check_kept(ids: Tensor, rows: Tensor, given: Tensor, vocab: int) -> None:
-    """Raise when one of the ``ids [E]`` that were ``given`` cannot be, or is in its row twice."""
-    if not checks_values(ids.device):
-        return
-    ids, rows = ids[given], rows[given]
-    wrong = (ids < 0) | (ids >= vocab)
-    if wrong.any():
-        place = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"support.ids holds {int(ids[place])} in the row of flattened position {int(rows[place])}; it must be in "
-            f"[0, {vocab}): leave out what only fills a row, as pack_support does"
-        )
-    keys = (rows * vocab + ids).sort().values
-    twice = keys[1:] == keys[:-1]
-    if twice.any():
-        row, token = divmod(int(keys[int(twice.nonzero()[0])]), vocab)
-        raise ValueError(
-            f"support.ids holds {token} twice in the row of flattened position {row}; a row's ids must differ: "
-            "pack_support removes what is there twice"
-        )
-
-
-def check_either_way(name: str, same: Tensor) -> None:
-    """Raise when a tensor that may be per sequence or per token means two things, by rows ``same [N]``."""
-    if checks_values(same.device) and not same.all():
-        raise ValueError(
-            f"{name} has shape {[len(same)]}, and there are as many packed tokens as sequences; it must say which it "
-            "means: pass [S, 1] for one number a sequence; for one a token append a masked token, or leave out empty "
-            "sequences"
-        )
 
 
 def check_complete(ids: Tensor, group_size: int | None) -> None:

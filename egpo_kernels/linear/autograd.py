@@ -35,28 +35,32 @@ class TokenLogProbs(torch.autograd.Function):
         backend: str,
         host_mask: Tensor | None,
         *rows: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """See `egpo_kernels.linear.ops.linear_row_statistics`."""
         head = [weight, bias, lora_a, lora_b]
-        log_probs, entropy, maximum, sum_exp, gradient = ops.linear_row_statistics(
+        log_probs, entropy, maximum, sum_exp, gradient, status = ops.linear_row_statistics(
             hidden, head, list(rows), host_mask, list(scalars), *sizes, want_entropy, with_gradient, backend
         )
         ctx.options = (sizes, scalars, want_entropy, with_gradient, wanted, backend)
-        saved = [hidden, *head, host_mask, entropy, maximum, sum_exp]
+        ctx.sharded = bool(status.shape[0])
+        saved = [hidden, *head, host_mask, entropy, maximum, sum_exp, log_probs if ctx.sharded else None]
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*saved, gradient, *rows)
         else:
             ctx.save_for_backward(*saved, None, *rows)
             ctx.gradients = [gradient]
         ctx.set_materialize_grads(False)
-        return log_probs, entropy
+        if not ctx.sharded:
+            return log_probs, entropy
+        ctx.mark_non_differentiable(status)
+        return log_probs, entropy, status
 
     @staticmethod
-    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> Any:
+    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, *_: None) -> Any:
         """Gradients of hidden states and head."""
         sizes, scalars, want_entropy, with_gradient, wanted, backend = ctx.options
         hidden, *others = ctx.saved_tensors
-        head, (host_mask, entropy, maximum, sum_exp, gradient), rows = others[:4], others[4:9], others[9:]
+        head, (host_mask, entropy, maximum, sum_exp, log_probs, gradient), rows = others[:4], others[4:10], others[10:]
         if not want_entropy:
             grad_entropy = None
         given = (grad_log_probs, grad_entropy)
@@ -71,6 +75,9 @@ class TokenLogProbs(torch.autograd.Function):
             else:
                 if not torch.compiler.is_compiling() and not graph_is_kept():
                     ctx.gradients = None
+                if log_probs is not None:
+                    # Nothing comes from a token whose logit is -inf, which may lie in another rank's columns.
+                    rows[0] = rows[0] & (log_probs != -torch.inf).view(rows[0].shape)
                 upstream = [grad_log_probs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous()]
                 gradients = ops.linear_gradient(
                     hidden, head, rows, host_mask, list(scalars), *sizes, [maximum, sum_exp, entropy], upstream,
@@ -115,13 +122,13 @@ class PolicyLoss(torch.autograd.Function):
         wanted: tuple[bool, ...],
         backend: str,
         *fields: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """See `egpo_kernels.linear.ops.linear_policy_loss`.
 
         ``fields``: the host's mask, what rows are made of.
         """
         host_mask, *given = fields
-        loss, vector, *gradients = ops.linear_policy_loss(
+        loss, vector, *gradients, status = ops.linear_policy_loss(
             hidden, [weight, bias, lora_a, lora_b], given, *how, host_mask, list(scalars), *sizes, grad_scale,
             want_entropy, reported, list(wanted), backend,
         )  # fmt: skip
@@ -131,12 +138,15 @@ class PolicyLoss(torch.autograd.Function):
         else:
             ctx.save_for_backward(loss)  # which leads to all of them, for `guarded`, and keeps none
             ctx.gradients = gradients
-        ctx.mark_non_differentiable(vector)
         ctx.set_materialize_grads(False)  # of the vector they would be zeros, a launch
-        return loss, vector
+        if not status.shape[0]:
+            ctx.mark_non_differentiable(vector)
+            return loss, vector
+        ctx.mark_non_differentiable(vector, status)
+        return loss, vector, status
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _: None) -> Any:
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> Any:
         """Gradients of hidden states and head."""
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)

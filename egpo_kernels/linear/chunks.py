@@ -10,6 +10,7 @@ from egpo_kernels.config.results import Rows
 from egpo_kernels.inputs.validation import checks_values
 from egpo_kernels.linear import sizes
 from egpo_kernels.linear.head import Head, Wanted, sums_apart
+from egpo_kernels.parallel.shard import Shard
 
 
 class Chunk(NamedTuple):
@@ -25,7 +26,7 @@ class Chunk(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Which rows are multiplied, None for all of them; how many they are, and how many at a time."""
+    """Which rows are multiplied, None for all of them; how many they are, or could be, and how many at a time."""
 
     places: Tensor | None
     total: int
@@ -37,11 +38,13 @@ class Plan(NamedTuple):
         return self.total <= self.size
 
 
-def chunk_rows(head: Head, wanted: Wanted, max_chunk_bytes: int | None, scratch: int, total: int) -> int:
-    """Rows of a chunk, of ``total`` that are multiplied."""
-    weight = head.weight
+def chunk_rows(
+    head: Head, wanted: Wanted, max_chunk_bytes: int | None, scratch: int, total: int, shard: Shard | None = None
+) -> int:
+    """Rows of a chunk, of ``total`` that are multiplied; as many on all ranks where each has a ``shard``."""
+    weight, vocab, ahead = head.weight, head.vocab if shard is None else shard.even, shard is not None
     apart = wanted.of_head and sums_apart(weight)
-    kind = sizes.Kind(head.vocab, head.logits_dtype, weight.dtype, bool(head.softcap), wanted.weight, apart)
+    kind = sizes.Kind(vocab, head.logits_dtype, weight.dtype, bool(head.softcap), wanted.weight, apart, ahead)
     return sizes.chunk_rows(kind, total, max_chunk_bytes, sizes.device_memory(weight.device), scratch)
 
 
@@ -82,17 +85,19 @@ def first_places(mask: Tensor, count: int) -> Tensor:
     return mask.argsort(descending=True, stable=True)[:count]
 
 
-def chunks(hidden: Tensor, head: Head, rows: Rows, plan: Plan) -> Iterator[Chunk]:
+def chunks(hidden: Tensor, head: Head, rows: Rows, plan: Plan, ahead: bool) -> Iterator[Chunk]:
     """Walk over the rows of ``hidden [B, T, H]`` that are planned, and make their logits.
 
-    A softcap's derivative needs them beside their gradient; without one the gradient lies over them.
+    A softcap's derivative needs them beside their gradient; without one the gradient lies over them. Where the walk is
+    ``ahead`` by a chunk of whoever uses them, the last one's stay.
     """
     length, (places, total, size) = hidden.shape[1], plan
     if places is None and not hidden.is_contiguous():
         places = torch.arange(total, device=hidden.device)
-    logits = hidden.new_empty(min(size, total), head.vocab, dtype=head.logits_dtype)
-    gradient = torch.empty_like(logits) if head.softcap else logits
-    for start in range(0, total, size):
+    shape = (min(size, total), head.vocab)
+    memory = [hidden.new_empty(shape, dtype=head.logits_dtype) for _ in range(1 + (ahead and total > size))]
+    apart = torch.empty_like(memory[0]) if head.softcap else None
+    for number, start in enumerate(range(0, total, size)):
         stop = min(start + size, total)
         place: Tensor | slice
         if places is None:
@@ -104,5 +109,6 @@ def chunks(hidden: Tensor, head: Head, rows: Rows, plan: Plan) -> Iterator[Chunk
         chosen = Rows(rows.mask[place], *(None if field is None else field[place] for field in rows[1:]))
         # What does not count may be NaN, and 0 times that is no 0.
         states = torch.where(chosen.mask[:, None], states, 0.0).to(head.weight.dtype)
-        head.project(states, logits[: stop - start])
-        yield Chunk(place, states, chosen, logits[: stop - start], gradient[: stop - start])
+        logits = memory[number % len(memory)][: states.shape[0]]
+        head.project(states, logits)
+        yield Chunk(place, states, chosen, logits, logits if apart is None else apart[: states.shape[0]])

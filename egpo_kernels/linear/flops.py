@@ -69,7 +69,7 @@ def linear_gradient(
 
 def linear_policy_loss(hidden: Shape, head: Any, given: Any, *others: Any, **_: Any) -> int:
     """Of a loss with its gradients."""
-    num_active, wanted = others[-8], others[-2]
+    num_active, wanted = others[-10], others[-2]
     return _products(hidden, head, num_active, wanted) + _kept_products(hidden, head, given[NUM_GIVEN:], wanted)
 
 

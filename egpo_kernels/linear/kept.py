@@ -32,7 +32,9 @@ class KeptColumns:
         if head.bias is not None:
             values += head.bias[self.columns]
         values *= head.gain
-        self.logits = values.tanh_() if head.softcap else values
+        values = values.tanh_() if head.softcap else values
+        # Another rank may have a row's own token.
+        self.logits = values if layer.shard is None else self.package.kept_values(values, self.entries)
 
     def _inner(self, lora_a: Tensor) -> Tensor:
         dtype = compute_dtype(lora_a.dtype)
@@ -51,7 +53,7 @@ class KeptColumns:
         if self.inner is not None and by_row is not None:
             of_inner = self._inner_gradient(slopes, by_row)
         if gradients.hidden is not None and by_row is not None:
-            self._add_hidden(slopes, of_inner, by_row, gradients.hidden.flatten(0, 1))
+            self._add_hidden(slopes, of_inner, by_row, gradients.more_hidden().flatten(0, 1))
         if wanted.of_head:
             self._add_head(slopes, of_inner, gradients.of_head.started())
 

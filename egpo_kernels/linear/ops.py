@@ -2,6 +2,9 @@
 
 Everywhere ``head`` is weight, bias and both adapters; ``scalars`` are temperature, the adapters' scale, the logits'
 scale and softcap; ``wanted`` says which gradients are asked for, of hidden states and of ``head`` in this order.
+
+``shard`` says which columns of a vocabulary the head has, see `egpo_kernels.engine.dispatch.package_of`, ``adds_up``
+whether gradients of hidden states are summed over ranks; the status of exchanges comes last, ``[0]`` without a shard.
 """
 
 import contextlib
@@ -14,13 +17,12 @@ from torch import Tensor
 
 from egpo_kernels.config.results import Rows
 from egpo_kernels.config.settings import compute_dtype
-from egpo_kernels.engine.dispatch import implementation
+from egpo_kernels.engine.dispatch import implementation, package_of
 from egpo_kernels.engine.kept import Support
 from egpo_kernels.engine.operator import OptionalTensors, Tensors, fake_vector, operator, policy_config
 from egpo_kernels.engine.ops import NUM_GIVEN, read_rows, support_of
 from egpo_kernels.engine.row_ops import material_of
 from egpo_kernels.formulas import metrics
-from egpo_kernels.inputs import validation
 from egpo_kernels.inputs.segments import Segments, flat_rows
 from egpo_kernels.linear import flops, passes
 from egpo_kernels.linear.chunks import too_many
@@ -28,8 +30,8 @@ from egpo_kernels.linear.head import Head, Wanted
 from egpo_kernels.linear.layer import Layer
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-LossAndGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+LossAndGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _without_autocast(function: Callable) -> Callable:
@@ -54,6 +56,8 @@ def _read(
     num_active: int | None,
     max_chunk_bytes: int | None,
     logits_dtype: torch.dtype,
+    shard: str,
+    adds_up: bool,
     support: Support | None,
     backend: str,
 ) -> tuple[Layer, Rows, float]:
@@ -63,16 +67,26 @@ def _read(
     layer = Layer(
         hidden,
         Head(weight, bias, lora_a, lora_b, lora_scale, logit_scale, softcap, logits_dtype),
-        implementation(backend),
+        package_of(backend, shard),
         host_mask,
         num_active,
         max_chunk_bytes,
         support,
+        adds_up,
     )
     rows = flat_rows(rows)
-    validation.check_rows(rows, weight.shape[0])
+    if layer.shard is None:
+        layer.check(rows)
     cooled, temperature = layer.head.cooled(rows, temperature)
     return layer, cooled, temperature
+
+
+def _status(layer: Layer, rows: Rows) -> Tensor:
+    """The status of all exchanges. Only now bad values raise: other ranks would have waited for the exchanges."""
+    if layer.shard is None:
+        return layer.hidden.new_empty(0, dtype=compute_dtype(layer.hidden.dtype))
+    layer.check(flat_rows(rows))
+    return layer.package.status
 
 
 def _fake_gradients(hidden: Tensor, head: OptionalTensors, wanted: list[bool]) -> Any:
@@ -88,11 +102,11 @@ def _fake_gradients(hidden: Tensor, head: OptionalTensors, wanted: list[bool]) -
 
 def _fake_statistics(hidden: Tensor, *others: Any) -> Statistics:
     want_entropy, with_gradient, _ = others[-3:]
-    count, dtype = hidden.shape[0] * hidden.shape[1], compute_dtype(hidden.dtype)
+    count, dtype, shard = hidden.shape[0] * hidden.shape[1], compute_dtype(hidden.dtype), others[-5]
     sizes = (count, count if want_entropy else 0, *[0 if with_gradient else count] * 2)
     log_probs, entropy, maximum, sum_exp = (hidden.new_empty(size, dtype=dtype) for size in sizes)
     gradient = hidden.new_empty(hidden.shape if with_gradient else (0,))
-    return log_probs, entropy, maximum, sum_exp, gradient
+    return log_probs, entropy, maximum, sum_exp, gradient, log_probs.new_empty(2 if shard else 0)
 
 
 @operator(_fake_statistics)
@@ -106,6 +120,8 @@ def linear_row_statistics(
     num_active: int | None,
     max_chunk_bytes: int | None,
     logits_dtype: torch.dtype,
+    shard: str,
+    adds_up: bool,
     want_entropy: bool,
     with_gradient: bool,
     backend: str,
@@ -114,9 +130,10 @@ def linear_row_statistics(
 
     Maximum and sum are ``[0]`` where the gradient is made, which is empty unless ``with_gradient``.
     """
+    read = read_rows(rows, backend)
     layer, cooled, temperature = _read(
-        hidden, head, read_rows(rows, backend), host_mask, scalars, num_active, max_chunk_bytes, logits_dtype,
-        support_of(rows), backend,
+        hidden, head, read, host_mask, scalars, num_active, max_chunk_bytes, logits_dtype,
+        shard, adds_up, support_of(rows), backend,
     )  # fmt: skip
     surplus = too_many(cooled.mask, host_mask, num_active)
     if with_gradient:
@@ -128,7 +145,7 @@ def linear_row_statistics(
         gradient = hidden.new_empty(0)
     if surplus is not None:
         log_probs = torch.where(cooled.mask & surplus, torch.nan, log_probs)
-    return log_probs, entropy, maximum, sum_exp, gradient
+    return log_probs, entropy, maximum, sum_exp, gradient, _status(layer, read)
 
 
 def _fake_linear_gradient(hidden: Tensor, head: OptionalTensors, *others: Any) -> Gradients:
@@ -146,6 +163,8 @@ def linear_gradient(
     num_active: int | None,
     max_chunk_bytes: int | None,
     logits_dtype: torch.dtype,
+    shard: str,
+    adds_up: bool,
     statistics: Tensors,
     upstream: OptionalTensors,
     wanted: list[bool],
@@ -154,7 +173,7 @@ def linear_gradient(
     """Gradients from statistics (maximum, sum of exponentials, entropy; or empty) and upstream (dL/dl, dL/dEnt)."""
     layer, cooled, temperature = _read(
         hidden, head, read_rows(rows, backend), host_mask, scalars, num_active, max_chunk_bytes, logits_dtype,
-        support_of(rows), backend,
+        shard, adds_up, support_of(rows), backend,
     )  # fmt: skip
     found = passes.gradient(layer, cooled, statistics, upstream, temperature, Wanted(*wanted))
     hidden_gradient, weight, bias, lora_a, lora_b = found
@@ -164,7 +183,8 @@ def linear_gradient(
 def _fake_linear_loss(hidden: Tensor, head: OptionalTensors, *others: Any) -> LossAndGradients:
     reported, wanted, _ = others[-3:]
     loss = hidden.new_empty((), dtype=compute_dtype(hidden.dtype))
-    return loss, fake_vector(hidden, metrics.TOKEN, reported), *_fake_gradients(hidden, head, wanted)
+    status = loss.new_empty(2 if others[-7] else 0)
+    return loss, fake_vector(hidden, metrics.TOKEN, reported), *_fake_gradients(hidden, head, wanted), status
 
 
 @operator(_fake_linear_loss)
@@ -183,6 +203,8 @@ def linear_policy_loss(
     num_active: int | None,
     max_chunk_bytes: int | None,
     logits_dtype: torch.dtype,
+    shard: str,
+    adds_up: bool,
     grad_scale: float,
     want_entropy: bool,
     reported: bool,
@@ -197,7 +219,7 @@ def linear_policy_loss(
     settings, rows = policy_config(config), implementation(backend).token_rows(material)
     layer, cooled, temperature = _read(
         hidden, head, rows, host_mask, scalars, num_active, max_chunk_bytes, logits_dtype,
-        support_of(given, NUM_GIVEN), backend,
+        shard, adds_up, support_of(given, NUM_GIVEN), backend,
     )  # fmt: skip
     surplus = too_many(cooled.mask, host_mask, num_active)
     if surplus is not None:
@@ -209,11 +231,9 @@ def linear_policy_loss(
     # No token's loss depends on its sequence here.
     segments = Segments(log_probs.shape[0], 1)
     bonus = entropy if want_entropy else None
-    loss, vector = layer.package.policy_loss(
-        log_probs, bonus, cooled, segments, settings, layer.head.vocab, False, reported
-    )
+    loss, vector = layer.package.policy_loss(log_probs, bonus, cooled, segments, settings, layer.vocab, False, reported)
     hidden_gradient, weight, bias, lora_a, lora_b = found
-    return loss, vector, hidden_gradient, weight, bias, lora_a, lora_b
+    return loss, vector, hidden_gradient, weight, bias, lora_a, lora_b, _status(layer, rows)
 
 
 flops.register_when_imported()

@@ -21,9 +21,9 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 def row_statistics(layer: Layer, rows: Rows, temperature: float, want_entropy: bool) -> list[Tensor]:
     """Log-prob, entropy (``[0]`` unless wanted), maximum and sum of exponentials ``[N]``: one product."""
-    results, parts = layer.zeros(rows, 4), layer.checked(rows)
+    results, parts = layer.zeros(rows, 4), layer.parted(rows)
     others = rows if parts is None else parts.others
-    for chunk in layer.chunks(others, layer.plan(others, Wanted.nothing())):
+    for chunk in layer.scored(others, layer.plan(others, Wanted.nothing()), temperature, want_entropy):
         found = layer.package.row_statistics(chunk.logits[None], chunk.rows, temperature, want_entropy)
         for result, values in zip(results, found, strict=True):
             if values.shape[0]:
@@ -48,11 +48,11 @@ def loss_gradient(
     wanted: Wanted,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Log-prob and entropy ``[N]``, and the gradients: one product for logits, one for each gradient that is wanted."""
-    (log_probs, entropy), parts = layer.zeros(rows, 2), layer.checked(rows)
+    (log_probs, entropy), parts = layer.zeros(rows, 2), layer.parted(rows)
     others = rows if parts is None else parts.others
     plan = layer.plan(others, wanted)
     gradients = Gradients(layer, wanted, plan, parts is not None)
-    for chunk in layer.chunks(others, plan):
+    for chunk in layer.scored(others, plan, temperature, want_entropy):
         own, own_entropy = layer.package.logits_loss_gradient(
             chunk.logits[None], chunk.rows, config, temperature, grad_scale, want_entropy, chunk.gradient[None]
         )
@@ -109,9 +109,10 @@ def gradient(
     parts = layer.parted(rows)
     others = rows if parts is None else parts.others
     plan = layer.plan(others, wanted)
-    gradients = Gradients(layer, wanted, plan, parts is not None)
-    for chunk in layer.chunks(others, plan):
-        if statistics[0].shape[0]:
+    gradients, again = Gradients(layer, wanted, plan, parts is not None), not statistics[0].shape[0]
+    walk = layer.scored(others, plan, temperature, grad_entropy is not None) if again else layer.chunks(others, plan)
+    for chunk in walk:
+        if not again:
             known = [values[chunk.place] if values.shape[0] else values for values in statistics]
         else:
             _, entropy, *known = layer.package.row_statistics(
@@ -125,7 +126,9 @@ def gradient(
     if parts is not None:
         columns = KeptColumns(layer, parts)
         known_of = (columns.logits, parts.entries, parts.recorded)
-        _, entropies, *again = layer.package.kept_statistics(*known_of, temperature, grad_entropy is not None)
-        slopes = layer.package.kept_gradient(*known_of, [*again, entropies], upstream, temperature)
+        if again:
+            _, entropies, *found = layer.package.kept_statistics(*known_of, temperature, grad_entropy is not None)
+            statistics = [*found, entropies]
+        slopes = layer.package.kept_gradient(*known_of, statistics, upstream, temperature)
         columns.add(slopes, gradients)
     return gradients.tensors()

@@ -24,7 +24,7 @@ class Kind(NamedTuple):
     """What decides the bytes of a row.
 
     ``capped``: a softcap's derivative needs the logits beside their gradient. ``sums_apart``: the head trains, and its
-    gradient is summed over chunks from float32 copies.
+    gradient is summed over chunks from float32 copies. ``ahead``: the next chunk's logits are there too.
     """
 
     vocab: int
@@ -33,11 +33,12 @@ class Kind(NamedTuple):
     capped: bool
     weight_trains: bool
     sums_apart: bool
+    ahead: bool = False
 
     @property
     def row_bytes(self) -> int:
         """All that is alive of a row: its logits, their gradient, that gradient in the dtype it is multiplied in."""
-        size = self.logits_dtype.itemsize * (2 if self.capped else 1)
+        size = self.logits_dtype.itemsize * (1 + self.capped + self.ahead)
         return self.vocab * (size + (0 if self.logits_dtype == self.weight_dtype else self.weight_dtype.itemsize))
 
     @property

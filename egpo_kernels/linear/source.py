@@ -11,19 +11,25 @@ from egpo_kernels.config.fields import check_number
 from egpo_kernels.config.results import Rows, TokenLogProbs
 from egpo_kernels.config.settings import PolicyLossConfig
 from egpo_kernels.engine import calls
-from egpo_kernels.engine.logits import reference_logits
+from egpo_kernels.engine.logits import reference_scores
 from egpo_kernels.engine.rows import Unmade
 from egpo_kernels.engine.support import read_support, with_support
 from egpo_kernels.inputs import layout as layouts
-from egpo_kernels.inputs.validation import check_dense, check_rows, check_tensor, check_whole
+from egpo_kernels.inputs.segments import flat
+from egpo_kernels.inputs.validation import check_dense, check_tensor, check_whole
 from egpo_kernels.linear import autograd
 from egpo_kernels.linear.chunks import check_num_active
 from egpo_kernels.linear.head import Head
+from egpo_kernels.linear.split import read_split
+from egpo_kernels.parallel import reading
+from egpo_kernels.parallel.hidden import gathered, with_summed_gradient
+from egpo_kernels.parallel.shard import Shard
 
 
 class Linear(NamedTuple):
     """Hidden states ``[B, T, H]``, the head, and what is known on the host: how many rows count, that none ``records``
-    what a sampler kept.
+    what a sampler kept. Where the head has some columns of the vocabulary, also which, and whether the gradient of
+    hidden states is summed over ranks.
     """
 
     hidden: Tensor
@@ -31,6 +37,9 @@ class Linear(NamedTuple):
     host_mask: Tensor | None
     num_active: int | None
     max_chunk_bytes: int | None
+    shard: Shard | None
+    adds_up: bool
+    statuses: list[Tensor]
     records: bool = True
 
     @property
@@ -41,7 +50,12 @@ class Linear(NamedTuple):
     @property
     def vocab(self) -> int:
         """Vocabulary size."""
-        return self.head.vocab
+        return self.head.vocab if self.shard is None else self.shard.vocab
+
+    @property
+    def late(self) -> bool:
+        """A chunk's gradient is made while its logits are there, after an exchange with other ranks too."""
+        return False
 
     @property
     def requires_grad(self) -> bool:
@@ -57,27 +71,39 @@ class Linear(NamedTuple):
     def log_probs(self, call: calls.Call, rows: Rows, want_entropy: bool, entropy_gradient: bool) -> TokenLogProbs:
         """See `egpo_kernels.engine.calls.Source`."""
         if call.backend == "reference":
-            check_rows(rows, self.vocab)
-            check_num_active(rows.mask, self.num_active)
-            logits = reference.linear_logits(self.hidden, *self.head, mask=rows.mask)
-            logits = reference_logits(logits, rows, call.support)
-            log_probs, entropy = reference.token_log_probs(logits, rows, call.temperature)
-        else:
-            frozen = self.wanted[0] and not any(self.wanted[1:])
-            log_probs, entropy = autograd.TokenLogProbs.apply(
-                self.hidden,
-                *self.head[:4],
-                (call.temperature, *self.head[4:7]),
-                (self.num_active, self.max_chunk_bytes, self.head.logits_dtype),
-                want_entropy,
-                frozen and not entropy_gradient,
-                self.wanted,
-                call.backend,
-                self.host_mask,
-                *rows,
-                *self._kept(call),
-            )
+            return self._reference(call, rows, want_entropy)
+        frozen = self.wanted[0] and not any(self.wanted[1:])
+        log_probs, entropy, *status = autograd.TokenLogProbs.apply(
+            self.hidden,
+            *self.head[:4],
+            (call.temperature, *self.head[4:7]),
+            self._sizes(),
+            want_entropy,
+            frozen and not entropy_gradient,
+            self.wanted,
+            call.backend,
+            self.host_mask,
+            *rows,
+            *self._kept(call),
+        )
+        self.statuses.extend(status)
         return TokenLogProbs(log_probs, entropy if want_entropy else None)
+
+    def _reference(self, call: calls.Call, rows: Rows, want_entropy: bool) -> TokenLogProbs:
+        check_num_active(rows.mask, self.num_active)
+        hidden, head, shard = self.hidden, self.head, self.shard
+        if shard is not None:
+            if self.adds_up:
+                hidden = with_summed_gradient(hidden, shard)
+            if head.lora_a is not None:
+                head = head._replace(lora_a=with_summed_gradient(head.lora_a, shard))
+        logits = reference.linear_logits(hidden, *head, mask=flat(rows.mask))
+        log_probs, entropy = reference_scores(logits, call, rows, shard, self.statuses)
+        return TokenLogProbs(log_probs, entropy if want_entropy else None)
+
+    def _sizes(self) -> tuple[Any, ...]:
+        shard = "" if self.shard is None else self.shard.text
+        return (self.num_active, self.max_chunk_bytes, self.head.logits_dtype, shard, self.adds_up)
 
     def _kept(self, call: calls.Call) -> tuple[Tensor, ...]:
         return call.support if self.records else ()
@@ -93,11 +119,11 @@ class Linear(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """See `egpo_kernels.engine.calls.Source`."""
         tensors, how = unmade.operands()
-        return autograd.PolicyLoss.apply(
+        loss, vector, *status = autograd.PolicyLoss.apply(
             self.hidden,
             *self.head[:4],
             (call.temperature, *self.head[4:7]),
-            (self.num_active, self.max_chunk_bytes, self.head.logits_dtype),
+            self._sizes(),
             how,
             scale,
             want_entropy,
@@ -108,6 +134,8 @@ class Linear(NamedTuple):
             *tensors,
             *self._kept(call),
         )
+        self.statuses.extend(status)
+        return loss, vector
 
 
 class Given(NamedTuple):
@@ -122,6 +150,9 @@ class Given(NamedTuple):
     num_active: Any
     max_chunk_bytes: Any
     logits_dtype: Any
+    columns: reading.Given = reading.NOTHING
+    hidden_grad: Any = None
+    sequence_parallel: Any = False
 
 
 def read_hidden(
@@ -136,13 +167,17 @@ def read_hidden(
 ) -> calls.Call:
     """Check hidden states, head, tokens, mask, temperature and what a sampler kept."""
     packed = cu_seqlens is not None or one_sequence
-    hidden = check_dense("hidden", given.hidden, "floating")
+    split = read_split(*given[:4], given.columns, given.hidden_grad, given.sequence_parallel)
+    given, shard = given._replace(weight=split.weight, bias=split.bias, lora=split.lora), split.shard
+    hidden = check_dense("hidden", split.hidden, "floating")
     hidden = check_tensor("hidden", hidden, "floating", {}, hidden.device)
     if hidden.dim() != (2 if packed else 3):
         wanted = "[N, H] with cu_seqlens" if packed else "[S, T, H] (or [N, H] with cu_seqlens)"
         raise ValueError(f"hidden has shape {list(hidden.shape)}; it must be {wanted}")
+    if split.hidden_grad == "reduce_scatter" and shard is not None:
+        hidden = gathered(hidden, shard)
     shape, device = tuple(hidden.shape[:-1]), hidden.device
-    hidden, head = _read_head(given, hidden)
+    hidden, head = _read_head(given, hidden, may_be_empty=shard is not None)
     if one_sequence:
         layout = layouts.one_sequence(shape, device)
     else:
@@ -154,7 +189,8 @@ def read_hidden(
         mask = layouts.to_device("mask", host_mask, device, wanted).view(shape)
     limits = (host_mask, check_whole("num_active", given.num_active, 0))
     max_chunk_bytes = check_whole("max_chunk_bytes", given.max_chunk_bytes, 1)
-    source = Linear(hidden.unsqueeze(0) if packed else hidden, head, *limits, max_chunk_bytes)
+    adds_up = shard is not None and split.hidden_grad == "all_reduce"
+    source = Linear(hidden.unsqueeze(0) if packed else hidden, head, *limits, max_chunk_bytes, shard, adds_up, [])
     call = calls.read_tokens(source, layout, tokens, mask, temperature, backend)
     if support is None:
         return call
@@ -181,11 +217,11 @@ def _multiplied(source: Linear, call: calls.Call, recorded: Tensor | None) -> Li
     return source
 
 
-def _read_head(given: Given, hidden: Tensor) -> tuple[Tensor, Head]:
+def _read_head(given: Given, hidden: Tensor, may_be_empty: bool) -> tuple[Tensor, Head]:
     """Check the head and bring it and hidden states to one dtype: autocast's, where that is on."""
     weight = check_dense("weight", given.weight, "floating")
     width = hidden.shape[-1]
-    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != width or hasattr(weight, "full_tensor"):
+    if weight.dim() != 2 or not (may_be_empty or weight.shape[0]) or weight.shape[1] != width:
         raise ValueError(
             f"weight is a {type(weight).__name__} of shape {list(weight.shape)}; it must be a whole [V, H] with H = "
             f"{width}, as in hidden: transpose it, or, where it is sharded, call this inside the model's forward"

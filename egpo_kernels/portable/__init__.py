@@ -27,6 +27,7 @@ from egpo_kernels.portable.policy_loss import (
     scaled_gradients,
 )
 from egpo_kernels.portable.rescale import rescale_
+from egpo_kernels.portable.shards import merged_shards, shard_statistics
 
 __all__ = [
     "add_gathered",
@@ -39,6 +40,7 @@ __all__ = [
     "logits_gradient",
     "logits_loss_gradient",
     "logits_policy_loss",
+    "merged_shards",
     "policy_loss",
     "policy_loss_and_gradient",
     "policy_loss_gradient",
@@ -47,6 +49,7 @@ __all__ = [
     "row_statistics",
     "scaled_gradients",
     "scratch_bytes",
+    "shard_statistics",
     "support_metrics",
     "token_rows",
     "token_scores",

@@ -68,11 +68,10 @@ def kept_logits(logits: Tensor, entries: Entries) -> Tensor:
 
 def put_kept_(gradient: Tensor, entries: Entries, values: Tensor) -> None:
     """Write the gradient ``[E]`` of kept tokens to its places in ``gradient [B, T, V]``."""
-    rows, columns, first = entries.row_places(), entries.columns(gradient.shape[-1]), entries.offsets[:-1]
-    # What is not alive goes where its row's token does, and says the same: no two entries write different things.
-    places = _places(gradient, rows, torch.where(entries.alive, columns, columns[first][rows]))
-    made = torch.where(entries.alive, values, values[first][rows]).to(gradient.dtype)
-    gradient.index_put_(places, torch.where(entries.mask[rows], made, gradient[places]))
+    places = _places(gradient, entries.row_places(), entries.columns(gradient.shape[-1]))
+    # Nothing is there yet; what is not alive adds nothing, wherever that is.
+    values = torch.where(entries.alive, values, 0.0).to(gradient.dtype)
+    gradient.index_put_(places, values, accumulate=True)
 
 
 def _places(logits: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from egpo_kernels.config.results import Rows
 from egpo_kernels.config.settings import PolicyLossConfig, compute_dtype
 from egpo_kernels.formulas.rows import Material, token_rows
 from egpo_kernels.inputs.segments import Segments
-from egpo_kernels.inputs.validation import check_rows
+from egpo_kernels.inputs.values import check_rows
 from egpo_kernels.portable.chunks import Chunk, chunk_rows, chunks, step_rows
 from egpo_kernels.portable.policy_loss import policy_loss, policy_loss_gradient
 from egpo_kernels.portable.softmax import (
@@ -28,14 +28,20 @@ def row_statistics(
     """Log-prob, entropy (``[0]`` unless wanted), maximum, sum of exponentials ``[N]``; the first two are 0 outside the
     mask.
     """
-    heat, sums = heats(rows, temperature), Sums.nothing(rows.mask.shape[0], logits, want_entropy)
-    for chunk in chunks(logits, rows.mask, (chunk_rows if want_entropy else step_rows)(logits), want_entropy):
-        exponentials(chunk, _heat_at(heat, chunk.place), sums)
+    heat, sums = heats(rows, temperature), sums_of(logits, rows, temperature, want_entropy)
     # Once for all rows: a small operation on each chunk takes as long as some thousand logits.
     log_probs, entropy = read_off(own_logits(logits, rows)[1], heat, sums)
     log_probs = torch.where(rows.mask, log_probs, 0.0)
     entropy = log_probs.new_empty(0) if entropy is None else torch.where(rows.mask, entropy, 0.0)
     return log_probs, entropy, sums.maximum, sums.sum_exp
+
+
+def sums_of(logits: Tensor, rows: Rows, temperature: float, want_entropy: bool) -> Sums:
+    """Maximum and sums of rows ``[N]``; of those outside the mask they may be anything."""
+    heat, sums = heats(rows, temperature), Sums.nothing(rows.mask.shape[0], logits, want_entropy)
+    for chunk in chunks(logits, rows.mask, (chunk_rows if want_entropy else step_rows)(logits), want_entropy):
+        exponentials(chunk, _heat_at(heat, chunk.place), sums)
+    return sums
 
 
 def token_scores(logits: Tensor, rows: Rows, temperature: float, want_entropy: bool) -> list[Tensor]:
@@ -53,24 +59,17 @@ def logits_gradient(
 ) -> None:
     """Write dL/dlogits to ``out`` (which may be ``logits``) from ``upstream`` (dL/dl, dL/dEnt), ``[N]`` each.
 
-    ``statistics`` are of `row_statistics`; under an entropy's gradient all is made again: same bits either way.
+    ``statistics`` are maximum, sum of exponentials and entropy, as `row_statistics` gave them.
     """
-    grad_log_probs, grad_entropy = upstream
+    (grad_log_probs, grad_entropy), (maximum, sum_exp, entropy) = upstream, statistics
     assert grad_log_probs is not None
     live = rows.mask & ((grad_log_probs != 0) if grad_entropy is None else (grad_log_probs != 0) | (grad_entropy != 0))
     heat, (column, own) = heats(rows, temperature), own_logits(logits, rows)
-    if grad_entropy is None:
-        maximum, sum_exp, _ = statistics
-        slope = slopes(own, sum_exp, None, rows.mask, heat, grad_log_probs, None)
-        for chunk in chunks(logits, live, step_rows(logits), False, out):
-            exponentials_again(chunk, _heat_at(heat, chunk.place), maximum[chunk.place])
-            write_gradient(chunk, column[chunk.place], slope.at(chunk.place))
-        return
-    for chunk in chunks(logits, live, chunk_rows(logits), True, out):
-        place, heat_here = chunk.place, _heat_at(heat, chunk.place)
-        _, entropy, sum_exp = _softmax(chunk, own[place], heat_here, True)
-        given = (rows.mask[place], heat_here, grad_log_probs[place], grad_entropy[place])
-        write_gradient(chunk, column[place], slopes(own[place], sum_exp, entropy, *given))
+    slope = slopes(own, sum_exp, entropy, rows.mask, heat, grad_log_probs, grad_entropy)
+    size = (step_rows if grad_entropy is None else chunk_rows)(logits)
+    for chunk in chunks(logits, live, size, grad_entropy is not None, out):
+        exponentials_again(chunk, _heat_at(heat, chunk.place), maximum[chunk.place], grad_entropy is not None)
+        write_gradient(chunk, column[chunk.place], slope.at(chunk.place))
 
 
 def logits_loss_gradient(

@@ -73,10 +73,12 @@ def exponentials(chunk: Chunk, heat: Tensor | float, sums: Sums) -> None:
         _sum_of_exponents(chunk, sums.sum_x[chunk.place])
 
 
-def exponentials_again(chunk: Chunk, heat: Tensor | float, maximum: Tensor) -> None:
-    """Fill ``chunk.power`` as `exponentials` did, which found this ``maximum [R]``."""
-    logits = _widened(chunk.logits, chunk.power)
-    torch.exp(_exponents(logits, maximum, heat, chunk.power), out=chunk.power)
+def exponentials_again(chunk: Chunk, heat: Tensor | float, maximum: Tensor, weighted: bool) -> None:
+    """Fill ``chunk.power`` and, if asked for, ``chunk.x`` as `exponentials` did, which found this ``maximum [R]``."""
+    x = chunk.x if weighted else chunk.power
+    torch.exp(_exponents(_widened(chunk.logits, x), maximum, heat, x), out=chunk.power)
+    if weighted:
+        x.mul_(chunk.power).nan_to_num_(0.0)  # 0 * -inf
 
 
 def _widened(logits: Tensor, memory: Tensor) -> Tensor:
@@ -132,6 +134,8 @@ def slopes(
     live = mask & (grad_log_probs != 0)
     slope, tilt = grad_log_probs / heat, None
     level = -slope
+    # A token that is in none of these columns has none of them to itself.
+    slope = torch.where(own.isnan(), 0.0, slope)
     if grad_entropy is not None and entropy is not None:
         live = live | (mask & (grad_entropy != 0))
         tilt = -grad_entropy / heat

@@ -13,6 +13,7 @@ from egpo_kernels.triton.policy_loss import policy_loss, policy_loss_gradient
 from egpo_kernels.triton.rescale import rescale_
 from egpo_kernels.triton.row_making import token_rows
 from egpo_kernels.triton.row_statistics import row_statistics, token_scores
+from egpo_kernels.triton.shards import merged_shards, shard_statistics
 from egpo_kernels.triton.softmax import scratch_bytes
 
 __all__ = [
@@ -26,12 +27,14 @@ __all__ = [
     "logits_gradient",
     "logits_loss_gradient",
     "logits_policy_loss",
+    "merged_shards",
     "policy_loss",
     "policy_loss_gradient",
     "put_kept_",
     "rescale_",
     "row_statistics",
     "scratch_bytes",
+    "shard_statistics",
     "support_metrics",
     "token_rows",
     "token_scores",

@@ -12,7 +12,8 @@ from egpo_kernels.config.results import Rows
 from egpo_kernels.config.settings import PolicyLossConfig, compute_dtype
 from egpo_kernels.formulas.rows import Material
 from egpo_kernels.inputs.segments import Segments
-from egpo_kernels.inputs.validation import check_rows, checks_values
+from egpo_kernels.inputs.validation import checks_values
+from egpo_kernels.inputs.values import check_rows
 from egpo_kernels.triton.arithmetic import LOG2_E
 from egpo_kernels.triton.launch import Launch, Launched, choice_of, launch_for, num_programs
 from egpo_kernels.triton.launcher import Launches, lie

@@ -9,7 +9,7 @@ import egpo_kernels as ek
 
 FUNCTIONS = {name: getattr(ek, name) for name in ek.__all__ if inspect.isfunction(getattr(ek, name))}
 HEAD = ["bias", "lora", "logit_scale", "logit_softcap", "logits_dtype"]
-LIMITS = ["num_active", "max_chunk_bytes"]
+LIMITS = ["hidden_grad", "sequence_parallel", "num_active", "max_chunk_bytes"]
 PAIRS = ["egpo_loss", "policy_loss", "token_log_probs"]
 
 
@@ -32,7 +32,7 @@ def test_docstrings_list_the_arguments_in_order(name):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_linear_function_takes_what_its_twin_takes(name):
-    """Hidden states and weight for logits, the head and its limits added, ``inplace_grad`` left out: all else alike."""
+    """Hidden states and weight for logits, head, ranks and limits added, ``inplace_grad`` left out: all else alike."""
     twin = parameters(FUNCTIONS.get(f"logits_{name}", FUNCTIONS[name]))
     linear = parameters(FUNCTIONS[f"linear_{name}"])
     own = ["hidden", "weight", *HEAD, *LIMITS]

@@ -13,12 +13,14 @@ from egpo_kernels.engine.operator import Operator
 from egpo_kernels.formulas import metrics
 from egpo_kernels.inputs.layout import FOR_ALL, PER_SEQUENCE, PER_TOKEN
 from egpo_kernels.linear import ops as linear_ops
+from egpo_kernels.parallel.shard import Shard
 from tests.support.batches import FAST, WAYS, assert_same, differentiate, make_batch
 from tests.support.device import DEVICE
 
 CONFIG = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.02)
 SEQUENCE = PolicyLossConfig(ratio="sequence")
 OFFSETS = torch.arange(5, device=DEVICE) * 4
+WHOLE = Shard("", 1, 0, 37, 37).text
 SUPPORT = (torch.tensor([3, 1, 36, 0, 9, 8, 2], device=DEVICE), (2 * torch.arange(17, device=DEVICE)).clamp(max=6))
 
 
@@ -59,7 +61,7 @@ def given_rows(dtype=torch.float32):
     return given, [one, one, for_all, each, 0, one, one, each], [16, 4], [math.nan, 3.0]
 
 
-def arguments(name, backend, dtype=torch.float32, support=()):
+def arguments(name, backend, dtype=torch.float32, support=(), shard=""):
     """Every operator's arguments, as autograd.py passes them."""
     logits, rows = padded_rows(dtype)
     rows, wide = [*rows, *support], compute_dtype(dtype)
@@ -74,10 +76,10 @@ def arguments(name, backend, dtype=torch.float32, support=()):
         "support_metrics": (*SUPPORT, rows[1], rows[0], wide, backend),
         "read_either_way": (entropy, log_probs * 2, torch.zeros(16, dtype=torch.bool, device=DEVICE), "advantages"),
         "token_rows": (given, *how, SEQUENCE.json, True, wide, backend),
-        "row_statistics": (logits, rows, 0.7, True, backend),
+        "row_statistics": (logits, rows, 0.7, True, backend, shard),
         "token_scores": (logits, rows, 0.7, True, backend),
-        "logits_gradient": (logits, rows, statistics, upstream, 1.0, backend),
-        "logits_gradient_": (logits, rows, statistics, upstream, 1.0, backend),
+        "logits_gradient": (logits, rows, statistics, upstream, 1.0, backend, shard),
+        "logits_gradient_": (logits, rows, statistics, upstream, 1.0, backend, shard),
         "policy_loss": (log_probs, entropy, rows, None, 4, CONFIG.json, 37, False, True, backend),
         "policy_loss_gradient": (log_probs, rows, OFFSETS, 4, SEQUENCE.json, entropy, True, backend),
         "given_policy_loss": (log_probs, entropy, given, *how, CONFIG.json, False, True, True, True),
@@ -97,16 +99,16 @@ def arguments(name, backend, dtype=torch.float32, support=()):
             backend,
         ),
         "rescale_": (logits, torch.tensor(2.0, device=DEVICE), 1.0, backend),
-        **linear_arguments(backend, dtype, rows, of_loss, [3 * entropy, entropy, entropy], upstream),
+        **linear_arguments(backend, dtype, rows, of_loss, [3 * entropy, entropy, entropy], upstream, shard),
     }[name]
 
 
-def linear_arguments(backend, dtype, rows, of_loss, statistics, upstream):
+def linear_arguments(backend, dtype, rows, of_loss, statistics, upstream, shard):
     """Those of the operators on hidden states, with a head that trains but for its adapters."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, 4, 5), (37, 5), (37,), (2, 5), (37, 2))
     hidden, *head = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
-    scalars = (None, [0.7, 0.5, 1.5, 9.0], 16, 1000, dtype)
+    scalars = (None, [0.7, 0.5, 1.5, 9.0], 16, 1000, dtype, shard, True)
     first, wanted = (hidden, head, rows, *scalars), [True, True, True, False, False]
     given = (hidden, head, *of_loss, CONFIG.json, False)
     return {
@@ -162,6 +164,14 @@ def test_opcheck(name, backend):
 @pytest.mark.parametrize("backend", FAST)
 def test_opcheck_with_a_support(name, backend):
     torch.library.opcheck(MADE[name].overload, arguments(name, backend, support=SUPPORT))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("row_st", "logits_grad", "linear_"))])
+@pytest.mark.parametrize("support", [(), SUPPORT], ids=["", "support"])
+@pytest.mark.parametrize("backend", FAST)
+def test_opcheck_of_some_columns(name, backend, support):
+    """All of them, of a group of one, which needs no process group."""
+    torch.library.opcheck(MADE[name].overload, arguments(name, backend, support=support, shard=WHOLE))
 
 
 def test_opcheck_of_columns():

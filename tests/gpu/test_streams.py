@@ -239,7 +239,7 @@ def test_a_graph_outlives_other_settings(step, dtype):
 def test_no_setting_is_copied_to_the_device(step, dtype, monkeypatch):
     """After a first call no tensor is made of numbers on the host, though every setting is another."""
     # On a CPU a gradient's memory is numpy's, which is seen too.
-    monkeypatch.setattr("egpo_kernels.engine.ops._new_gradient", torch.empty_like)
+    monkeypatch.setattr("egpo_kernels.engine.memory.new_gradient", torch.empty_like)
     batch = make_batch(dtype=dtype)
     made(step, batch, 1)
     with torch.autograd.profiler.profile() as profile:

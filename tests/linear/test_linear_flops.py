@@ -173,7 +173,7 @@ def test_without_values():
         first = (hidden, [weight, None, None, None], rows, None, [1.0, 1.0, 1.0, 0.0], None, None, torch.float32)
 
         def run():
-            torch.ops.egpo_kernels.linear_row_statistics(*first, False, True, "portable")
+            torch.ops.egpo_kernels.linear_row_statistics(*first, "", True, False, True, "portable")
 
         assert counted(run) == 2 * PRODUCT
 

@@ -220,7 +220,7 @@ def told(mask=None, num_active=None, recorded=(1, 0, 0, 1, 0, 1), device="cuda")
     """What `source` makes of six rows on a device whose records the host knows, and of a mask ``[6]`` on the host."""
     layout = make_layout("hidden", (2, 3), None, torch.device(device))
     host_mask = None if mask is None else torch.tensor(mask) != 0
-    linear = source.Linear(torch.zeros(2, 3, 4), None, host_mask, num_active, None)
+    linear = source.Linear(torch.zeros(2, 3, 4), None, host_mask, num_active, None, None, False, [])
     call = calls.Call(linear, Given.nothing(), layout, 1.0, torch.float32, "triton")
     return source._multiplied(linear, call, torch.tensor(recorded) != 0)
 

@@ -1,0 +1,1 @@
+"""Vocabularies spread over ranks: pure steps, and one thin exchange between them."""
