@@ -24,8 +24,11 @@ class KeptColumns:
         # A copy only where rows do not follow one another in equal steps.
         self.states = layer.hidden.flatten(0, 1)
         self.columns, self.rows = self.entries.columns(head.vocab), self.entries.row_places()
-        values = self.package.gathered_products(self.states, head.weight, self.entries)
         self.inner = None
+        if not head.vocab:  # a rank without columns
+            self.logits = layer.hidden.new_zeros(self.columns.shape, dtype=compute_dtype(head.weight.dtype))
+            return
+        values = self.package.gathered_products(self.states, head.weight, self.entries)
         if head.lora_a is not None and head.lora_b is not None:
             self.inner = self._inner(head.lora_a)
             values += head.lora_scale * self.package.gathered_products(self.inner, head.lora_b, self.entries)
@@ -46,14 +49,18 @@ class KeptColumns:
         """
         if self.head.softcap:
             slopes = torch.ops.aten.tanh_backward(slopes, self.logits)
+        if not self.head.vocab:
+            gradients.more_hidden()
+            return
         slopes = slopes * self.head.gain
         wanted, of_inner, by_row = gradients.of_head.wanted, None, None
         if wanted.hidden or wanted.lora_a:
             by_row = self.entries.by_row()
         if self.inner is not None and by_row is not None:
             of_inner = self._inner_gradient(slopes, by_row)
-        if gradients.hidden is not None and by_row is not None:
-            self._add_hidden(slopes, of_inner, by_row, gradients.more_hidden().flatten(0, 1))
+        hidden = gradients.more_hidden()
+        if hidden is not None and by_row is not None:
+            self._add_hidden(slopes, of_inner, by_row, hidden.flatten(0, 1))
         if wanted.of_head:
             self._add_head(slopes, of_inner, gradients.of_head.started())
 

@@ -125,13 +125,12 @@ class Gradients:
             elif found.data_ptr() != flat[place].data_ptr():
                 flat[place] = found[: place.stop - place.start]
 
-    def more_hidden(self) -> Tensor:
-        """Where gradients of hidden states from elsewhere are to be added."""
-        assert self.hidden is not None
-        if not self.adds_up:
-            return self.hidden
-        self.apart = torch.zeros_like(self.hidden)
-        return self.apart
+    def more_hidden(self) -> Tensor | None:
+        """Where gradients of hidden states from elsewhere are to be added, None where there are none."""
+        if self.adds_up and self.hidden is not None:
+            self.apart = torch.zeros_like(self.hidden)
+            return self.apart
+        return self.hidden
 
     def tensors(self) -> list[Tensor]:
         """Of hidden states, weight, bias and both adapters; empty where none was asked for."""

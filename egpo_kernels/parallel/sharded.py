@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from egpo_kernels.config.results import Rows
-from egpo_kernels.config.settings import PolicyLossConfig
+from egpo_kernels.config.settings import PolicyLossConfig, compute_dtype
 from egpo_kernels.formulas.kept import Entries
 from egpo_kernels.formulas.shards import Merged, told
 from egpo_kernels.inputs.segments import Segments
@@ -137,6 +137,8 @@ class Sharded:
 
     def kept_logits(self, logits: Tensor, entries: Entries) -> Tensor:
         """As the package's own, 0 of a token that another rank has."""
+        if not self.shard.columns:
+            return logits.new_zeros(entries.ids.shape, dtype=compute_dtype(logits.dtype))
         return self.kept_values(self.package.kept_logits(self.shard.own(logits), entries), entries)
 
     def kept_values(self, values: Tensor, entries: Entries) -> Tensor:

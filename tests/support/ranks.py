@@ -5,6 +5,7 @@ So an exchange is real, and everything else is as in one process: no pool, no tr
 
 import contextlib
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -119,6 +120,7 @@ def in_ranks(size: int, function: Callable[[int, Group], Any]) -> SimpleNamespac
 
     What a rank raises is raised here, after all have ended.
     """
+    logging.getLogger("c10d-NullHandler-default").disabled = True  # it repeats what is raised
     world = World(size)
     groups = [Group(world, rank) for rank in range(size)]
     results: list[Any] = [None] * size
