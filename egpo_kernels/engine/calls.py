@@ -121,5 +121,5 @@ def read_tokens(
     else:
         heat = check_positive("temperature", temperature)
     backend = choose_backend(backend, layout.device)
-    check_alike(source.shard, shape=layout.shape, dtype=source.dtype, temperature=heat, backend=backend)
+    check_alike(source.shard, layout.device, shape=layout.shape, dtype=source.dtype, temperature=heat, backend=backend)
     return Call(source, given, layout, heat, compute_dtype(source.dtype), backend, kind)

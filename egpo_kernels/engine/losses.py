@@ -21,7 +21,7 @@ from egpo_kernels.formulas import metrics
 from egpo_kernels.formulas.lazy import merged
 from egpo_kernels.formulas.rows import NO_COUNTS, Counts
 from egpo_kernels.inputs import layout as layouts
-from egpo_kernels.inputs.layout import Layout
+from egpo_kernels.inputs.layout import PER_SEQUENCE, Layout
 from egpo_kernels.inputs.segments import flat
 from egpo_kernels.inputs.validation import check_choice, check_count, check_dense, check_tensor
 
@@ -128,7 +128,12 @@ def loss_of_groups(call: Call, given: Constants, grouping: Grouping, recipe: Rec
     old, entropy, found = given.old_log_probs, None, None
     if config.weight != "none" and (old is None or config.statistic == "shannon"):
         want_entropy = config.statistic == "shannon" or wants_entropy(recipe.loss, options.metrics)
-        found = call.source.log_probs(call, call.unmade().made(call.backend), want_entropy, recipe.loss.has_bonus)
+        unmade = call.unmade()
+        if call.source.shard is not None:
+            # Other ranks must have the same rewards, and this exchange is the only one.
+            unmade = unmade._replace(given=unmade.given.copy())
+            unmade.given.put(rows.ADVANTAGES, rewards, PER_SEQUENCE)
+        found = call.source.log_probs(call, unmade.made(call.backend), want_entropy, recipe.loss.has_bonus)
         old = found.log_probs.detach().view(layout.shape) if old is None else old
         entropy = None if found.entropy is None else found.entropy.detach().view(layout.shape)
     grouped = advantages_of_groups(

@@ -44,12 +44,15 @@ def width(want_entropy: bool) -> int:
     return 4 if want_entropy else 3
 
 
-def told(rows: Rows, start: int, columns: int, found: list[Tensor], capacity: int) -> Tensor:
-    """What a rank tells, ``[K + capacity, W]``, of statistics ``found``: ``[N]`` each, N up to ``capacity``."""
+def told(rows: Rows, alike: Rows, start: int, columns: int, found: list[Tensor], capacity: int) -> Tensor:
+    """What a rank tells, ``[K + capacity, W]``, of statistics ``found``: ``[N]`` each, N up to ``capacity``.
+
+    ``alike`` are the rows with all that ranks must have alike.
+    """
     count, headers = rows.mask.shape[0], num_headers(capacity)
     table = found[0].new_zeros(headers + capacity, len(found))
     table[:headers, 0], table[:headers, 1] = start, columns
-    table[:headers, 2] = checksums(rows, headers).to(table.dtype)
+    table[:headers, 2] = checksums(alike, headers).to(table.dtype)
     table[headers : headers + count] = torch.where(rows.mask[:, None], torch.stack(found, 1), 0.0)
     return table
 

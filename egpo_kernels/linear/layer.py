@@ -63,12 +63,14 @@ class Layer(NamedTuple):
         """Walk over the planned rows, with their logits."""
         return chunks(self.hidden, self.head, rows, plan, False)
 
-    def scored(self, rows: Rows, plan: Plan, temperature: float, want_entropy: bool) -> Iterator[Chunk]:
-        """The same walk, for whoever asks the package for statistics."""
+    def scored(
+        self, rows: Rows, plan: Plan, temperature: float, want_entropy: bool, alike: Rows | None = None
+    ) -> Iterator[Chunk]:
+        """The same walk, for whoever asks the package for statistics; for ``alike`` see `Sharded.ahead`."""
         if self.shard is None:
             return self.chunks(rows, plan)
         walk = chunks(self.hidden, self.head, rows, plan, True)
-        return self.package.ahead(walk, temperature, want_entropy, plan.size)
+        return self.package.ahead(walk, alike or rows, temperature, want_entropy, plan.size)
 
     def zeros(self, rows: Rows, count: int) -> list[Tensor]:
         """Results per row ``[N]``, 0 where rows do not count."""

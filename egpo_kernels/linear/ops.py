@@ -145,7 +145,10 @@ def linear_row_statistics(
         gradient = hidden.new_empty(0)
     if surplus is not None:
         log_probs = torch.where(cooled.mask & surplus, torch.nan, log_probs)
-    return log_probs, entropy, maximum, sum_exp, gradient, _status(layer, read)
+    status = _status(layer, read)
+    if layer.shard is not None:
+        log_probs = log_probs * status[1]  # of rows that do not count too
+    return log_probs, entropy, maximum, sum_exp, gradient, status
 
 
 def _fake_linear_gradient(hidden: Tensor, head: OptionalTensors, *others: Any) -> Gradients:

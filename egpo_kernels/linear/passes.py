@@ -46,13 +46,14 @@ def loss_gradient(
     grad_scale: float,
     want_entropy: bool,
     wanted: Wanted,
+    alike: Rows | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Log-prob and entropy ``[N]``, and the gradients: one product for logits, one for each gradient that is wanted."""
     (log_probs, entropy), parts = layer.zeros(rows, 2), layer.parted(rows)
     others = rows if parts is None else parts.others
     plan = layer.plan(others, wanted)
     gradients = Gradients(layer, wanted, plan, parts is not None)
-    for chunk in layer.scored(others, plan, temperature, want_entropy):
+    for chunk in layer.scored(others, plan, temperature, want_entropy, alike):
         own, own_entropy = layer.package.logits_loss_gradient(
             chunk.logits[None], chunk.rows, config, temperature, grad_scale, want_entropy, chunk.gradient[None]
         )
@@ -87,7 +88,7 @@ def log_prob_gradient(
     """Log-prob, entropy, and the gradient of each row's log-prob by its hidden states, times `coefficients`."""
     ones = torch.ones_like(rows.mask, dtype=compute_dtype(layer.hidden.dtype))
     bare = Rows(rows.mask, rows.tokens, rows.temperature, -ones, coefficients(ones.shape[0], ones))
-    return loss_gradient(layer, bare, ONE_EACH, temperature, 1.0, want_entropy, Wanted.only_hidden())
+    return loss_gradient(layer, bare, ONE_EACH, temperature, 1.0, want_entropy, Wanted.only_hidden(), rows)
 
 
 def gradient(

@@ -55,8 +55,10 @@ def scatter_sum(values: Tensor, group: str, size: int) -> Tensor:
     return found
 
 
-def gather_objects(value: Any, group: str, size: int) -> list[Any]:
-    """Every rank's ``value``, in their order; for debugging, since it waits."""
-    found: list[Any] = [None] * size
-    dist.all_gather_object(found, value, group=_group(group))
-    return found
+def gather_texts(text: str, group: str, size: int, device: torch.device) -> list[str]:
+    """Every rank's ``text``, in their order; for debugging, since the host waits."""
+    said = torch.tensor([*text.encode()], dtype=torch.uint8, device=device)
+    lengths = gather(torch.tensor([said.shape[0]], device=device), group, size).arrived().flatten().tolist()
+    padded = torch.nn.functional.pad(said, (0, max(lengths) - said.shape[0]))
+    found = gather(padded, group, size).arrived().tolist()
+    return [bytes(part[:length]).decode() for part, length in zip(found, lengths, strict=True)]

@@ -1,13 +1,15 @@
 """What a caller says of a vocabulary that is spread over ranks: checked, plain tensors or DTensors."""
 
+import json
 from reprlib import repr as shown
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from egpo_kernels.inputs.validation import check_whole, environment, is_distributed
-from egpo_kernels.parallel.exchange import gather_objects
+from egpo_kernels.parallel.exchange import gather_texts
 from egpo_kernels.parallel.shard import Shard
 
 
@@ -135,17 +137,18 @@ def describe(tensor: Any) -> str:
     return f"a DTensor with placements {placements} on a mesh of shape {shape}"
 
 
-def check_alike(shard: Shard | None, **sizes: Any) -> None:
+def check_alike(shard: Shard | None, device: torch.device, **sizes: Any) -> None:
     """Under ``EGPO_KERNELS_DEBUG_GROUPS=1``, raise on every rank where ranks come with other ``sizes``.
 
     An exchange among them would wait for ever, and nothing but another exchange can tell.
     """
     if shard is None or shard.size == 1 or environment("EGPO_KERNELS_DEBUG_GROUPS") != "1":
         return
-    for rank, theirs in enumerate(gather_objects(sizes, shard.group, shard.size)):
-        for name, value in sizes.items():
-            if theirs[name] != value:
+    own = {name: str(value) for name, value in sizes.items()}
+    for rank, text in enumerate(gather_texts(json.dumps(own), shard.group, shard.size, device)):
+        for name, theirs in json.loads(text).items():
+            if theirs != own[name]:
                 raise ValueError(
-                    f"{name} is {value} here and {theirs[name]} on rank {rank} of vocab_group; all ranks must come "
-                    "with the same tokens and options"
+                    f"{name} is {own[name]} here and {theirs} on rank {rank} of vocab_group; all ranks must come with "
+                    "the same tokens and options"
                 )

@@ -49,20 +49,29 @@ class Sharded:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.package, name)
 
-    def ahead(self, chunks: Iterable[Any], temperature: float, want_entropy: bool, capacity: int) -> Iterator[Any]:
-        """Chunks of logits, one late: the exchange of each is on its way while the next one's logits are made."""
+    def ahead(
+        self, chunks: Iterable[Any], alike: Rows, temperature: float, want_entropy: bool, capacity: int
+    ) -> Iterator[Any]:
+        """Chunks of logits, one late: the exchange of each is on its way while the next one's logits are made.
+
+        ``alike`` are all rows ``[N]``, with all that ranks must have alike.
+        """
         last = None
         for chunk in chunks:
-            self._begin(chunk.logits[None], chunk.rows, temperature, want_entropy, capacity)
+            mask, *others = (None if field is None else field[chunk.place] for field in alike)
+            told = Rows(chunk.rows.mask if mask is None else mask, *others)
+            self._begin(chunk.logits[None], chunk.rows, told, temperature, want_entropy, capacity)
             if last is not None:
                 yield last
             last = chunk
         if last is not None:
             yield last
 
-    def _begin(self, logits: Tensor, rows: Rows, temperature: float, want_entropy: bool, capacity: int) -> None:
+    def _begin(
+        self, logits: Tensor, rows: Rows, alike: Rows, temperature: float, want_entropy: bool, capacity: int
+    ) -> None:
         table = self.package.shard_statistics(
-            self.shard.own(logits), rows, temperature, want_entropy, self.shard.start, capacity
+            self.shard.own(logits), rows, alike, temperature, want_entropy, self.shard.start, capacity
         )
         self._exchange(table, rows, temperature, capacity)
 
@@ -84,7 +93,7 @@ class Sharded:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As the package's own, of whole rows; of a chunk from `ahead`, whose exchange has begun, in their order."""
         if not self._begun:
-            self._begin(logits, rows, temperature, want_entropy, rows.mask.numel())
+            self._begin(logits, rows, rows, temperature, want_entropy, rows.mask.numel())
         log_probs, entropy, maximum, sum_exp, _ = self._merged()
         return log_probs, entropy, maximum, sum_exp
 
@@ -158,7 +167,9 @@ class Sharded:
         if entropy is not None:
             found.append(torch.where(empty, 0.0, sum_exp * (sum_exp.log() - entropy)))
         capacity = rows.mask.numel()
-        self._exchange(told(rows, self.shard.start, self.shard.columns, found, capacity), rows, temperature, capacity)
+        self._exchange(
+            told(rows, rows, self.shard.start, self.shard.columns, found, capacity), rows, temperature, capacity
+        )
         log_probs, entropies, maximum, sum_exp, _ = self._merged()
         log_probs = torch.where(entries.broken, torch.nan, log_probs)
         return log_probs, entropies if want_entropy else None, maximum, sum_exp

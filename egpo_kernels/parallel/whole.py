@@ -43,6 +43,6 @@ def agreed(rows: Rows, shard: Shard, logits: Tensor) -> Tensor:
     rows = flat_rows(rows)
     count, dtype = rows.mask.shape[0], compute_dtype(logits.dtype)
     nothing = torch.zeros(count, dtype=dtype, device=logits.device)
-    table = told(rows, shard.start, shard.columns, [nothing] * 3, count)[: num_headers(count)]
+    table = told(rows, rows, shard.start, shard.columns, [nothing] * 3, count)[: num_headers(count)]
     wrong = misfits(gather(table, shard.group, shard.size).arrived(), shard.vocab).to(dtype)
     return torch.stack([wrong, torch.where(wrong > 0, torch.nan, 1.0).to(dtype)])

@@ -173,15 +173,20 @@ def merge_shards_kernel(
 
 
 def shard_statistics(
-    logits: Tensor, rows: Rows, temperature: float, want_entropy: bool, start: int, capacity: int
+    logits: Tensor, rows: Rows, alike: Rows, temperature: float, want_entropy: bool, start: int, capacity: int
 ) -> Tensor:
     """What this rank tells of its columns, from ``start`` on: see `egpo_kernels.formulas.shards.told`."""
     num_rows, dtype, columns = rows.mask.numel(), compute_dtype(logits.dtype), logits.shape[-1]
-    headers, wide, pointers = num_headers(capacity), width(want_entropy), row_pointers(rows)
+    headers, wide, pointers, checked = (
+        num_headers(capacity),
+        width(want_entropy),
+        row_pointers(rows),
+        row_pointers(alike),
+    )
     table = logits.new_empty(headers + capacity, wide, dtype=dtype)
     key = (dtype, lie(pointers), wide)
-    Launches(logits.device, "headers", *key)(
-        shard_headers_kernel, headers, (pointers, table, num_rows, start, columns, wide), OPTIONS
+    Launches(logits.device, "headers", dtype, lie(checked), wide)(
+        shard_headers_kernel, headers, (checked, table, num_rows, start, columns, wide), OPTIONS
     )
     if num_rows < capacity:
         table[headers + num_rows :].zero_()
