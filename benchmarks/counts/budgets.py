@@ -61,6 +61,7 @@ CASES = {
     "one pass, kept tokens": CaseBudget(11, 3, 0, 0, 1, 1, 40.7, 2.4),
     # Extra is the output layer and its gradient.
     "hidden states, kept tokens": CaseBudget(14, extra=44),
+    "vocabulary split over ranks": CaseBudget(8, 2, 2, 2, 1, 1, 13.4, 2.2),
     "policy_loss": CaseBudget(4),
     "group_advantages": CaseBudget(3),
     "policy_loss, float64": CaseBudget(6),
@@ -94,6 +95,9 @@ KERNELS = {
     "kept_metrics_kernel": KernelBudget((50, 54, 54, 14)),
     "gathered_products_kernel": KernelBudget((48, 48, 48, 34), (64, 64, 64, 64)),
     "gathered_sums_kernel": KernelBudget((48, 48, 48, 32), (4096, 4096, 4096, 4096)),
+    "shard_headers_kernel": KernelBudget((40, 40, 40, 40)),
+    "shard_statistics_kernel": KernelBudget((90, 90, 88, 56), (16384, 16384, 16384, 64)),
+    "merge_shards_kernel": KernelBudget((40, 40, 40, 40)),
     "combine_kernel": KernelBudget((120, 120, 120, 72), (1024, 1024, 1024, 2048)),
 }
 
@@ -121,6 +125,9 @@ CALLS = {
     "token_log_probs, padded, kept tokens": CallBudget(9, 22),
     "logits_policy_loss, padded, kept tokens": CallBudget(13, 19),
     "linear_policy_loss, padded, kept tokens": CallBudget(15, 56),
+    "token_log_probs, padded, split": CallBudget(4, 3),
+    "logits_policy_loss, padded, split": CallBudget(8, 6),
+    "linear_policy_loss, padded, split": CallBudget(10, 16),
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import egpo_kernels
+from benchmarks.counts.launches import PADDING
 from benchmarks.counts.operations import operations
 from benchmarks.counts.stubbed import stubbed
 from egpo_kernels import LossOutput, TokenLogProbs, pack_support
@@ -85,6 +86,10 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     support = pack_support(torch.stack([inputs["tokens"], inputs["tokens"].flip(-1)], -1))
     for name in ("token_log_probs", "logits_policy_loss", "linear_policy_loss"):
         yield f"{name}, padded, kept tokens", call(name, inputs, support=support)
+    # A rank alone in its group: what is behind its columns is padding.
+    inputs["tokens"] %= VOCAB - PADDING
+    for name in ("token_log_probs", "logits_policy_loss", "linear_policy_loss"):
+        yield f"{name}, padded, split", call(name, inputs, vocab_size=VOCAB - PADDING)
 
 
 def count(run: Callable[[], None], launched: list[str]) -> dict[str, list[str]]:

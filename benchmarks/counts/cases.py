@@ -13,6 +13,7 @@ import torch
 
 import egpo_kernels
 from benchmarks.batches import Batch
+from benchmarks.counts.launches import PADDING
 from benchmarks.providers import our_log_probs, our_loss
 from benchmarks.rivals import liger_log_probs, liger_loss, trl_kernel
 from egpo_kernels import (
@@ -76,6 +77,12 @@ def kept(batch: Batch) -> SamplingSupport:
     return pack_support(near)
 
 
+def split_loss(batch: Batch) -> torch.Tensor:
+    """Of a rank's columns, alone in its group: what is behind them is padding, which nobody reads."""
+    vocab = batch.logits.shape[-1] - PADDING
+    return loss(batch._replace(tokens=batch.tokens % vocab), vocab_size=vocab)
+
+
 def linear_loss(batch: Batch) -> None:
     """Of hidden states, whose rows keep some columns of the layer that makes such logits."""
     hidden = torch.zeros(*batch.tokens.shape, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
@@ -126,6 +133,7 @@ OURS = (
     Case("token_log_probs, entropy", lambda batch: log_probs(batch, entropy=True)),
     Case("one pass, kept tokens", lambda batch: loss(batch, support=kept(batch)).backward()),
     Case("hidden states, kept tokens", linear_loss),
+    Case("vocabulary split over ranks", lambda batch: split_loss(batch).backward()),
     Case("policy_loss", lambda batch: loss_of_log_probs(batch, PolicyLossConfig(), torch.float32)),
     Case("group_advantages", lambda batch: groups(batch, AdvantageConfig())),
     # What ptxas finds hardest of the kernels over tokens and sequences.

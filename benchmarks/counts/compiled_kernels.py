@@ -29,6 +29,7 @@ from benchmarks.counts.launches import (
     launch_logits,
     launch_one_pass,
     launch_rows,
+    launch_shards,
     make_rows,
 )
 from benchmarks.counts.offline import Compiler
@@ -57,6 +58,7 @@ def every_option(compiler: Compiler) -> None:
     for dtype, full in itertools.product((torch.bfloat16, torch.float16, torch.float32, torch.float64), (False, True)):
         compiler.label = {"dtype": str(dtype).removeprefix("torch."), "entropy": full}
         launch_kept(dtype, full)
+        launch_shards(dtype, full)
     for dtype in (torch.float32, torch.float64):
         compiler.label = {"dtype": str(dtype).removeprefix("torch.")}
         for full, config, kl in itertools.product((False, True), LOSS_CONFIGS, ("k1", "k2", "k3")):
@@ -91,6 +93,7 @@ def many_values(compiler: Compiler) -> None:
             launch_rows(dtype, True, rows, size)
             launch_rows(dtype, False, rows, size)
             launch_kept(logits, True, size, scale=0.5 * number)
+            launch_shards(logits, True, size, 32000 + 64 * number, 0.5 * number)
             launch_log_probs(dtype, True, gate, size)
             launch_log_probs(dtype, True, config, size)
             launch_groups(dtype, groups, True, size)

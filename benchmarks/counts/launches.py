@@ -16,6 +16,7 @@ from egpo_kernels.inputs.segments import Segments
 
 VOCAB = 151936
 WIDTH = 4096
+PADDING = 64
 ADVANTAGES = Rows._fields.index("advantages")
 
 
@@ -98,6 +99,17 @@ def launch_kept(
     # The gradient of a 16-bit head is summed in float32 where it is not all there is to add.
     of_head = torch.zeros(vocab, width, dtype=wide if full else dtype, device=device)
     backend.add_gathered(slopes, hidden, entries.row_places(), entries.by_id(vocab), of_head)
+
+
+def launch_shards(
+    dtype: torch.dtype, full: bool, size: Size = SMALL, vocab: int = VOCAB, scale: float = 1, device: str = "cpu"
+) -> None:
+    """The kernels over a rank's columns of two ranks' logits; with ``full`` rows the entropy is wanted."""
+    logits = torch.zeros(*size, vocab // 2, dtype=dtype, device=device)
+    rows = make_rows(compute_dtype(dtype), full, size, device)
+    count = len(rows.mask)
+    told = backend.shard_statistics(logits, rows, rows, scale, full, vocab // 2, count)
+    backend.merged_shards(torch.stack([told, told]), rows, scale, vocab, count)
 
 
 def launch_one_pass(dtype: torch.dtype, full: bool, config: PolicyLossConfig, vocab: int = VOCAB) -> None:

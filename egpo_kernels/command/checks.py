@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from egpo_kernels.command import calls, terms, variants
+from egpo_kernels.command import calls, parts, terms, variants
 from egpo_kernels.command.accuracy import Judgement, judge, unfit
 from egpo_kernels.command.batches import Batch, Case, Problem, make_problem
 from egpo_kernels.command.scores import make_groups, make_scores
@@ -51,7 +51,7 @@ def checks(device: torch.device, interpreted: bool) -> list[Check]:
     problems = problems_of_logits(device, interpreted)
     # In bfloat16 too, which the interpreter does not round to as devices do.
     layers = [make_problem(device, cases[number], linear=True) for number in ((0, 1) if interpreted else (0, 2))]
-    of_layers = [*_of_hidden(layers), *_of_kept(device, cases[0])]
+    of_layers = [*_of_hidden(layers), *_of_kept(device, cases[0]), *_of_parts(problems[:1])]
     return [*of_logits(problems), *of_layers, *_of_log_probs(device), *_of_groups(device)]
 
 
@@ -114,6 +114,11 @@ def _of_kept(device: torch.device, case: Case) -> Iterator[Check]:
     yield Check("token_log_probs, kept tokens", scores, terms.of_log_probs, on)
     yield _loss("logits_policy_loss, kept tokens", on, PLAIN)
     yield _loss("linear_policy_loss, kept tokens", of_hidden, PLAIN)
+
+
+def _of_parts(problems: list[Problem]) -> Iterator[Check]:
+    """A vocabulary of which each rank has a part."""
+    yield Check("token_log_probs, vocabulary in parts", parts.token_log_probs, terms.of_log_probs, problems)
 
 
 def _of_log_probs(device: torch.device) -> Iterator[Check]:

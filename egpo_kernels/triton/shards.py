@@ -14,7 +14,7 @@ from egpo_kernels.formulas import shards
 from egpo_kernels.formulas.shards import Merged, num_headers, width
 from egpo_kernels.triton.arithmetic import LOG2_E, divide
 from egpo_kernels.triton.launch import choice_of, launch_for
-from egpo_kernels.triton.launcher import Launches, lie
+from egpo_kernels.triton.launcher import Launches, lie, reach
 from egpo_kernels.triton.row_statistics import KERNEL
 from egpo_kernels.triton.settings import (
     RowPointers,
@@ -177,32 +177,31 @@ def shard_statistics(
 ) -> Tensor:
     """What this rank tells of its columns, from ``start`` on: see `egpo_kernels.formulas.shards.told`."""
     num_rows, dtype, columns = rows.mask.numel(), compute_dtype(logits.dtype), logits.shape[-1]
-    headers, wide, pointers, checked = (
-        num_headers(capacity),
-        width(want_entropy),
-        row_pointers(rows),
-        row_pointers(alike),
-    )
+    headers, wide, checked = num_headers(capacity), width(want_entropy), row_pointers(alike)
     table = logits.new_empty(headers + capacity, wide, dtype=dtype)
-    key = (dtype, lie(pointers), wide)
-    Launches(logits.device, "headers", dtype, lie(checked), wide)(
-        shard_headers_kernel, headers, (checked, table, num_rows, start, columns, wide), OPTIONS
-    )
+    launches = Launches(logits.device, dtype, lie(checked), wide, reach(num_rows))
+    launches(shard_headers_kernel, headers, (checked, table, num_rows, start, columns, wide), OPTIONS)
     if num_rows < capacity:
         table[headers + num_rows :].zero_()
-    if not num_rows:
-        return table
-    if not columns:
-        table[headers : headers + num_rows] = table.new_tensor([torch.finfo(dtype).min, *[0.0] * (wide - 1)])
-        return table
-    where, length, where_key = matrix(logits)
-    launches = Launches(logits.device, choice_of(KERNEL, logits), where_key, *key)
-    launched = launches.worked_out(launch_for, KERNEL, logits)
-    constants = (launched.launch, triton_dtype(dtype), want_entropy)
-    numbers = temperature_of(temperature, dtype)
-    arguments = (where, pointers, table[headers:], numbers, length, start, launched.extent, *constants)
-    launches(shard_statistics_kernel, num_rows, arguments, launched.options)
+    lines = table[headers : headers + num_rows]
+    if num_rows and columns:
+        _launch_statistics(logits, rows, temperature, want_entropy, start, lines)
+    elif num_rows:
+        lines.zero_()
+        lines[:, 0] = torch.finfo(dtype).min
     return table
+
+
+def _launch_statistics(
+    logits: Tensor, rows: Rows, temperature: float, want_entropy: bool, start: int, lines: Tensor
+) -> None:
+    pointers, (where, length, where_key) = row_pointers(rows), matrix(logits)
+    launches = Launches(logits.device, choice_of(KERNEL, logits), where_key, lie((*pointers, lines)), want_entropy)
+    launched = launches.worked_out(launch_for, KERNEL, logits)
+    constants = (launched.launch, triton_dtype(lines.dtype), want_entropy)
+    numbers = temperature_of(temperature, lines.dtype)
+    arguments = (where, pointers, lines, numbers, length, start, launched.extent, *constants)
+    launches(shard_statistics_kernel, lines.shape[0], arguments, launched.options)
 
 
 def merged_shards(gathered: Tensor, rows: Rows, temperature: float, vocab: int, capacity: int) -> Merged:
@@ -211,8 +210,8 @@ def merged_shards(gathered: Tensor, rows: Rows, temperature: float, vocab: int, 
     entropy = gathered.new_empty(num_rows if wide > 3 else 0)
     log_probs, maximum, sum_exp = (gathered.new_empty(num_rows) for _ in range(3))
     found, pointers = Merged(log_probs, entropy, maximum, sum_exp, gathered.new_empty(2)), row_pointers(rows)
-    launches = Launches(gathered.device, "merge", dtype, lie(pointers), lie((gathered,)), wide)
     sizes = (ranks, lines * wide, num_headers(capacity), vocab, num_rows)
+    launches = Launches(gathered.device, dtype, lie(pointers), lie((gathered,)), wide, reach(lines * wide, num_rows))
     arguments = (gathered, pointers, *found, temperature_of(temperature, dtype), *sizes)
     constants = (triton_dtype(dtype), wide > 3, BLOCK)
     launches(merge_shards_kernel, max(1, blocks_of(num_rows, BLOCK)), arguments + constants, OPTIONS)

@@ -82,18 +82,13 @@ def times(factor):
             found = function(*arguments)
             if found is None:
                 arguments[-1].mul_(factor)
-            if isinstance(found, tuple):
-                return tuple(it * factor if isinstance(it, torch.Tensor) else it for it in found)
+            if isinstance(found, (tuple, list)):
+                return [it * factor if isinstance(it, torch.Tensor) else it for it in found]
             return found * factor if isinstance(found, torch.Tensor) else found
 
         return wrong
 
     return spoil
-
-
-def each_times(factor):
-    """As `times`, of a list."""
-    return lambda function: lambda *arguments: [it * factor for it in function(*arguments)]
 
 
 def only(number, value):
@@ -144,7 +139,7 @@ def nobody_alive(function):
 FAULTS = [
     ("token_rows", half_as_many, "egpo_loss, on-policy", "gradient of logits"),
     ("row_statistics", times(1.01), "token_log_probs", "log_probs"),
-    ("token_scores", each_times(1.01), "token_log_probs, no gradient", "log_probs"),
+    ("token_scores", times(1.01), "token_log_probs, no gradient", "log_probs"),
     ("row_statistics", only(0, torch.nan), "linear_token_log_probs", "log_probs"),
     ("logits_gradient", times(1.01), "token_log_probs", "gradient of logits"),
     ("logits_gradient", unwritten, "egpo_loss, on-policy", "gradient of logits"),
@@ -163,10 +158,12 @@ FAULTS = [
     ("kept_statistics", only(0, torch.nan), "logits_policy_loss, kept tokens", "loss"),
     ("kept_gradient", times(1.01), "token_log_probs, kept tokens", "gradient of logits"),
     ("put_kept_", nothing, "logits_policy_loss, kept tokens", "gradient of logits"),
+    ("shard_statistics", times(1.01), "token_log_probs, vocabulary in parts", "log_probs"),
+    ("merged_shards", times(1.01), "token_log_probs, vocabulary in parts", "log_probs"),
     ("support_metrics", times(1.01), "logits_policy_loss, kept tokens", "metrics"),
     ("gathered_products", times(1.01), "linear_policy_loss, kept tokens", "loss"),
     ("add_gathered", nothing, "linear_policy_loss, kept tokens", "gradient of hidden"),
-    ("scaled_gradients", each_times(0.99), "policy_loss, cispo", "gradient of log_probs"),
+    ("scaled_gradients", times(0.99), "policy_loss, cispo", "gradient of log_probs"),
     ("group_advantages", times(1.01), "group_advantages, egpo", "advantages"),
     ("group_advantages", only(1, torch.nan), "group_advantages, egpo_c5", "weights"),
 ]
