@@ -19,8 +19,8 @@ NEWEST_TESTS := tests/api/test_api.py tests/engine/test_autograd.py tests/engine
 # The kernels are compiled by these too, beside the one that pyproject.toml pins.
 TRITONS ?= 3.6.0 3.9.0
 PYTHONS ?= python3.10 python3.12 python3.13 python3.14
-# Trainers that want other versions than the rest: .venv with what they need on top of it.
-APART := areal ms_swift
+# What wants other versions than the rest, or is large: .venv with what it needs on top of it.
+APART := areal ms_swift megatron
 
 BIN := $(VENV)/bin
 # A machine that comes with its own torch runs `make gpu` by its own Python.
@@ -50,7 +50,7 @@ lint: $(VENV)/.stamp-test ## ruff and mypy
 parity: $(VENV)/.stamp-test $(VENV)/.stamp-parity ## the same numbers as TRL, verl and Liger, and from inside transformers (ARGS="-k cispo")
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/parity tests/integrations $(ARGS)
 
-apart: $(APART:%=.venv-%/.stamp) ## inside trainers that need an environment of their own: AReaL, ms-swift
+apart: $(APART:%=.venv-%/.stamp) ## inside what needs an environment of its own: AReaL, ms-swift, Megatron-core and torchtitan
 	for each in $(APART); do .venv-$$each/bin/python -m pytest tests/integrations/test_$$each.py || exit; done
 
 newest: .venv-newest/.stamp ## a selection of the tests on the newest versions that install together

@@ -1,0 +1,270 @@
+"""What each of two processes does in `test_megatron`: its half of a vocabulary by others' parts and by ours, under the
+names of those parts. Each result is held to the accuracy rule against whole rows in float64, theirs as ours.
+"""
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import egpo_kernels as ek
+from tests.integrations.ranks import RANKS, leave
+from tests.integrations.split_vocabulary import (
+    PADDED,
+    VOCAB,
+    WIDTH,
+    Problem,
+    Sending,
+    Sent,
+    columns,
+    make_problem,
+    reduced,
+    sent_by,
+    told,
+)
+
+BONUS = ek.recipes.EGPO.replace(entropy_coef=0.01)
+
+
+def megatron() -> tuple[Any, Any]:
+    """Megatron's package of tensor-parallel parts, and the group."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=RANKS)
+    return tensor_parallel, parallel_state.get_tensor_model_parallel_group()
+
+
+def check_logits(problem: Problem, scores: Callable[[Tensor], Sequence[Tensor]], group: Any, their_sent: Sent) -> None:
+    """Others' log-probs (and entropy) of a rank's logits ``[S, T, V / P]``, and a loss from them, beside ours."""
+    part, shard = {"logits": (..., columns())}, problem.shard
+    (log_probs, *entropy), sent = sent_by(lambda: scores(shard))
+    assert sent == their_sent, sent
+    problem.hold_scores(log_probs, *entropy)
+    loss = problem.loss(log_probs, *entropy)
+    _, sent = sent_by(lambda: loss.backward(problem.case.upstream))
+    assert sent == [], sent
+    problem.hold(part, loss=loss, logits=shard.grad)
+    check_ours(problem, group, bool(entropy))
+
+
+def check_ours(problem: Problem, group: Any, want_entropy: bool) -> None:
+    """Ours of the same: log-probs in one exchange, a loss in one, and nothing in backward."""
+    part, shard, case = {"logits": (..., columns())}, problem.shard, problem.case
+    counted = case.counted.view(case.tokens.shape)
+    given = {"vocab_group": group, "mask": counted, "return_entropy": want_entropy}
+    found, sent = sent_by(lambda: ek.token_log_probs(shard.detach(), case.tokens, **given))
+    assert sent == [told(problem.tokens, want_entropy)], sent
+    problem.hold_scores(*found[: 1 + want_entropy])
+    loss, sent = sent_by(lambda: problem.our_loss(shard, vocab_group=group))
+    assert sent == [told(problem.tokens, want_entropy)], sent
+    _, sent = sent_by(lambda: loss.backward(case.upstream))
+    assert sent == [], sent
+    problem.hold(part, loss=loss, logits=shard.grad)
+
+
+def megatron_cross_entropy(dtype: torch.dtype) -> None:
+    """It writes over float32 logits, so it gets a copy."""
+    parts, group = megatron()
+    problem = make_problem(ek.recipes.EGPO, dtype)
+
+    def scores(logits: Tensor) -> list[Tensor]:
+        return [-parts.vocab_parallel_cross_entropy(logits.clone(), problem.case.tokens)]
+
+    check_logits(problem, scores, group, reduced(problem.tokens, 1, 1, 1))
+
+
+def megatron_fused_cross_entropy() -> None:
+    """Values and what is sent; it rounds the gradient of float32 logits to bfloat16, which no rule allows."""
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+
+    _, group = megatron()
+    problem = make_problem(ek.recipes.EGPO)
+    case, shard = problem.case, problem.shard
+    found, sent = sent_by(lambda: -fused_vocab_parallel_cross_entropy(shard.clone(), case.tokens, group))
+    assert sent == reduced(problem.tokens, 1, 2), sent
+    problem.hold_scores(found)
+    assert sent_by(found.sum().backward)[1] == []
+    assert torch.equal(shard.grad, shard.grad.bfloat16().float())
+
+
+def verl_scores() -> None:
+    """verl's log-probs and entropy of what Megatron gives, which it copies for that."""
+    from verl.utils.megatron.tensor_parallel import vocab_parallel_entropy, vocab_parallel_log_probs_from_logits
+
+    _, group = megatron()
+    problem = make_problem(BONUS)
+
+    def scores(logits: Tensor) -> list[Tensor]:
+        kept = logits.clone()
+        entropy = vocab_parallel_entropy(logits.clone())
+        return [vocab_parallel_log_probs_from_logits(kept, problem.case.tokens), entropy]
+
+    check_logits(problem, scores, group, reduced(problem.tokens, 1, 1, 1, 1, 1, 1))
+
+
+def padded_columns() -> None:
+    """Without the true size they count, as with Megatron; with it they are not there."""
+    _, group = megatron()
+    problem = make_problem(ek.recipes.EGPO, vocab=VOCAB)
+    shard = make_problem(ek.recipes.EGPO).shard
+    problem.our_loss(shard, vocab_group=group, vocab_size=VOCAB).backward(problem.case.upstream)
+    own = slice(columns().start, min(columns().stop, VOCAB))
+    width = own.stop - own.start
+    problem.hold({"logits": (..., own)}, logits=shard.grad[..., :width])
+    assert (shard.grad[..., width:] == 0).all()
+
+
+class Head(NamedTuple):
+    """A rank's part of Megatron's output layer, and its part ``own`` of the hidden states ``[s, b, H]``."""
+
+    problem: Problem
+    layer: Any
+    own: slice
+    group: Any
+
+    @property
+    def states(self) -> int:
+        """Bytes of all hidden states."""
+        return 4 * WIDTH * self.problem.tokens
+
+    def theirs(self, hidden: Tensor) -> Tensor:
+        parts, _ = megatron()
+        logits, _ = self.layer(hidden)
+        tokens = self.problem.case.tokens.t().contiguous()
+        return self.problem.loss(-parts.vocab_parallel_cross_entropy(logits, tokens).t())
+
+    def ours(self, hidden: Tensor, **given: Any) -> Tensor:
+        """Of hidden states ``[S, T, H]``."""
+        return self.problem.our_linear_loss(hidden, self.layer.weight, vocab_group=self.group, **given)
+
+    def check(self, loss_of: Callable[[Tensor], Tensor], forward: Sent, backward: Sent) -> None:
+        """Loss and gradients, and what is sent."""
+        hidden = self.problem.hidden.transpose(0, 1)[self.own].contiguous().requires_grad_()
+        self.layer.weight.grad = None
+        loss, sent = sent_by(lambda: loss_of(hidden))
+        assert sent == forward, sent
+        _, sent = sent_by(lambda: loss.backward(self.problem.case.upstream))
+        assert sent == backward, sent
+        part = {"weight": columns(), "hidden": (slice(None), self.own)}
+        self.problem.hold(part, loss=loss, weight=self.layer.weight.grad, hidden=hidden.grad.transpose(0, 1))
+
+
+def make_head(sequence_parallel: bool) -> Head:
+    from megatron.core.model_parallel_config import ModelParallelConfig
+
+    parts, group = megatron()
+    problem = make_problem(ek.recipes.EGPO)
+    given = {"use_cpu_initialization": True, "params_dtype": torch.float32}
+    config = ModelParallelConfig(tensor_model_parallel_size=RANKS, sequence_parallel=sequence_parallel, **given)
+    given = {"config": config, "init_method": lambda weight: weight.copy_(problem.weight), "bias": False}
+    length, rank = problem.hidden.shape[1], dist.get_rank()
+    own = slice(rank * length // RANKS, (rank + 1) * length // RANKS) if sequence_parallel else slice(None)
+    return Head(problem, parts.ColumnParallelLinear(WIDTH, PADDED, **given), own, group)
+
+
+def megatron_layer() -> None:
+    """Gradients of weight and hidden states, and who sums the latter."""
+    parts, _ = megatron()
+    head = make_head(False)
+    rows, summed = head.problem.tokens, [("all_reduce", head.states)]
+    head.check(head.theirs, reduced(rows, 1, 1, 1), summed)
+    head.check(lambda hidden: head.ours(hidden.transpose(0, 1)), [told(rows), *summed], [])
+    # Next to our call: of a gradient that is not contiguous Megatron adds up a copy, and drops it.
+    region = parts.copy_to_tensor_model_parallel_region
+    partial = functools.partial(head.ours, hidden_grad="partial")
+    head.check(lambda hidden: partial(region(hidden.transpose(0, 1))), [told(rows)], summed)
+
+
+def megatron_layer_in_sequence() -> None:
+    """With a part of the tokens on each rank, which Megatron gathers in backward again."""
+    parts, _ = megatron()
+    head = make_head(True)
+    rows, gather, summed = (
+        head.problem.tokens,
+        [("all_gather", head.states // RANKS)],
+        [("reduce_scatter", head.states)],
+    )
+    head.check(head.theirs, gather + reduced(rows, 1, 1, 1), gather + summed)
+    ours = functools.partial(head.ours, sequence_parallel=True)
+    head.check(lambda hidden: ours(hidden.transpose(0, 1)), [*gather, told(rows)], summed)
+    region = parts.gather_from_sequence_parallel_region
+    partial = functools.partial(head.ours, hidden_grad="partial")
+    head.check(lambda hidden: partial(region(hidden).transpose(0, 1)), [*gather, told(rows)], summed)
+
+
+def torchtitan_cross_entropy() -> None:
+    from torchtitan.components.loss import _LossParallelCrossEntropy
+
+    _, group = megatron()
+    problem = make_problem(ek.recipes.EGPO)
+    tokens = problem.case.tokens
+
+    def scores(logits: Tensor) -> list[Tensor]:
+        found = _LossParallelCrossEntropy.apply(logits.flatten(0, 1), tokens.flatten(), group, PADDED, "none")
+        return [-found.view(tokens.shape)]
+
+    check_logits(problem, scores, group, reduced(problem.tokens, 1, 1, 1))
+
+
+def loss_parallel_cross_entropy() -> None:
+    """Logits that are a DTensor, which ours takes as it is."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    _, group = megatron()
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
+    problem = make_problem(ek.recipes.EGPO)
+    tokens = problem.case.tokens
+
+    def scores(logits: Tensor) -> list[Tensor]:
+        split = DTensor.from_local(logits.flatten(0, 1), mesh, (Shard(-1),), run_check=False)
+        found = torch.nn.functional.cross_entropy(split, tokens.flatten(), reduction="none")
+        return [-found.to_local().view(tokens.shape)]
+
+    with loss_parallel():
+        check_logits(problem, scores, group, reduced(problem.tokens, 1, 1, 1))
+    shard = problem.shard
+    split = DTensor.from_local(shard, mesh, (Shard(-1),), run_check=False)
+    loss, sent = sent_by(lambda: problem.our_loss(split))
+    assert sent == [told(problem.tokens)], sent
+    loss.backward(problem.case.upstream)
+    problem.hold({"logits": (..., columns())}, loss=loss, logits=shard.grad)
+
+
+def start(rank: int, folder: Path, ways: list[str]) -> None:
+    """Entry point of a process: one after the other, for starting takes longer than all of them."""
+    # Kernels that are fused by a compiler are not what is compared.
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    # Where Megatron puts the memory of sequence parallelism.
+    torch.cuda.current_device = lambda: "cpu"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    Sending.watch()
+    for way in ways:
+        try:
+            WAYS[way]()
+        except Exception as error:
+            raise AssertionError(way) from error
+    leave()
+
+
+WAYS: dict[str, Callable[[], None]] = {
+    "megatron: cross entropy": lambda: megatron_cross_entropy(torch.float32),
+    "megatron: cross entropy, bfloat16": lambda: megatron_cross_entropy(torch.bfloat16),
+    "megatron: fused cross entropy": megatron_fused_cross_entropy,
+    "megatron: output layer": megatron_layer,
+    "megatron: output layer, sequence parallel": megatron_layer_in_sequence,
+    "padded columns": padded_columns,
+    "verl: log-probs and entropy": verl_scores,
+    "torchtitan: cross entropy": torchtitan_cross_entropy,
+    "torch: loss_parallel": loss_parallel_cross_entropy,
+}
