@@ -7,7 +7,6 @@ import torch
 
 from egpo_kernels import PolicyLossConfig, group_advantages, policy_loss, recipes
 from egpo_kernels.integrations.slime import samples_advantages, samples_policy_loss
-from tests.integrations.kept_sets import assert_over, joined, sets_with
 from tests.integrations.stand_ins import stand_in
 from tests.parity.batch import assert_same, differentiated, make_batch, ours
 from tests.support.accuracy import assert_bits, assert_rounding
@@ -125,6 +124,7 @@ def page(monkeypatch):
     def get_rollout_top_p_logprob_kwargs(args, batch):
         return {} if args.rollout_top_p == 1 else {"top_p_token_ids": batch["rollout_top_p_token_ids"]}
 
+    stand_in(monkeypatch, "megatron.core", mpu=SimpleNamespace())
     theirs = get_log_probs_and_entropy, get_rollout_top_p_logprob_kwargs
     stand_in(monkeypatch, "slime.backends.megatron_utils.loss", **{each.__name__: each for each in theirs})
     return run("docs/slime.md")
@@ -139,12 +139,12 @@ def test_the_page_puts_both_halves_in(page):
     batch, flat = micro_batch(), torch.cat(lists(BATCH.log_probs))
     for use_rollout_logprobs, name in ((False, "log_probs"), (True, "rollout_log_probs")):
         args = SimpleNamespace(use_rollout_logprobs=use_rollout_logprobs, rollout_top_p=1)
-        loss, _ = page["egpo_loss"](args, batch, flat, reducer(batch))
+        loss, _ = page["egpo_loss_of_log_probs"](args, batch, flat, reducer(batch))
         direct, _ = samples_policy_loss(lists(BATCH.log_probs), batch[name], batch, reducer(batch))
         assert_bits(loss, direct, name)
     del batch["log_probs"]
     args = SimpleNamespace(use_rollout_logprobs=False, rollout_top_p=0.95)
-    loss, _ = page["egpo_loss"](args, batch | {"rollout_top_p_token_ids": []}, flat, reducer(batch))
+    loss, _ = page["egpo_loss_of_log_probs"](args, batch | {"rollout_top_p_token_ids": []}, flat, reducer(batch))
     config = recipes.GRPO.loss
     direct = policy_loss(BATCH.log_probs, None, BATCH.advantages, BATCH.mask, config=config).loss
     assert_rounding(loss, direct * len(LENGTHS))
@@ -163,22 +163,3 @@ def test_samples_without_a_group_are_refused():
     given[2].group_index = None
     with pytest.raises(ValueError, match=r"samples\[2\]\.group_index is None; it must be the number of its prompt"):
         samples_advantages(given, [0.0] * 8)
-
-
-def test_log_probs_of_whole_logits_are_over_the_sets_of_the_record(page):
-    """Three samples, one behind another, of which one was not recorded; slime pads what it packs."""
-    generator = torch.Generator().manual_seed(0)
-    total, response = [6, 4, 9], [3, 2, 6]
-    tokens = [torch.randint(29, (each,), generator=generator) for each in total]
-    logits = torch.randn(1, 24, 29, generator=generator)
-    sets = [sets_with(each[-count:].tolist(), 29) for each, count in zip(tokens, response, strict=True)]
-    sets[1] = [[], []]
-    batch = {"total_lengths": total, "response_lengths": response, "unconcat_tokens": tokens}
-    batch["rollout_top_p_token_ids"] = [torch.tensor(joined(each), dtype=torch.int32) for each in sets]
-    counts = [torch.tensor([0, *map(len, each)]).cumsum(0).int() for each in sets]
-    batch["rollout_top_p_token_offsets"] = counts
-    found = page["replayed_log_probs"](SimpleNamespace(rollout_temperature=0.8), batch, logits)
-    assert [len(each) for each in found] == response
-    rows = torch.cat([torch.arange(3, 6), torch.arange(8, 10), torch.arange(13, 19)]) - 1
-    sampled = torch.cat([each[-count:] for each, count in zip(tokens, response, strict=True)])
-    assert_over(torch.cat(found), logits[0, rows] / 0.8, sampled, joined(sets))

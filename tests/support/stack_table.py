@@ -37,7 +37,10 @@ STACKS = (
     Stack("SkyRL", "skyrl", "0.3.0", "its registry, its losses and reductions, its trainer and batch"),
     Stack("AReaL", "areal", "1.0.4", "its actor, its losses, its packing (`make apart`)"),
     Stack("ms-swift", "ms_swift", "4.6.0", "methods of its `GRPOTrainer` (`make apart`)"),
-    Stack("slime", "slime", "source", "the adapter, on lists like slime's; slime itself was not run", ("slime.py",)),
+    Stack(
+        "slime", "slime", "source", "the adapter, on lists and logits like slime's; slime itself was not run",
+        ("slime.py",),
+    ),
     Stack("prime-rl", "prime_rl", "source", "the page's code, on stand-ins for prime-rl; prime-rl itself was not run"),
     Stack("NeMo-RL", "nemo_rl", "source", "the page's code, on stand-ins for NeMo-RL; NeMo-RL itself was not run"),
     Stack("PyTorch, accelerate", "pytorch", "2.13.0, 1.15.0", "the page's loops"),
