@@ -102,12 +102,13 @@ def over_ranks(size, logits, batch, config, **given):
 
     def work(rank, group):
         leaf = logits.chunk(size, -1)[rank].clone().requires_grad_()
-        # Not a leaf, as a model's output is none.
+        output = leaf * 1.0
         loss, logged = samples_logits_policy_loss(
-            leaf * 1.0, batch["log_probs"], batch, reducer(batch), config, temperature=HEAT, vocab_group=group, **given
+            output, batch["log_probs"], batch, reducer(batch), config, temperature=HEAT, vocab_group=group, **given
         )
         assert_bits(logged["loss"], loss.detach(), "logged loss")
         loss.backward()
+        assert output.detach().equal(leaf.grad) == given.get("inplace_grad", False)
         return loss.detach(), leaf.grad
 
     found = in_ranks(size, work)
