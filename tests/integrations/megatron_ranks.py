@@ -7,18 +7,19 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import egpo_kernels as ek
+from tests.integrations.megatron_layer import megatron, megatron_layer, megatron_layer_in_sequence
 from tests.integrations.ranks import RANKS, leave
 from tests.integrations.split_vocabulary import (
     PADDED,
     VOCAB,
-    WIDTH,
     Problem,
     Sending,
     Sent,
@@ -28,17 +29,10 @@ from tests.integrations.split_vocabulary import (
     sent_by,
     told,
 )
+from tests.support.accuracy import assert_rounding
+from tests.support.page import blocks
 
 BONUS = ek.recipes.EGPO.replace(entropy_coef=0.01)
-
-
-def megatron() -> tuple[Any, Any]:
-    """Megatron's package of tensor-parallel parts, and the group."""
-    from megatron.core import parallel_state, tensor_parallel
-
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=RANKS)
-    return tensor_parallel, parallel_state.get_tensor_model_parallel_group()
 
 
 def check_logits(problem: Problem, scores: Callable[[Tensor], Sequence[Tensor]], group: Any, their_sent: Sent) -> None:
@@ -109,6 +103,32 @@ def verl_scores() -> None:
     check_logits(problem, scores, group, reduced(problem.tokens, 1, 1, 1, 1, 1, 1))
 
 
+def verl_engine() -> None:
+    """The page's engine and the class that it changes, on what Megatron hands them; verl's writes over the logits."""
+    (block,) = (block for block in blocks("docs/verl.md") if "EngineRegistry.register" in block)
+    space: dict[str, Any] = {}
+    exec(compile(block, "docs/verl.md", "exec"), space)
+    engines = space["OneExchangeEngine"], space["MegatronEngineWithLMHead"]
+    problem = make_problem(BONUS)
+    rows, tokens = problem.tokens, problem.case.tokens
+    heat = torch.full(tokens.shape, 0.8)
+    heat[0, 0] = 0  # padding
+    given = dict.fromkeys(("calculate_sum_pi_squared", "distillation_use_topk", "distillation_only"), False)
+    given |= {"calculate_entropy": True, "logits_processor_func": None, "batch": None, "data_format": "bshd"}
+    found = []
+    for kind, wanted in zip(engines, ([told(rows, True)], reduced(rows, *[1] * 6)), strict=True):
+        engine, shard = object.__new__(kind), problem.shard
+        engine.engine_config = SimpleNamespace(entropy_from_logits_with_chunking=False)
+        logits = shard * 1.0
+        scores, sent = sent_by(functools.partial(kind._lm_head_logits_processor, engine, logits, tokens, heat, **given))
+        assert sent == wanted, sent
+        numbers = {name: value[heat > 0.5] for name, value in scores.items()}
+        (numbers["log_probs"].sum() - 0.3 * numbers["entropy"].sum()).backward()
+        found.append(numbers | {"gradient": shard.grad})
+    for name, value in found[0].items():
+        assert_rounding(value.detach(), found[1][name].detach())
+
+
 def padded_columns() -> None:
     """Without the true size they count, as with Megatron; with it they are not there."""
     _, group = megatron()
@@ -119,84 +139,6 @@ def padded_columns() -> None:
     width = own.stop - own.start
     problem.hold({"logits": (..., own)}, logits=shard.grad[..., :width])
     assert (shard.grad[..., width:] == 0).all()
-
-
-class Head(NamedTuple):
-    """A rank's part of Megatron's output layer, and its part ``own`` of the hidden states ``[s, b, H]``."""
-
-    problem: Problem
-    layer: Any
-    own: slice
-    group: Any
-
-    @property
-    def states(self) -> int:
-        """Bytes of all hidden states."""
-        return 4 * WIDTH * self.problem.tokens
-
-    def theirs(self, hidden: Tensor) -> Tensor:
-        parts, _ = megatron()
-        logits, _ = self.layer(hidden)
-        tokens = self.problem.case.tokens.t().contiguous()
-        return self.problem.loss(-parts.vocab_parallel_cross_entropy(logits, tokens).t())
-
-    def ours(self, hidden: Tensor, **given: Any) -> Tensor:
-        """Of hidden states ``[S, T, H]``."""
-        return self.problem.our_linear_loss(hidden, self.layer.weight, vocab_group=self.group, **given)
-
-    def check(self, loss_of: Callable[[Tensor], Tensor], forward: Sent, backward: Sent) -> None:
-        """Loss and gradients, and what is sent."""
-        hidden = self.problem.hidden.transpose(0, 1)[self.own].contiguous().requires_grad_()
-        self.layer.weight.grad = None
-        loss, sent = sent_by(lambda: loss_of(hidden))
-        assert sent == forward, sent
-        _, sent = sent_by(lambda: loss.backward(self.problem.case.upstream))
-        assert sent == backward, sent
-        part = {"weight": columns(), "hidden": (slice(None), self.own)}
-        self.problem.hold(part, loss=loss, weight=self.layer.weight.grad, hidden=hidden.grad.transpose(0, 1))
-
-
-def make_head(sequence_parallel: bool) -> Head:
-    from megatron.core.model_parallel_config import ModelParallelConfig
-
-    parts, group = megatron()
-    problem = make_problem(ek.recipes.EGPO)
-    given = {"use_cpu_initialization": True, "params_dtype": torch.float32}
-    config = ModelParallelConfig(tensor_model_parallel_size=RANKS, sequence_parallel=sequence_parallel, **given)
-    given = {"config": config, "init_method": lambda weight: weight.copy_(problem.weight), "bias": False}
-    length, rank = problem.hidden.shape[1], dist.get_rank()
-    own = slice(rank * length // RANKS, (rank + 1) * length // RANKS) if sequence_parallel else slice(None)
-    return Head(problem, parts.ColumnParallelLinear(WIDTH, PADDED, **given), own, group)
-
-
-def megatron_layer() -> None:
-    """Gradients of weight and hidden states, and who sums the latter."""
-    parts, _ = megatron()
-    head = make_head(False)
-    rows, summed = head.problem.tokens, [("all_reduce", head.states)]
-    head.check(head.theirs, reduced(rows, 1, 1, 1), summed)
-    head.check(lambda hidden: head.ours(hidden.transpose(0, 1)), [told(rows), *summed], [])
-    # Next to our call: of a gradient that is not contiguous Megatron adds up a copy, and drops it.
-    region = parts.copy_to_tensor_model_parallel_region
-    partial = functools.partial(head.ours, hidden_grad="partial")
-    head.check(lambda hidden: partial(region(hidden.transpose(0, 1))), [told(rows)], summed)
-
-
-def megatron_layer_in_sequence() -> None:
-    """With a part of the tokens on each rank, which Megatron gathers in backward again."""
-    parts, _ = megatron()
-    head = make_head(True)
-    rows, gather, summed = (
-        head.problem.tokens,
-        [("all_gather", head.states // RANKS)],
-        [("reduce_scatter", head.states)],
-    )
-    head.check(head.theirs, gather + reduced(rows, 1, 1, 1), gather + summed)
-    ours = functools.partial(head.ours, sequence_parallel=True)
-    head.check(lambda hidden: ours(hidden.transpose(0, 1)), [*gather, told(rows)], summed)
-    region = parts.gather_from_sequence_parallel_region
-    partial = functools.partial(head.ours, hidden_grad="partial")
-    head.check(lambda hidden: partial(region(hidden).transpose(0, 1)), [*gather, told(rows)], summed)
 
 
 def torchtitan_cross_entropy() -> None:
@@ -265,6 +207,7 @@ WAYS: dict[str, Callable[[], None]] = {
     "megatron: output layer, sequence parallel": megatron_layer_in_sequence,
     "padded columns": padded_columns,
     "verl: log-probs and entropy": verl_scores,
+    "verl: the page's engine": verl_engine,
     "torchtitan: cross entropy": torchtitan_cross_entropy,
     "torch: loss_parallel": loss_parallel_cross_entropy,
 }

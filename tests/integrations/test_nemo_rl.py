@@ -1,5 +1,6 @@
 """The page on NeMo-RL, with stand-ins for what it imports."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from tests.integrations.stand_ins import stand_in
 from tests.parity.batch import assert_same, differentiated, make_batch, ours
 from tests.support.accuracy import assert_rounding
 from tests.support.page import run
+from tests.support.ranks import in_ranks
 
 BATCH = make_batch()
 DATA = {
@@ -29,7 +31,12 @@ def page(monkeypatch):
         "LossInputType": SimpleNamespace(LOGPROB="logprob", LOGIT="logit"),
     }
     stand_in(monkeypatch, "nemo_rl.algorithms.loss.interfaces", **names)
-    return run("docs/nemo_rl.md")
+    here = threading.local()
+    parallel_state = SimpleNamespace(get_tensor_model_parallel_group=lambda: here.group)
+    stand_in(monkeypatch, "megatron.core", parallel_state=parallel_state)
+    found = run("docs/nemo_rl.md")
+    found["here"] = here
+    return found
 
 
 @pytest.mark.parametrize("recipe", ["egpo", "grpo", "gspo"])
@@ -138,3 +145,32 @@ def test_the_loss_of_logits_is_the_loss_of_their_log_probs(page):
     assert (loss.input_type, page["EGPOLoss"].input_type) == ("logit", "logprob")
     log_probs = page["replayed_log_probs"](LOGITS, data, top_p=0.95)
     assert_rounding(loss(LOGITS, data, *counts)[0], page["EGPOLoss"]()(log_probs, data, *counts)[0])
+
+
+@pytest.mark.parametrize("recipe", [recipes.EGPO, recipes.GSPO.replace(kl_coef=0.1)])
+def test_the_loss_of_split_logits_is_that_of_log_probs(page, recipe):
+    """In float64; NeMo-RL's own log-probs are of the same rows, without the last."""
+    page["RECIPE"] = recipe
+    data = {name: each.double() if each.is_floating_point() else each for name, each in DATA.items()}
+    data |= {"input_ids": IDS, "reference_policy_logprobs": pad(BATCH.ref_log_probs, (1, 0)).double()}
+    data["sample_mask"] = torch.tensor([1.0, 0, 1, 1, 1, 1, 1, 1])
+    counts = (torch.tensor(7.0), BATCH.mask.sum())
+    columns = pad(LOGITS, (0, 1), value=-1.0).double()  # a padded one, which counts
+
+    def work(rank, group):
+        page["here"].group = group
+        shard = columns.chunk(2, -1)[rank].clone().requires_grad_()
+        loss, metrics = page["VocabParallelLoss"]()(shard, data, *counts)
+        assert metrics == {"loss": loss.item(), "num_valid_samples": 7.0}
+        loss.backward()
+        return loss.detach(), shard.grad
+
+    def whole(logits):
+        rows = logits.log_softmax(-1)[:, :-1].gather(-1, IDS[:, 1:, None])[..., 0]
+        return page["EGPOLoss"]()(rows, data, *counts)[0]
+
+    expected, found = differentiated(whole, columns), in_ranks(2, work)
+    for loss, _ in found.results:
+        assert_rounding(loss, expected.loss)
+    assert_rounding(torch.cat([gradient for _, gradient in found.results], -1), expected.gradient)
+    assert [kind for _, kind, _ in found.calls] == ["all_gather"] * 2

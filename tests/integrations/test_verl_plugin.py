@@ -15,6 +15,7 @@ from verl.utils.config import omega_conf_to_dataclass
 
 import egpo_kernels as ek
 from egpo_kernels.integrations import verl as ours
+from tests.integrations.stand_ins import stand_in
 from tests.integrations.verl_runs import (
     BATCH,
     actor,
@@ -124,7 +125,14 @@ def test_command_line():
     assert_bits(found.loss, expected.loss, "loss")
 
 
-def test_page():
+@pytest.mark.filterwarnings("ignore:torchtitan engine is not available:UserWarning")
+def test_page(monkeypatch):
+    from verl.workers.engine import BaseEngine, EngineRegistry
+
+    stand_in(monkeypatch, "megatron.core", parallel_state=types.SimpleNamespace())
+    engine = {"MegatronEngineWithLMHead": type("MegatronEngineWithLMHead", (BaseEngine,), {})}
+    stand_in(monkeypatch, "verl.workers.engine.megatron.transformer_impl", **engine)
+    monkeypatch.setattr(EngineRegistry, "_engines", {})
     handed = []
     group = types.SimpleNamespace(set_loss_fn=handed.append)
     names = run("docs/verl.md", {"actor_config": actor(), "worker_group": group, "data": rollout()})
