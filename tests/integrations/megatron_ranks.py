@@ -16,6 +16,7 @@ from torch import Tensor
 
 import egpo_kernels as ek
 from tests.integrations.megatron_layer import megatron, megatron_layer, megatron_layer_in_sequence
+from tests.integrations.passes import Passes
 from tests.integrations.ranks import RANKS, leave
 from tests.integrations.split_vocabulary import (
     PADDED,
@@ -181,6 +182,47 @@ def loss_parallel_cross_entropy() -> None:
     problem.hold({"logits": (..., columns())}, loss=loss, logits=shard.grad)
 
 
+def passes_over_a_shard() -> None:
+    """Reads and writes by others, forward and backward, of log-probs (verl: and entropy) from float32 and bfloat16."""
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.parallel import loss_parallel
+    from torchtitan.components.loss import _LossParallelCrossEntropy
+    from verl.utils.megatron.tensor_parallel import vocab_parallel_entropy, vocab_parallel_log_probs_from_logits
+
+    parts, group = megatron()
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
+    tokens = make_problem(ek.recipes.EGPO).case.tokens
+
+    def verl(logits: Tensor) -> Tensor:
+        kept = logits.clone()
+        entropy = vocab_parallel_entropy(logits)
+        return vocab_parallel_log_probs_from_logits(kept, tokens) + entropy
+
+    def torchtitan(logits: Tensor) -> Tensor:
+        flat = logits.flatten(0, 1).float()
+        return _LossParallelCrossEntropy.apply(flat, tokens.flatten(), group, PADDED, "none")
+
+    def parallel(logits: Tensor) -> Tensor:
+        split = DTensor.from_local(logits.flatten(0, 1).float(), mesh, (Shard(-1),), run_check=False)
+        return torch.nn.functional.cross_entropy(split, tokens.flatten(), reduction="none").to_local()
+
+    wanted = {
+        lambda logits: parts.vocab_parallel_cross_entropy(logits, tokens): ((6, 4), (8, 6)),
+        lambda logits: fused_vocab_parallel_cross_entropy(logits, tokens, group): ((8, 6), (8, 6)),
+        verl: ((23, 15), (25, 17)),
+        torchtitan: ((9, 7), (11, 9)),
+        parallel: ((9, 7), (11, 9)),
+    }
+    for function, counts in wanted.items():
+        for dtype, count in zip((torch.float32, torch.bfloat16), counts, strict=True):
+            logits = make_problem(ek.recipes.EGPO, dtype).shard * 1.0
+            with loss_parallel(), Passes(logits.numel()) as seen:
+                torch.autograd.grad(function(logits).sum(), logits)
+            assert (seen.reads, seen.writes) == count, (function, dtype, seen.reads, seen.writes)
+
+
 def start(rank: int, folder: Path, ways: list[str]) -> None:
     """Entry point of a process: one after the other, for starting takes longer than all of them."""
     # Kernels that are fused by a compiler are not what is compared.
@@ -210,4 +252,5 @@ WAYS: dict[str, Callable[[], None]] = {
     "verl: the page's engine": verl_engine,
     "torchtitan: cross entropy": torchtitan_cross_entropy,
     "torch: loss_parallel": loss_parallel_cross_entropy,
+    "passes over a shard": passes_over_a_shard,
 }
