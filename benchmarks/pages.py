@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import front, host_table
+from benchmarks import front, host_table, ranks
 from benchmarks.counts import table
 from benchmarks.machine import ROOT, headline
 from benchmarks.pictures import draw
@@ -70,8 +70,8 @@ def drawn(text: str, results: Path = RESULTS) -> str:
 
 
 def pictures(docs: Path, results: Path = RESULTS) -> list[Path]:
-    """Every picture that a page shows of ``results``, drawn below ``docs``."""
-    made = front.draw(on_a_cpu(results), docs / "pictures")
+    """Every picture that a page shows, of ``results`` or of ranks, drawn below ``docs``."""
+    made = front.draw(on_a_cpu(results), docs / "pictures") + ranks.draw(docs / "pictures")
     for path, report in reports(results):
         made += draw(report, docs / "benchmarks" / path.parent.name)
     return made

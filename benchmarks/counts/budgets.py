@@ -95,9 +95,9 @@ KERNELS = {
     "kept_metrics_kernel": KernelBudget((50, 54, 54, 14)),
     "gathered_products_kernel": KernelBudget((48, 48, 48, 34), (64, 64, 64, 64)),
     "gathered_sums_kernel": KernelBudget((48, 48, 48, 32), (4096, 4096, 4096, 4096)),
-    "shard_headers_kernel": KernelBudget((40, 40, 40, 40)),
-    "shard_statistics_kernel": KernelBudget((90, 90, 88, 56), (16384, 16384, 16384, 64)),
-    "merge_shards_kernel": KernelBudget((40, 40, 40, 40)),
+    "shard_headers_kernel": KernelBudget((40, 40, 40, 29), (32, 32, 32, 32)),
+    "shard_statistics_kernel": KernelBudget((71, 71, 67, 38), (16384, 16384, 16384, 64)),
+    "merge_shards_kernel": KernelBudget((32, 32, 32, 19), (16, 16, 16, 8)),
     "combine_kernel": KernelBudget((120, 120, 120, 72), (1024, 1024, 1024, 2048)),
 }
 

@@ -83,7 +83,7 @@ def row_statistics(
         return *found, found[0].new_empty(0)
     found = _statistics(package, logits, read, support, temperature, want_entropy)
     _check(read, support, package.shard.vocab)
-    return *found, package.status
+    return *found, package.status(found[0])
 
 
 def _check(rows: Rows, support: kept.Support | None, vocab: int) -> None:

@@ -40,11 +40,9 @@ class Sharded:
         self._status: Tensor | None = None
         self._begun: deque[Begun] = deque()
 
-    @property
-    def status(self) -> Tensor:
-        """``[2]``, of all exchanges: how many ranks do not fit the others, and NaN if any, else 1."""
-        assert self._status is not None
-        return self._status
+    def status(self, like: Tensor) -> Tensor:
+        """``[2]``, of all exchanges: how many ranks do not fit the others, and NaN if any, else 1; of no rows none."""
+        return torch.arange(2, dtype=like.dtype, device=like.device) if self._status is None else self._status
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.package, name)

@@ -34,6 +34,7 @@ from tests.support.once import made_once
 pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).resolve().parents[2]
+EXPONENTIALS = {"kept_statistics_kernel", "kept_gradient_kernel", "shard_statistics_kernel", "merge_shards_kernel"}
 LOGITS_KERNELS = {"row_statistics_kernel", "logits_gradient_kernel", "logits_policy_loss_kernel"}
 
 
@@ -171,7 +172,7 @@ def test_no_quotient_and_no_root_is_an_approximation(options):
         assert set(row["approximate"]) <= {"ex2.approx.ftz.f32"}, row
     seen = {row["kernel"] for row in options if row["approximate"]}
     rest = {"policy_loss_kernel", "policy_loss_gradient_kernel", "sequence_kernel"}
-    assert seen == LOGITS_KERNELS | rest | {"kept_statistics_kernel", "kept_gradient_kernel"}
+    assert seen == LOGITS_KERNELS | rest | EXPONENTIALS
 
 
 def test_logits_move_sixteen_bytes_at_a_time_with_every_option(options):

@@ -2,7 +2,8 @@
 
 import torch
 
-from tests.parallel.processes import RANKS, WAYS, start
+from tests.parallel.batch import RANKS
+from tests.parallel.processes import WAYS, start
 
 
 def test_four_processes(tmp_path):

@@ -130,6 +130,7 @@ FIELDS: dict[str, st.SearchStrategy] = {
     "weights": st.sampled_from(KINDS),
     "heat": st.sampled_from(KINDS),
     "support": st.sampled_from([None, None, torch.int32, torch.long]),
+    "padded": st.sampled_from([False, False, False, False, True]),
     "config": st.one_of(st.just(ek.PolicyLossConfig()), st.just(SEQUENCE), ESTIMATES, loss_configs()),
     "groups": st.sampled_from([*WHOLE, 1]),
     "correct": st.booleans(),
@@ -199,7 +200,8 @@ class Made:
             "old_log_probs": self.values(one.old, one.numbers), "ref_log_probs": self.values(one.ref, one.numbers),
             "rollout_weights": self.values(one.weights, one.numbers),
             "temperature": 0.7 if one.heat == "none" else self.values(one.heat, one.numbers),
-            "support": self.support(),
+            # Of kept tokens torch's own operations go by what kernels, stubbed here, would have written.
+            "support": self.support(), "vocab_size": one.vocab - 1 if one.padded and one.support is None else None,
             "cu_seqlens": torch.arange(one.sequences + 1) * one.length if one.packed else None,
             "config": one.config, "num_tokens": self.count(), "num_sequences": self.count(),
             "groups": groups, "rewards": self.values("sequence", one.numbers),
