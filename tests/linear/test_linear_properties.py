@@ -104,6 +104,16 @@ HEADS = {
 }
 
 
+def assert_like_logits(found: dict, expected: dict, gradients: dict) -> None:
+    """Loss and metrics as those of logits, and gradients as those that logits handed on."""
+    torch.testing.assert_close(found["loss"], expected["loss"], equal_nan=True)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+    assert found["metrics"].keys() == expected["metrics"].keys()
+    for key, value in expected["metrics"].items():
+        torch.testing.assert_close(found["metrics"][key], value, equal_nan=True, msg=key)
+
+
 @over_backends(160, cases(dtypes=(torch.float64,), widest=64), st.data(), st.sampled_from(sorted(HEADS)), st.booleans())
 def test_linear_equals_logits_in_float64(backend, case, data, head, groups):
     """Recipes, layouts and options; bias, scale, softcap and adapters; whatever part of the head trains."""
@@ -115,12 +125,7 @@ def test_linear_equals_logits_in_float64(backend, case, data, head, groups):
     found = linear.run(case, layer, wanted, backend, groups, **in_chunks(layer))
     expected = (whole if groups else alone)(case, "reference")
     logits.backward(expected["gradient"])
-    torch.testing.assert_close(found["loss"], expected["loss"], equal_nan=True)
-    for name in wanted:
-        torch.testing.assert_close(found[name], leaves[name].grad, msg=lambda text, name=name: f"{name}: {text}")
-    assert found["metrics"].keys() == expected["metrics"].keys()
-    for key, value in expected["metrics"].items():
-        torch.testing.assert_close(found["metrics"][key], value, equal_nan=True, msg=key)
+    assert_like_logits(found, expected, {name: leaves[name].grad for name in wanted})
 
 
 @over_backends(40, cases(dtypes=(torch.float64,), widest=64), st.data(), st.sampled_from(sorted(HEADS)))

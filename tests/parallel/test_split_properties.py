@@ -5,7 +5,16 @@ from hypothesis import strategies as st
 
 import egpo_kernels as ek
 from tests.api.test_properties import over_backends
-from tests.linear.test_linear_properties import EXACT, HEADS, LEAVES, SMALL, as_logits, layers, with_logits
+from tests.linear.test_linear_properties import (
+    EXACT,
+    HEADS,
+    LEAVES,
+    SMALL,
+    as_logits,
+    assert_like_logits,
+    layers,
+    with_logits,
+)
 from tests.parallel.split import cuts, split_linear, split_logits
 from tests.support import linear
 from tests.support.accuracy import assert_accurate
@@ -121,9 +130,4 @@ def test_linear_equals_logits_in_float64(backend, case, data, head, groups, padd
     )
     expected = (whole if groups else alone)(case, "reference")
     logits.backward(expected["gradient"])
-    torch.testing.assert_close(found["loss"], expected["loss"], equal_nan=True)
-    for name in wanted:
-        torch.testing.assert_close(found[name], leaves[name].grad, msg=lambda text, name=name: f"{name}: {text}")
-    assert found["metrics"].keys() == expected["metrics"].keys()
-    for key, value in expected["metrics"].items():
-        torch.testing.assert_close(found["metrics"][key], value, equal_nan=True, msg=key)
+    assert_like_logits(found, expected, {name: leaves[name].grad for name in wanted})
