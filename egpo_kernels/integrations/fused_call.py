@@ -1,5 +1,6 @@
 """One call of a fused model: which loss its head makes, and how that comes out of the model again."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -51,15 +52,15 @@ class FusedCall:
         self.answer: LossOutput | TokenLogProbs | None = None
         self.shape: torch.Size | None = None
 
-    def carrier(self, head: dict[str, Any], hidden: Tensor) -> Tensor:
-        """Make the loss of hidden states ``[B, T, H]``; return its first tensor with at least three dimensions."""
+    def carrier(self, hidden: Tensor, head: dict[str, Any]) -> Tensor:
+        """Make the loss of hidden states ``[B, T, H]`` and a head; return a tensor of three dimensions at least."""
         if self.made is not None:
             raise RuntimeError("the head was called twice in one forward; its loss must be made once")
         hidden = kept(hidden, self.keep)
         tokens = self.arguments["tokens"]
         if isinstance(tokens, Tensor) and tokens.dim() == 1 and hidden.dim() == 3 and hidden.shape[0] == 1:
             hidden = hidden[0]
-        self.made = self.function(hidden, **head, **self.arguments)
+        self.made = self.function(hidden, **head | self.arguments)
         first = self.made[0]
         carrier = first.reshape(*[1] * (2 - first.dim()), *first.shape, 1).clone()
         self.shape = carrier.shape
@@ -94,6 +95,11 @@ class FusedCall:
                 "fuse_policy_loss once more"
             )
         return self.answer
+
+
+def thread() -> int:
+    """Under which a head finds the call that is its thread's."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def kept(hidden: Tensor, keep: Any) -> Tensor:

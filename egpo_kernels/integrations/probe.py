@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from egpo_kernels.integrations.heads import Curve, head_modules, linear_of
 from egpo_kernels.integrations.surroundings import described, forward_name, own_hooks
+from egpo_kernels.integrations.tensor_parallel import product
 
 TINY, HUGE = 2.0**-30, 2.0**100
 """Where a softcap does nothing, and where it is all that is left."""
@@ -92,7 +93,7 @@ class _Decoder(_Called):
 
 
 class _Head(_Called):
-    """The head's own forward with whatever is around it, and its hooks but for those that bring weights."""
+    """The head's own forward with whatever is around it but tensor parallelism, and its own hooks."""
 
     def __init__(self, module: Any, products: _Products, probe: Probe) -> None:
         super().__init__(module)
@@ -105,9 +106,11 @@ class _Head(_Called):
             found = hook(module, inputs, named) if with_kwargs else hook(module, inputs)
             if found is not None:
                 inputs, named = found if with_kwargs else (found if isinstance(found, tuple) else (found,), named)
+        forward = product(module.forward)
         with parametrize.cached(), self.products:
-            output = module.forward(*inputs, **named)
-        if self.probe.inner is not None and not _same(output, self.probe.inner):
+            output = forward(*inputs, **named)
+        changed = self.probe.inner is not None and not _same(output, self.probe.inner)
+        if changed or forward is not module.forward:
             self.probe.reached.discard(id(module))  # what was put around our forward since would change its result
         for key, hook in own_hooks(module._forward_hooks):
             before = output.clone()

@@ -4,22 +4,22 @@ from collections.abc import Iterator
 from typing import Any
 
 from egpo_kernels.integrations.heads import head_modules
+from egpo_kernels.integrations.tensor_parallel import module_of, moves, origin
 
 GATHERERS = ("torch.distributed.", "torch.nn.utils.", "deepspeed.", "accelerate.", "egpo_kernels.")
 """Whose hooks bring weights and leave numbers alone; they must not run without a real forward."""
 
 
 def own_hooks(hooks: Any) -> Iterator[tuple[int, Any]]:
-    """Hooks that are none of those that bring weights."""
+    """Hooks that are none of those that bring weights, or move what they are given from rank to rank."""
     for key, hook in [*hooks.items()]:
-        origin = getattr(hook, "func", hook)
-        if not str(getattr(origin, "__module__", None) or type(origin).__module__).startswith(GATHERERS):
+        if not (module_of(hook).startswith(GATHERERS) or moves(hook)):
             yield key, hook
 
 
 def forward_name(function: Any) -> str:
     """What a function or hook is called, with its module."""
-    function = getattr(function, "func", function)
+    function = origin(function)
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
@@ -55,7 +55,9 @@ def check_inside(model: Any) -> None:
         whole = module is top and len(heads) == 1
         if whole or (module in heads and len(heads) == 1):
             continue
-        found = [forward_name(hook) for _, hook in own_hooks({**module._forward_pre_hooks, **module._forward_hooks})]
+        hooks = {**module._forward_pre_hooks, **module._forward_hooks}
+        found = [forward_name(hook) for _, hook in own_hooks(hooks)]
+        found += [forward_name(hook) for hook in hooks.values() if moves(hook)]
         if "forward" in own and "_policy_calls" not in own and "_hf_hook" not in own:
             found.append(forward_name(own["forward"]))
         if found:

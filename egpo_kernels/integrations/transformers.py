@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Mapping
 from reprlib import repr as shown
 from typing import Any, TypeVar
@@ -12,17 +11,21 @@ from torch import Tensor, nn
 
 from egpo_kernels.api.linear import linear_egpo_loss, linear_policy_loss, linear_token_log_probs
 from egpo_kernels.config.results import LossOutput, TokenLogProbs
-from egpo_kernels.integrations.fused_call import FusedCall
+from egpo_kernels.integrations.fused_call import FusedCall, thread
 from egpo_kernels.integrations.heads import Curve, head_arguments, head_modules, linear_of
 from egpo_kernels.integrations.probe import measured
 from egpo_kernels.integrations.surroundings import around, check_inside
+from egpo_kernels.integrations.tensor_parallel import aside, met, plan_of, product
 
 Model = TypeVar("Model", bound=nn.Module)
 PRECISE = ("advantages", "old_log_probs", "ref_log_probs", "rewards", "rollout_weights", "temperature")
 """Arguments that 16 bits would change."""
+KNOWN = {"hidden", "weight", "bias", "lora", "logits_dtype", *Curve._fields}
+"""Arguments that are the model's."""
+SPLIT = {"vocab_group", "vocab_start", "hidden_grad", "sequence_parallel"}
+"""These too, where tensor parallelism has split it."""
 POLICY_KEYS = {
-    function.__name__: frozenset(inspect.signature(function).parameters)
-    - {"hidden", "weight", "bias", "lora", "logits_dtype", *Curve._fields}
+    function.__name__: frozenset(inspect.signature(function).parameters) - KNOWN - SPLIT
     for function in (linear_egpo_loss, linear_policy_loss, linear_token_log_probs)
 }
 """What a policy may hold for each function: all but what the model knows."""
@@ -144,22 +147,18 @@ def _model_forward(model: Any, forward: Callable[..., Any], *inputs: Any, policy
     known = {**model._policy_curve._asdict(), "logits_dtype": model._policy_dtype}
     call = FusedCall(function, {**arguments, **known}, keep)
     # By thread, and put back as it was: a checkpoint may run the forward once more within the forward.
-    thread, heads = _thread(), head_modules(model)
-    before = [head._policy_calls.get(thread) for head in heads]
+    own, heads = thread(), head_modules(model)
+    before = [head._policy_calls.get(own) for head in heads]
     try:
         for head in heads:
-            head._policy_calls[thread] = call
+            head._policy_calls[own] = call
         forward(*inputs, **named)
     finally:
         for head, other in zip(heads, before, strict=True):
-            head._policy_calls.pop(thread)
+            head._policy_calls.pop(own)
             if other is not None:
-                head._policy_calls[thread] = other
+                head._policy_calls[own] = other
     return call.result()
-
-
-def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _function_of(policy: Mapping[str, Any]) -> Callable[..., LossOutput | TokenLogProbs]:
@@ -180,10 +179,10 @@ def _function_of(policy: Mapping[str, Any]) -> Callable[..., LossOutput | TokenL
 
 def _head_forward(head: Any, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     """The forward of its head."""
-    call = head._policy_calls.get(_thread())
+    call = head._policy_calls.get(thread())
     if None not in head._policy_calls:
-        return forward(*inputs, **named) if call is None else call.carrier(head_arguments(head), *inputs, **named)
-    probe, output = head._policy_calls[None], forward(*inputs, **named)
+        return forward(*inputs, **named) if call is None else call.carrier(*met(head, *inputs, **named))
+    probe, output = head._policy_calls[None], product(forward)(*inputs, **named)
     probe.inner = output.clone()
     probe.reached.add(id(head))
     return output
@@ -191,7 +190,7 @@ def _head_forward(head: Any, forward: Callable[..., Any], *inputs: Any, **named:
 
 def _head_hook(head: Any, inputs: Any, output: Any) -> None:
     """The last forward hook of its head: others may have put their own tensors around what it returned."""
-    call = head._policy_calls.get(_thread())
+    call = head._policy_calls.get(thread())
     if call is not None:
         call.returned(output)
 
@@ -205,6 +204,7 @@ def _fuse(model: Any, logits_dtype: torch.dtype | None, forward: Callable[..., A
     heads = head_modules(model)
     for head in heads:
         head_arguments(head)
+        head._policy_plan = plan_of(head, model.config.get_text_config().vocab_size)
     check_inside(model)
     model._policy_curve, reached, used = measured(model, forward or model.forward)
     if forward is None and id(model) not in reached:
@@ -213,6 +213,7 @@ def _fuse(model: Any, logits_dtype: torch.dtype | None, forward: Callable[..., A
         fused = "_policy_calls" in head.__dict__ and id(linear_of(head)) not in used
         if id(head) not in reached and not fused:
             _replace_forward(head, _head_forward)
+        head._forward_hooks.update({key: aside(hook) for key, hook in head._forward_hooks.items()})
         if "_policy_last" in head.__dict__:
             head._policy_last.remove()
         head._policy_last = head.register_forward_hook(_head_hook)

@@ -35,7 +35,7 @@ def make_model(name: str = "Llama", **more: Any) -> nn.Module:
     """A float32 model in eval mode."""
     torch.manual_seed(0)
     config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
-    model = getattr(transformers, f"{name}ForCausalLM")(config(**SHARED, **MODELS[name], **more))
+    model = getattr(transformers, f"{name}ForCausalLM")(config(**SHARED | MODELS[name] | more))
     return model.eval()
 
 
