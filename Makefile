@@ -12,7 +12,7 @@ BARE := verl==0.9.1 TransferQueue==0.1.11 openrlhf==0.11.2 skyrl==0.3.0 skyrl-gy
 # The newest torch, and the tests of what it may change that take a minute or two.
 NEWEST := torch==2.14.1
 NEWEST_TESTS := tests/api/test_api.py tests/engine/test_autograd.py tests/engine/test_compile.py tests/test_package.py tests/config/test_settings.py \
-	tests/formulas/test_surrogates.py tests/integrations/test_peft.py tests/integrations/test_refused.py tests/integrations/test_sharding.py \
+	tests/formulas/test_surrogates.py tests/integrations/test_peft.py tests/integrations/test_refused.py tests/integrations/test_sharding.py tests/integrations/test_tensor_parallel.py \
 	tests/integrations/test_transformers.py tests/integrations/test_trl_options.py tests/integrations/test_wrappers.py tests/integrations/test_wrappers_hooks.py \
 	tests/integrations/test_wrappers_accelerate.py tests/integrations/test_fused_calls.py \
 	tests/parity/test_liger.py tests/parity/test_trl.py

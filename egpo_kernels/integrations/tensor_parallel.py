@@ -104,8 +104,8 @@ def _inside(forward: Any) -> dict[str, Any]:
     return dict(inspect.getclosurevars(forward).nonlocals)
 
 
-def plan_of(head: Any, vocab: int) -> Plan | None:
-    """How transformers splits a head of ``vocab`` ids; None: it does not, though others may.
+def plan_of(model: Any, head: Any) -> Plan | None:
+    """How transformers splits a model's head; None: it does not, though others may.
 
     Raises:
         ValueError: By a style that does more than split the vocabulary, or is not known.
@@ -118,8 +118,7 @@ def plan_of(head: Any, vocab: int) -> Plan | None:
 
         style, mesh = ALL_PARALLEL_STYLES[head._hf_tp_plan], head._hf_device_mesh
     else:
-        before = head.__dict__.get("_policy_plan")
-        return before if before is None else before._replace(vocab=vocab)
+        return head.__dict__.get("_policy_plan")  # of a forward that is within ours
     kind = type(style)
     if kind.__name__ == "TensorParallelLayer" and kind.__module__.startswith(STYLES):
         return None  # which leaves all as it is
@@ -128,7 +127,7 @@ def plan_of(head: Any, vocab: int) -> Plan | None:
             f"the head's style in tp_plan is a {kind.__module__}.{kind.__name__}; it must be 'colwise' or "
             "'colwise_gather_output', or lm_head must be left out of the plan"
         )
-    return Plan(style, mesh, vocab, bool(inside))
+    return Plan(style, mesh, model.config.get_text_config().vocab_size, bool(inside))
 
 
 def met(head: Any, hidden: Any) -> tuple[Any, dict[str, Any]]:

@@ -48,10 +48,11 @@ def fuse_policy_loss(model: Model, *, logits_dtype: torch.dtype | None = None) -
     but input_ids by keyword. Without ``policy`` the model works as before.
 
     The call runs the model's own forward and its wrappers (autocast, accelerate's hooks). The weight of the head is
-    read inside the head's own forward, where FSDP2 and ZeRO-3 have gathered it. Fuse after peft and ``fully_shard``,
-    and again if the model's config changes. What the model does to its head's output (Granite's scale, Gemma's softcap,
-    a function in place of the head's forward) is measured with a few numbers, and again when a wrapper or hook was
-    added. A hook on the head sees a small tensor in place of logits.
+    read inside the head's own forward, where FSDP2 and ZeRO-3 have gathered it. Where tensor parallelism splits it over
+    the vocabulary it stays split; all ranks must come with the same inputs. Fuse after peft and ``fully_shard``, and
+    again if the model's config changes. What the model does to its head's output (Granite's scale, Gemma's softcap, a
+    function in place of the head's forward) is measured with a few numbers, and again when a wrapper or hook was added.
+    A hook on the head sees a small tensor in place of logits.
 
     Args:
         model: A ``PreTrainedModel`` with a linear output layer, or a ``PeftModel`` of one; changed in place.
@@ -204,7 +205,7 @@ def _fuse(model: Any, logits_dtype: torch.dtype | None, forward: Callable[..., A
     heads = head_modules(model)
     for head in heads:
         head_arguments(head)
-        head._policy_plan = plan_of(head, model.config.get_text_config().vocab_size)
+        head._policy_plan = plan_of(model, head)
     check_inside(model)
     model._policy_curve, reached, used = measured(model, forward or model.forward)
     if forward is None and id(model) not in reached:

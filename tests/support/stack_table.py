@@ -30,8 +30,8 @@ STACKS = (
     ),
     Stack(
         "transformers", "transformers", "5.10.4, 5.24.0",
-        "seven architectures, peft, FSDP2 and DDP with two processes, accelerate, `torch.compile`, patches and hooks",
-        ("transformers.py", "fused_call.py", "heads.py", "probe.py", "surroundings.py"),
+        "seven architectures, peft, accelerate, `torch.compile`, hooks; two processes: FSDP2, DDP, tensor parallelism",
+        ("transformers.py", "fused_call.py", "heads.py", "probe.py", "surroundings.py", "tensor_parallel.py"),
     ),
     Stack("OpenRLHF", "openrlhf", "0.11.2", "its `PolicyLoss`, its experience maker", ("openrlhf.py",)),
     Stack("SkyRL", "skyrl", "0.3.0", "its registry, its losses and reductions, its trainer and batch"),
