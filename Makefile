@@ -32,7 +32,7 @@ FETCH = $(BIN)/python -m pip download -qq -d .whl --only-binary=:all: --python-v
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 $(BIN)/python -m pip install -qq
 
 .NOTPARALLEL:
-.PHONY: help venv test lint parity apart newest tritons pythons dist bench gpu wheels demo trl docs
+.PHONY: help venv test lint parity apart newest tritons pythons dist bench gpu wheels demo trl tp docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,9 @@ demo: $(VENV)/.stamp-demo ## train a small model on CPU (ARGS="--recipe grpo --s
 
 trl: $(VENV)/.stamp-demo $(VENV)/.stamp-trl ## train the same model by TRL's trainer on CPU (ARGS="--recipe grpo --steps 4")
 	HF_HUB_OFFLINE=1 $(BIN)/python -m demo.trl $(ARGS)
+
+tp: $(VENV)/.stamp-demo ## one step of the same model split over two processes, compared with one (ARGS=--tiny)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m demo.tensor_parallel $(ARGS)
 
 # The variable: material tells every build about its successor.
 docs: $(VENV)/.stamp-docs ## build the documentation site into site/; broken links fail
