@@ -35,7 +35,7 @@ def fuse_policy_loss(model: Model, *, logits_dtype: torch.dtype | None = None) -
     """Let ``model(input_ids, ..., policy={...})`` return losses or log-probs; the logits are never whole.
 
     The keys of ``policy`` are arguments of one of these functions, without those that the model knows (hidden, weight,
-    bias, lora, logit_scale, logit_softcap). They choose the function:
+    bias, lora, logit_scale, logit_softcap, and by whom it is split). They choose the function:
 
     | keys of ``policy``      | function                 | returned        |
     |-------------------------|--------------------------|-----------------|
