@@ -32,8 +32,8 @@ def check_dense(name: str, value: Any, kind: str) -> Tensor:
         return value
     if is_distributed(value):
         raise TypeError(
-            f"{name} is a DTensor with placements {tuple(map(str, value.placements))}; it must be a plain tensor, this "
-            "rank's: pass its to_local(), or full_tensor()"
+            f"{name} is a DTensor with placements {value.placements}; it must be a plain tensor, this rank's: pass its "
+            "to_local(), or full_tensor()"
         )
     if not isinstance(value, Tensor) or value.dtype not in _KINDS[kind]:
         wanted = f"an {kind}" if kind == "integer" else f"a {kind}"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from egpo_kernels.inputs.validation import is_distributed
 from egpo_kernels.parallel.hidden import read_parts
-from egpo_kernels.parallel.reading import Given, describe, read_group, read_placement, read_shard
+from egpo_kernels.parallel.reading import Given, describe, local, read_group, read_placement, read_shard
 from egpo_kernels.parallel.shard import Shard
 
 
@@ -30,9 +30,12 @@ def read_split(
     shard = None
     if isinstance(weight, Tensor) and weight.dim():
         _check_meant(hidden, weight, columns)
-        group = read_placement("weight", weight, 0).group if is_distributed(weight) else None
-        weight, shard = read_shard("weight", weight, 0, columns)
-        bias, lora = _own("bias", bias, group), _own_lora(lora, group)
+        group: Any = None
+        summed: tuple[int, ...] = ()
+        if is_distributed(weight):
+            group, summed = read_placement("weight", weight, 0).group, _by_rows(hidden, weight)
+        weight, shard = read_shard("weight", weight, 0, columns, summed)
+        bias, lora = _own("bias", bias, group, summed), _own_lora(lora, group, summed)
     if shard is not None and shard.columns < weight.shape[0]:
         weight, bias, lora = _without_padding(shard.columns, weight, bias, lora)
     name = shard.group if shard is not None else None
@@ -54,25 +57,39 @@ def _check_meant(hidden: Any, weight: Any, columns: Given) -> None:
         )
 
 
-def _own(name: str, value: Any, group: Any) -> Any:
+def _by_rows(hidden: Any, weight: Any) -> tuple[int, ...]:
+    """Dimensions of a weight's mesh along which ranks have other rows, and so another part of its gradient."""
+    mesh = weight.device_mesh
+    if mesh.ndim == 1:
+        return ()
+    if not is_distributed(hidden) or hidden.device_mesh != mesh:
+        raise ValueError(
+            f"weight is {describe(weight)}, and hidden does not say which of its ranks have the same tokens; it must "
+            "be a DTensor of the same mesh: pass one, or a weight of mesh['tp']"
+        )
+    pairs = enumerate(zip(hidden.placements, weight.placements, strict=True))
+    return tuple(dim for dim, (states, own) in pairs if states.is_shard() and own.is_replicate())
+
+
+def _own(name: str, value: Any, group: Any, summed: tuple[int, ...]) -> Any:
     """This rank's part of what has the vocabulary first; a DTensor must be split as the weight is."""
     if not is_distributed(value):
         return value
     placed = read_placement(name, value, 0)
     if getattr(placed.group, "group_name", None) != getattr(group, "group_name", None):
         raise ValueError(f"{name} is {describe(value)}; it must be split as weight is")
-    return value.to_local()
+    return local(value, summed)
 
 
-def _own_lora(lora: Any, group: Any) -> Any:
+def _own_lora(lora: Any, group: Any, summed: tuple[int, ...]) -> Any:
     if not isinstance(lora, (tuple, list)) or len(lora) != 3:
         return lora
     first, second, scale = lora
     if is_distributed(first):
         if not all(placement.is_replicate() for placement in first.placements):
             raise TypeError(f"lora[0] is {describe(first)}; it must be Replicate(): every rank needs all of it")
-        first = first.to_local()
-    return first, _own("lora[1]", second, group), scale
+        first = local(first, summed)
+    return first, _own("lora[1]", second, group, summed), scale
 
 
 def _without_padding(columns: int, weight: Tensor, bias: Any, lora: Any) -> tuple[Tensor, Any, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from egpo_kernels.config.fields import check_bool
 from egpo_kernels.inputs.validation import check_choice, is_distributed
 from egpo_kernels.parallel.exchange import add_up_, gather, scatter_sum
-from egpo_kernels.parallel.reading import describe, read_placement
+from egpo_kernels.parallel.reading import describe, local, read_placement
 from egpo_kernels.parallel.shard import Shard
 
 GRADIENTS = ("all_reduce", "reduce_scatter", "partial")
@@ -81,13 +81,8 @@ def _local(hidden: Any, group: str | None, hidden_grad: str | None, sequence_par
             f"hidden is {describe(hidden)}; vocab_group must split it by tokens, dimension {hidden.dim() - 2}"
         )
     if hidden_grad == "partial" and group is not None and not over:
-        from torch.distributed.tensor import Partial
-
-        meant = [
-            Partial() if mesh.get_group(dim).group_name == group else placement
-            for dim, placement in enumerate(hidden.placements)
-        ]
-        return hidden.to_local(grad_placements=meant), sequence_parallel
+        summed = tuple(dim for dim in range(mesh.ndim) if mesh.get_group(dim).group_name == group)
+        return local(hidden, summed), sequence_parallel
     return hidden.to_local(), sequence_parallel or over
 
 

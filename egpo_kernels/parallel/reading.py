@@ -40,8 +40,12 @@ class Placed(NamedTuple):
     mesh_dim: int
 
 
-def read_shard(name: str, tensor: Any, dim: int, given: Given) -> tuple[Tensor, Shard | None]:
+def read_shard(
+    name: str, tensor: Any, dim: int, given: Given, summed: tuple[int, ...] = ()
+) -> tuple[Tensor, Shard | None]:
     """Return this rank's tensor, of which ``dim`` is the vocabulary, and which columns they are; None: all there are.
+
+    ``summed``: see `local`.
 
     Raises:
         TypeError: A group that is none, a DTensor that is split in another way.
@@ -62,7 +66,7 @@ def read_shard(name: str, tensor: Any, dim: int, given: Given) -> tuple[Tensor, 
             raise ValueError(
                 f"vocab_start is {start} with a DTensor whose columns begin at {placed.start}; leave it out"
             )
-        group, start, whole, tensor = placed.group, placed.start, placed.whole, tensor.to_local()
+        group, start, whole, tensor = placed.group, placed.start, placed.whole, local(tensor, summed)
     return tensor, _shard(name, tensor.shape[dim], group, start, size, whole)
 
 
@@ -125,16 +129,25 @@ def read_placement(name: str, tensor: Any, dim: int, rows: tuple[int, ...] = ())
             )
     if found is None:
         return Placed(None, 0, tensor.shape[dim], -1)
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    mesh, whole = tensor.device_mesh, tensor.shape[dim]
+    # As torch cuts: parts of equal length, the last of which may be shorter, or nothing.
+    start = min(mesh.get_local_rank(found) * -(-whole // mesh.size(found)), whole)
+    return Placed(mesh.get_group(found), start, whole, found)
 
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return Placed(tensor.device_mesh.get_group(found), int(offset[dim]), tensor.shape[dim], found)
+
+def local(tensor: Any, summed: tuple[int, ...] = ()) -> Tensor:
+    """This rank's part of a DTensor, whose gradient each rank makes a part of along these dimensions of the mesh."""
+    if not summed:
+        return tensor.to_local()
+    from torch.distributed.tensor import Partial
+
+    meant = [Partial() if dim in summed else placement for dim, placement in enumerate(tensor.placements)]
+    return tensor.to_local(grad_placements=meant)
 
 
 def describe(tensor: Any) -> str:
     """What a DTensor is, for a message."""
-    placements, shape = tuple(map(str, tensor.placements)), tuple(tensor.device_mesh.shape)
-    return f"a DTensor with placements {placements} on a mesh of shape {shape}"
+    return f"a DTensor with placements {tensor.placements} on a mesh of shape {tuple(tensor.device_mesh.shape)}"
 
 
 def check_alike(shard: Shard | None, device: torch.device, **sizes: Any) -> None:

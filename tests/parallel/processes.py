@@ -84,7 +84,7 @@ def distributed_logits(rank: int) -> None:
 def distributed_and_refused(rank: int) -> None:
     """What no path is for says its placement; it never reaches a kernel."""
     batch, line = Batch(), init_device_mesh("cpu", (RANKS,))
-    with pytest.raises(TypeError, match=r"logits is a DTensor with placements \('P\(sum\)',\)"):
+    with pytest.raises(TypeError, match=r"logits is a DTensor with placements \(Partial\(sum\),\)"):
         batch.loss(DTensor.from_local(batch.logits, line, [Partial()]))
     split = distribute_tensor(batch.logits, line, [Shard(2)])
     with pytest.raises(ValueError, match="vocab_group is not the group over which logits is split"):
@@ -92,7 +92,7 @@ def distributed_and_refused(rank: int) -> None:
     with pytest.raises(ValueError, match="vocab_start is 3 with a DTensor whose columns begin at"):
         batch.loss(split, vocab_start=3)
     wide = distribute_tensor(batch.weight, line, [Shard(1)])
-    with pytest.raises(TypeError, match=r"weight is a DTensor with placements \('S\(1\)',\)"):
+    with pytest.raises(TypeError, match=r"weight is a DTensor with placements \(Shard\(dim=1\),\)"):
         batch.linear(batch.hidden, wide, vocab_group=line)
     with pytest.raises(ValueError, match="pass vocab_group, or, where it is sharded, call this inside the model's"):
         batch.linear(batch.hidden, distribute_tensor(batch.weight, line, [Shard(0)]))
@@ -132,6 +132,21 @@ def distributed_head(rank: int) -> None:
         assert weight.grad.placements == (Shard(0),)
         assert_rounding(weight.grad.full_tensor(), of_weight)
         assert_rounding(hidden.grad.full_tensor(), of_hidden)
+
+
+def distributed_by_sequences_too(rank: int) -> None:
+    """Hidden states split by sequences: a weight's gradient is the sum over these ranks, and says so."""
+    batch, mesh = Batch(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    rows = slice(2 * (rank // 2), 2 * (rank // 2) + 2)
+    _, of_hidden, of_weight = batch.whole_linear()
+    hidden = distribute_tensor(batch.hidden, mesh, [Shard(0), Replicate()]).requires_grad_()
+    weight = distribute_tensor(batch.weight, mesh, [Replicate(), Shard(0)]).requires_grad_()
+    batch.linear(hidden, weight, rows)[0].backward()
+    assert weight.grad.placements == (Partial(), Shard(0)) and hidden.grad.placements == (Shard(0), Replicate())
+    assert_rounding(weight.grad.full_tensor(), of_weight)
+    assert_rounding(hidden.grad.full_tensor(), of_hidden)
+    with pytest.raises(ValueError, match="hidden does not say which of its ranks have the same tokens"):
+        batch.linear(batch.hidden[rows], weight, rows, vocab_group=mesh["tp"])
 
 
 def sequence_parallel(rank: int) -> None:
@@ -232,6 +247,7 @@ WAYS = {
     way.__name__: way
     for way in (
         of_a_group, two_groups_of_two, of_another_group, distributed_logits, distributed_and_refused, distributed_head,
+        distributed_by_sequences_too,
         sequence_parallel, tied_embeddings, compiled, one_rank_with_another_mask, ranks_with_other_sizes,
     )
 }  # fmt: skip
