@@ -108,8 +108,8 @@ def launch_shards(
     logits = torch.zeros(*size, vocab // 2, dtype=dtype, device=device)
     rows = make_rows(compute_dtype(dtype), full, size, device)
     count = len(rows.mask)
-    told = backend.shard_statistics(logits, rows, rows, scale, full, vocab // 2, count)
-    backend.merged_shards(torch.stack([told, told]), rows, scale, vocab, count)
+    told = backend.shard_statistics(logits, rows, scale, full, count, rows, 7, vocab // 2)
+    backend.merged_shards(torch.stack([told, told]), rows, scale, full, vocab, count)
 
 
 def launch_one_pass(dtype: torch.dtype, full: bool, config: PolicyLossConfig, vocab: int = VOCAB) -> None:

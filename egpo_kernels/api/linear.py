@@ -107,9 +107,10 @@ def linear_egpo_loss(
         TypeError: A wrong type or dtype.
     """
     recipe = recipes.get(recipe)
+    told = (recipe, metrics, num_tokens, num_sequences, group_size, groups)
     given = Given(
         hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes, logits_dtype,
-        reading.Given(vocab_group, vocab_start, vocab_size), hidden_grad, sequence_parallel,
+        reading.Given(vocab_group, vocab_start, vocab_size, told), hidden_grad, sequence_parallel,
     )  # fmt: skip
     call = read_hidden(given, tokens, mask, cu_seqlens, temperature, support, backend)
     grouping = calls.Grouping(groups, rewards, entropy_mask, correct, group_size)
@@ -162,23 +163,21 @@ def linear_policy_loss(
 
     If the coefficient is known later, the 16-bit gradient of a frozen head's hidden states is rounded once more.
 
-    Adapters on a frozen weight cost as much as a frozen head, plus products with r in place of H; 3 if the coefficient
-    is known later. Masked rows are not multiplied if the host knows how many rows are in the mask.
+    Adapters on a frozen weight cost as a frozen head, plus products with r for H; 3 if the coefficient is known later.
+    Masked rows are not multiplied if the host knows how many rows are in the mask.
 
     The peak holds inputs, gradients, one chunk, and, if a 16-bit head trains in several, its gradients in float32.
 
     Args:
         hidden: Last hidden states, ``[S, T, H]``, or ``[N, H]`` packed; fp16, bf16, fp32 or fp64; ``hidden[..., t, :]``
             scores ``tokens[..., t]``; any strides.
-        weight: Weight of the output layer, ``[V, H]``, in the dtype of hidden (or float32, with ``logits_dtype``).
-            Under autocast both are converted.
+        weight: ``[V, H]``, in the dtype of hidden (or float32, with ``logits_dtype``); autocast converts both.
         tokens: ``[S, T]`` or ``[N]``, integer.
         advantages: ``[S]`` or shaped like tokens; treated as constants.
         mask: Shaped like tokens, nonzero where a token is in the mask; None: where ``tokens != -100``. If it is on the
             CPU and hidden on a device, the host knows which rows to multiply.
         bias: ``[V]``, or None.
-        lora: ``(A, B, scale)`` with ``A [r, H]`` and ``B [V, r]``, both differentiable: the weight is W + scale B A,
-            which is never formed.
+        lora: ``(A, B, scale)``, ``A [r, H]``, ``B [V, r]``: the weight is W + scale B A, which is never formed.
         logit_scale: A factor of the logits, above 0 (Granite: ``1 / logits_scaling``).
         logit_softcap: Softcap c of the logits (Gemma 2: ``final_logit_softcapping``), or None.
         logits_dtype: ``torch.float32``: the product of 16-bit hidden states and weight is summed and kept in float32,
@@ -212,7 +211,7 @@ def linear_policy_loss(
             ``EGPO_KERNELS_DEBUG=1``.
         max_chunk_bytes: Largest memory of a chunk, a backend's scratch memory included; only a single row may exceed
             it. None: 256 MiB on a CPU, 1/32 of its total memory on a GPU; but at least 2048 rows on a GPU, and at least
-            4096 rows anywhere if weight trains (its float32 gradient is read and written once for each chunk).
+            4096 rows anywhere if weight trains.
         backend: ``auto``, ``triton``, ``portable`` or ``reference`` (which makes the logits whole).
 
     Returns:
@@ -223,9 +222,10 @@ def linear_policy_loss(
         TypeError: A wrong type or dtype.
     """
     check_instance("config", config, PolicyLossConfig)
+    told = (config, metrics, num_tokens, num_sequences)
     given = Given(
         hidden, weight, bias, lora, logit_scale, logit_softcap, num_active, max_chunk_bytes, logits_dtype,
-        reading.Given(vocab_group, vocab_start, vocab_size), hidden_grad, sequence_parallel,
+        reading.Given(vocab_group, vocab_start, vocab_size, told), hidden_grad, sequence_parallel,
     )  # fmt: skip
     call = read_hidden(given, tokens, mask, cu_seqlens, temperature, support, backend)
     constants = calls.Constants(advantages, old_log_probs, ref_log_probs, rollout_weights)

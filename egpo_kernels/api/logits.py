@@ -89,7 +89,8 @@ def egpo_loss(
         TypeError: A wrong type or dtype.
     """
     recipe = recipes.get(recipe)
-    columns = reading.Given(vocab_group, vocab_start, vocab_size)
+    told = (recipe, metrics, num_tokens, num_sequences, group_size, groups)
+    columns = reading.Given(vocab_group, vocab_start, vocab_size, told)
     call = read_logits(logits, tokens, mask, cu_seqlens, temperature, support, inplace_grad, backend, columns=columns)
     grouping = calls.Grouping(groups, rewards, entropy_mask, correct, group_size)
     given = calls.Constants(None, old_log_probs, ref_log_probs, rollout_weights)
@@ -223,7 +224,8 @@ def logits_policy_loss(
     """
     rows = (mask, tokens, None, advantages, None, old_log_probs, ref_log_probs, rollout_weights)
     options = calls.Options(num_tokens, num_sequences, grad_scale, metrics)
-    kind, columns = None, reading.Given(vocab_group, vocab_start, vocab_size)
+    told = (config, metrics, num_tokens, num_sequences)
+    kind, columns = None, reading.Given(vocab_group, vocab_start, vocab_size, told)
     if support is None and columns.nothing:
         kind = kind_of_loss(logits, rows, cu_seqlens, temperature, config, options, inplace_grad, backend)
     way = LOSSES.get(kind)

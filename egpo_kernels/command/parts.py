@@ -22,8 +22,8 @@ def token_log_probs(batch: Batch, backend: str) -> calls.Outputs:
     # Neither part is as long as the other.
     bounds = (0, vocab // 3, vocab)
     parts = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
-    told = [package.shard_statistics(logits[..., part], rows, rows, heat, True, part.start, count) for part in parts]
-    found = Merged(*package.merged_shards(torch.stack(told), rows, heat, vocab, count))
+    told = [package.shard_statistics(logits[..., part], rows, heat, True, count, rows, 0, part.start) for part in parts]
+    found = Merged(*package.merged_shards(torch.stack(told), rows, heat, True, vocab, count))
     slopes = calls.upstream(batch).to(found.log_probs.dtype).flatten()
     upstream = [slopes, torch.full_like(slopes, calls.ENTROPY_UPSTREAM)]
     live = rows.mask & (found.log_probs != -torch.inf)

@@ -121,5 +121,6 @@ def read_tokens(
     else:
         heat = check_positive("temperature", temperature)
     backend = choose_backend(backend, layout.device)
-    check_alike(source.shard, layout.device, shape=layout.shape, dtype=source.dtype, temperature=heat, backend=backend)
+    named = {"tokens' shape": layout.shape, "dtype": source.dtype, "temperature": heat, "backend": backend}
+    check_alike(source.shard, layout.device, named)
     return Call(source, given, layout, heat, compute_dtype(source.dtype), backend, kind)

@@ -97,7 +97,7 @@ def reference_scores(
     """Log-probs and entropy ``[N]`` as `reference` makes them; of some columns by way of all of them."""
     poison = None
     if shard is not None:
-        status = agreed(rows, shard, logits)
+        status = agreed(rows, call.temperature, shard, logits)
         statuses.append(status)
         logits, poison = whole_rows(logits, shard), status[1]
     vocab = logits.shape[-1]

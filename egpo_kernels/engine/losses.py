@@ -21,12 +21,14 @@ from egpo_kernels.formulas import metrics
 from egpo_kernels.formulas.lazy import merged
 from egpo_kernels.formulas.rows import NO_COUNTS, Counts
 from egpo_kernels.inputs import layout as layouts
-from egpo_kernels.inputs.layout import PER_SEQUENCE, Layout
+from egpo_kernels.inputs.layout import PER_SEQUENCE, Layout, group_ids
 from egpo_kernels.inputs.segments import flat
 from egpo_kernels.inputs.validation import check_choice, check_count, check_dense, check_tensor
 
 PER_TOKEN_OR_SEQUENCE = (("advantages", rows.ADVANTAGES), ("rollout_weights", rows.ROLLOUT_WEIGHTS))
 
+MARKS = 1 << 20
+"""Groups that an exchange tells apart."""
 # Metrics by whether there is a KL, an entropy, and an entropy in the loss.
 LEFT_OUT = {
     (with_kl, has_entropy, with_bonus): (() if with_kl else ("policy/ref_kl", "policy/loss/kl"))
@@ -128,11 +130,9 @@ def loss_of_groups(call: Call, given: Constants, grouping: Grouping, recipe: Rec
     old, entropy, found = given.old_log_probs, None, None
     if config.weight != "none" and (old is None or config.statistic == "shannon"):
         want_entropy = config.statistic == "shannon" or wants_entropy(recipe.loss, options.metrics)
-        unmade = call.unmade()
-        if call.source.shard is not None:
-            # Other ranks must have the same rewards, and this exchange is the only one.
-            unmade = unmade._replace(given=unmade.given.copy())
-            unmade.given.put(rows.ADVANTAGES, rewards, PER_SEQUENCE)
+        unmade = (
+            call.unmade() if call.source.shard is None else _told(call, given, rewards, grouping, recipe.loss, options)
+        )
         found = call.source.log_probs(call, unmade.made(call.backend), want_entropy, recipe.loss.has_bonus)
         old = found.log_probs.detach().view(layout.shape) if old is None else old
         entropy = None if found.entropy is None else found.entropy.detach().view(layout.shape)
@@ -150,6 +150,29 @@ def loss_of_groups(call: Call, given: Constants, grouping: Grouping, recipe: Rec
     given = given._replace(advantages=grouped.advantages[:, None])
     loss, seen = loss_of_tokens(call, given, recipe.loss, options, found)
     return LossOutput(loss, merged(grouped.metrics, seen))
+
+
+def _told(
+    call: Call, given: Constants, rewards: Tensor, grouping: Grouping, config: PolicyLossConfig, options: Options
+) -> Unmade:
+    """What rows for log-probs are made of, with all that other ranks must have alike: their exchange is the only one.
+
+    In the place of advantages, which come of it, are rewards, and groups in a place that is free.
+    """
+    layout = call.layout
+    unmade = loss_rows(call, given._replace(advantages=rewards[:, None]), config, options)
+    unmade = unmade._replace(config=None, only_active=False, given=unmade.given.copy())
+    ids, _ = group_ids(grouping.groups, layout.num_sequences, layout.device, grouping.group_size)
+    free = [place for place in rows.FREE if unmade.given.tensors[place] is None]
+    if free and (ids is not None or grouping.correct is not None):
+        marks = torch.zeros(layout.num_sequences, device=layout.device, dtype=call.dtype)
+        if ids is not None:
+            marks = marks + ids % MARKS  # whole numbers that a float32 holds
+        if grouping.correct is not None:
+            correct = check_tensor("correct", grouping.correct, "bool", {"[S]": rewards.shape}, layout.device)
+            marks = marks + MARKS * correct
+        unmade.given.put(free[0], marks, PER_SEQUENCE)
+    return unmade
 
 
 def loss_of_tokens(

@@ -14,6 +14,8 @@ from egpo_kernels.inputs.layout import PER_TOKEN, Layout
 from egpo_kernels.inputs.segments import counted_rows, flat
 
 MASK, TOKENS, TEMPERATURE, ADVANTAGES, _, OLD_LOG_PROBS, REF_LOG_PROBS, ROLLOUT_WEIGHTS = range(len(Rows._fields))
+FREE = (OLD_LOG_PROBS, REF_LOG_PROBS, ROLLOUT_WEIGHTS)
+"""What may not be given."""
 
 
 class Given(NamedTuple):

@@ -45,7 +45,10 @@ def chunk_rows(
     weight, vocab, ahead = head.weight, head.vocab if shard is None else shard.even, shard is not None
     apart = wanted.of_head and sums_apart(weight)
     kind = sizes.Kind(vocab, head.logits_dtype, weight.dtype, bool(head.softcap), wanted.weight, apart, ahead)
-    return sizes.chunk_rows(kind, total, max_chunk_bytes, sizes.device_memory(weight.device), scratch)
+    memory = sizes.device_memory(weight.device)
+    if ahead and memory is not None:
+        memory = sizes.in_steps(memory)
+    return sizes.chunk_rows(kind, total, max_chunk_bytes, memory, scratch)
 
 
 def check_num_active(mask: Tensor, num_active: int | None) -> None:

@@ -52,10 +52,14 @@ class Layer(NamedTuple):
     def plan(self, rows: Rows, wanted: Wanted) -> Plan:
         """The rows that count, and how many of them go together.
 
-        With other ranks, as if all did: where ranks' masks differ, none must wait for a chunk that others do not have.
+        With other ranks, as many as could: where ranks' masks differ, none must wait for a chunk that others do not
+        have.
         """
-        places = active_rows(rows.mask, self.host_mask, self.num_active)
-        total = (rows.mask if places is None or self.shard is not None else places).shape[0]
+        places, most = active_rows(rows.mask, self.host_mask, self.num_active), rows.mask.shape[0]
+        if self.shard is not None:
+            total = most if self.num_active is None else min(most, self.num_active)
+        else:
+            total = most if places is None else places.shape[0]
         scratch = self.package.scratch_bytes(self.hidden)
         return Plan(places, total, chunk_rows(self.head, wanted, self.max_chunk_bytes, scratch, total, self.shard))
 

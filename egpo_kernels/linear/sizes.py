@@ -16,6 +16,8 @@ DEVICE_ROWS = 2048
 """There a chunk has at least as many rows: fewer give ``dL/dh [R, H]`` too few tiles to fill the device."""
 TRAINED_ROWS = 4096
 """With a weight that trains a chunk has at least as many rows: its gradient is read and written once a chunk."""
+MEMORY_STEP = 8 << 30
+"""Ranks that go in step must find chunks of one size."""
 TILE = 256
 """On a GPU products are cut into tiles of 128 or 256 rows: part of one costs as much as all of it."""
 
@@ -53,6 +55,11 @@ def device_memory(device: torch.device) -> int | None:
     if device.type not in ("cuda", "xpu"):
         return None
     return int(torch.get_device_module(device).get_device_properties(device).total_memory)
+
+
+def in_steps(memory: int) -> int:
+    """About so many bytes, the same for two GPUs of a kind, which may differ by some megabytes."""
+    return max(memory - memory % MEMORY_STEP, MEMORY_STEP)
 
 
 def chunk_rows(kind: Kind, total: int, max_chunk_bytes: int | None, memory: int | None, scratch: int) -> int:

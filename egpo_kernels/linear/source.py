@@ -22,7 +22,7 @@ from egpo_kernels.linear.chunks import check_num_active
 from egpo_kernels.linear.head import Head
 from egpo_kernels.linear.split import read_split
 from egpo_kernels.parallel import reading
-from egpo_kernels.parallel.hidden import gathered, with_summed_gradient
+from egpo_kernels.parallel.hidden import check_parts, gathered, with_summed_gradient
 from egpo_kernels.parallel.shard import Shard
 
 
@@ -167,7 +167,10 @@ def read_hidden(
 ) -> calls.Call:
     """Check hidden states, head, tokens, mask, temperature and what a sampler kept."""
     packed = cu_seqlens is not None or one_sequence
-    split = read_split(*given[:4], given.columns, given.hidden_grad, given.sequence_parallel)
+    # These decide how many exchanges there are.
+    told = (support is None, *given[6:9], given.hidden_grad, given.sequence_parallel)
+    columns = given.columns._replace(options=(*given.columns.options, *told))
+    split = read_split(*given[:4], columns, given.hidden_grad, given.sequence_parallel)
     given, shard = given._replace(weight=split.weight, bias=split.bias, lora=split.lora), split.shard
     hidden = check_dense("hidden", split.hidden, "floating")
     hidden = check_tensor("hidden", hidden, "floating", {}, hidden.device)
@@ -175,6 +178,7 @@ def read_hidden(
         wanted = "[N, H] with cu_seqlens" if packed else "[S, T, H] (or [N, H] with cu_seqlens)"
         raise ValueError(f"hidden has shape {list(hidden.shape)}; it must be {wanted}")
     if split.hidden_grad == "reduce_scatter" and shard is not None:
+        check_parts(hidden, tokens, shard)
         hidden = gathered(hidden, shard)
     shape, device = tuple(hidden.shape[:-1]), hidden.device
     hidden, head = _read_head(given, hidden, may_be_empty=shard is not None)
@@ -202,6 +206,8 @@ def _multiplied(source: Linear, call: calls.Call, recorded: Tensor | None) -> Li
     """The source with what the host knows of the rows that meet all of the output layer: those without a record."""
     if recorded is None or call.backend == "reference" or torch.compiler.is_compiling():
         return source
+    if source.shard is not None:
+        return source  # what this rank's host knows may be news to another's, which must do the same
     if not recorded.any():
         return source._replace(records=False)
     mask, num_active = source.host_mask, source.num_active
@@ -230,7 +236,7 @@ def _read_head(given: Given, hidden: Tensor, may_be_empty: bool) -> tuple[Tensor
     lora_a, lora_b, lora_scale = (None, None, 1.0) if given.lora is None else _read_lora(given.lora, vocab, width)
     tensors = {"weight": weight, "bias": given.bias, "lora[0]": lora_a, "lora[1]": lora_b}
     if given.bias is not None:
-        check_tensor("bias", given.bias, "floating", {"[V]": (vocab,)}, hidden.device)
+        check_tensor("bias", given.bias, "floating", {"[V], of weight's rows,": (vocab,)}, hidden.device)
     converts = _autocast_dtype(hidden, given.logits_dtype) is not None
     hidden, dtype = _product_dtype(hidden, weight.dtype, given.logits_dtype)
     for name, tensor in tensors.items():

@@ -77,7 +77,7 @@ def _own(name: str, value: Any, group: Any, summed: tuple[int, ...]) -> Any:
         return value
     placed = read_placement(name, value, 0)
     if getattr(placed.group, "group_name", None) != getattr(group, "group_name", None):
-        raise ValueError(f"{name} is {describe(value)}; it must be split as weight is")
+        raise ValueError(f"{name} is {describe(value)}; it must be split over ranks as weight is: redistribute it")
     return local(value, summed)
 
 

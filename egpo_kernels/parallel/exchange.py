@@ -29,6 +29,11 @@ def _group(name: str) -> Any:
     return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
+def rank_in(group: str) -> int:
+    """This process's place in a group, 0 where there is none."""
+    return int(_group(group).rank()) if group else 0
+
+
 def gather(values: Tensor, group: str, size: int) -> Pending:
     """Start to fetch ``values`` of all ``size`` ranks, in their order, ``[P, ...]``; all must have one shape."""
     if size == 1:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from egpo_kernels.config.fields import check_bool
 from egpo_kernels.inputs.validation import check_choice, is_distributed
@@ -23,6 +24,7 @@ class _GatherSequence(torch.autograd.Function):
         return gather(hidden, group, size).arrived().movedim(0, dim).flatten(dim, dim + 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         dim, group, size = ctx.options
         return scatter_sum(gradient.unflatten(dim, (size, -1)).movedim(dim, 0), group, size), None, None, None
@@ -37,6 +39,7 @@ class _SumGradient(torch.autograd.Function):
         return values.view_as(values)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return add_up_(gradient.clone(memory_format=torch.contiguous_format), *ctx.options).arrived(), None, None
 
@@ -70,6 +73,8 @@ def read_parts(hidden: Any, hidden_grad: Any, sequence_parallel: Any, group: str
 def _local(hidden: Any, group: str | None, hidden_grad: str | None, sequence_parallel: bool) -> tuple[Tensor, bool]:
     """This rank's tensor of a DTensor, and whether ``group`` splits it by rows."""
     rows = tuple(range(hidden.dim() - 1))
+    if not all(placement.is_replicate() or placement.is_shard() for placement in hidden.placements):
+        raise TypeError(f"hidden is {describe(hidden)}; it must be Replicate() or Shard(): redistribute it")
     if read_placement("hidden", hidden, -1, rows).group is not None:
         raise TypeError(f"hidden is {describe(hidden)}; its width must not be split: redistribute it")
     mesh = hidden.device_mesh
@@ -84,6 +89,18 @@ def _local(hidden: Any, group: str | None, hidden_grad: str | None, sequence_par
         summed = tuple(dim for dim in range(mesh.ndim) if mesh.get_group(dim).group_name == group)
         return local(hidden, summed), sequence_parallel
     return hidden.to_local(), sequence_parallel or over
+
+
+def check_parts(hidden: Any, tokens: Any, shard: Shard) -> None:
+    """Raise where the ranks' parts do not make as many rows as there are tokens: an exchange of theirs could hang."""
+    if not (isinstance(hidden, Tensor) and isinstance(tokens, Tensor)) or hidden.dim() != tokens.dim() + 1:
+        return  # which is said elsewhere
+    own, whole = hidden.shape[-2], tokens.shape[-1]
+    if own * shard.size != whole:
+        raise ValueError(
+            f"hidden has {own} tokens on this rank, one of {shard.size}, and there are {whole} in all; with "
+            "sequence_parallel each rank must have as many: pad the tokens, and mask what is added"
+        )
 
 
 def gathered(hidden: Tensor, shard: Shard) -> Tensor:

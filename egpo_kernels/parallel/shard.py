@@ -2,7 +2,8 @@
 
 import functools
 import json
-from typing import NamedTuple
+import zlib
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from egpo_kernels.config.results import Rows
 class Shard(NamedTuple):
     """``columns`` of a vocabulary of ``vocab`` ids, from ``start`` on, of a rank in a ``group`` of ``size``.
 
-    What a tensor has behind so many columns is padding.
+    What a tensor has behind so many columns is padding. All ranks must come with the same ``options``.
     """
 
     group: str
@@ -20,6 +21,7 @@ class Shard(NamedTuple):
     start: int
     columns: int
     vocab: int
+    options: str
 
     @property
     def text(self) -> str:
@@ -30,6 +32,10 @@ class Shard(NamedTuple):
     def even(self) -> int:
         """Columns of a rank where all have as many: what all ranks can agree on without asking."""
         return -(-self.vocab // self.size)
+
+    def seed(self, *options: Any) -> int:
+        """31 bits of all that ranks must have alike beside rows, these ``options`` among it."""
+        return zlib.crc32(repr((self.vocab, self.options, options)).encode()) >> 1
 
     def own(self, matrix: Tensor) -> Tensor:
         """The columns ``[..., V]`` that are no padding."""

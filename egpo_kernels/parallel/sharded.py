@@ -7,7 +7,7 @@ third with the same numbers, so that log-probs, entropies and losses are the sam
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +15,10 @@ from torch import Tensor
 from egpo_kernels.config.results import Rows
 from egpo_kernels.config.settings import PolicyLossConfig, compute_dtype
 from egpo_kernels.formulas.kept import Entries
-from egpo_kernels.formulas.shards import Merged, told
+from egpo_kernels.formulas.shards import PRIME, SHIFT, Merged, told
 from egpo_kernels.inputs.segments import Segments
 from egpo_kernels.parallel.exchange import Pending, gather
 from egpo_kernels.parallel.shard import Shard
-
-Chunk = TypeVar("Chunk")
 
 
 class Begun(NamedTuple):
@@ -29,6 +27,7 @@ class Begun(NamedTuple):
     pending: Pending
     rows: Rows
     temperature: float
+    want_entropy: bool
     capacity: int
 
 
@@ -68,18 +67,21 @@ class Sharded:
     def _begin(
         self, logits: Tensor, rows: Rows, alike: Rows, temperature: float, want_entropy: bool, capacity: int
     ) -> None:
+        seed, start = self.shard.seed(temperature, want_entropy), self.shard.start
         table = self.package.shard_statistics(
-            self.shard.own(logits), rows, alike, temperature, want_entropy, self.shard.start, capacity
+            self.shard.own(logits), rows, temperature, want_entropy, capacity, alike, seed, start
         )
-        self._exchange(table, rows, temperature, capacity)
+        self._exchange(table, rows, temperature, want_entropy, capacity)
 
-    def _exchange(self, table: Tensor, rows: Rows, temperature: float, capacity: int) -> None:
+    def _exchange(self, table: Tensor, rows: Rows, temperature: float, want_entropy: bool, capacity: int) -> None:
         pending = gather(table, self.shard.group, self.shard.size)
-        self._begun.append(Begun(pending, rows, temperature, capacity))
+        self._begun.append(Begun(pending, rows, temperature, want_entropy, capacity))
 
     def _merged(self) -> Merged:
-        pending, rows, temperature, capacity = self._begun.popleft()
-        found = self.package.merged_shards(pending.arrived(), rows, temperature, self.shard.vocab, capacity)
+        pending, rows, temperature, want_entropy, capacity = self._begun.popleft()
+        found = self.package.merged_shards(
+            pending.arrived(), rows, temperature, want_entropy, self.shard.vocab, capacity
+        )
         status, before = found.status, self._status
         if before is not None:
             status = torch.stack([torch.maximum(before[0], status[0]), before[1] * status[1]])
@@ -164,13 +166,20 @@ class Sharded:
         found = [torch.where(empty, lowest, maximum), torch.where(empty, 0.0, sum_exp), values[entries.offsets[:-1]]]
         if entropy is not None:
             found.append(torch.where(empty, 0.0, sum_exp * (sum_exp.log() - entropy)))
-        capacity = rows.mask.numel()
-        self._exchange(
-            told(rows, rows, self.shard.start, self.shard.columns, found, capacity), rows, temperature, capacity
-        )
+        capacity, seed = rows.mask.numel(), self.shard.seed(temperature, want_entropy)
+        alike = rows._replace(tokens=self._with_ids(rows.tokens, entries))
+        table = told(rows.mask, found, capacity, alike, seed, self.shard.start, self.shard.columns)
+        self._exchange(table, rows, temperature, want_entropy, capacity)
         log_probs, entropies, maximum, sum_exp, _ = self._merged()
         log_probs = torch.where(entries.broken, torch.nan, log_probs)
         return log_probs, entropies if want_entropy else None, maximum, sum_exp
+
+    def _with_ids(self, tokens: Tensor | None, entries: Entries) -> Tensor:
+        """Tokens ``[N]`` mixed with the ids of their rows, of the whole vocabulary, which ranks must have alike."""
+        assert tokens is not None
+        mixed = (entries.ids + self.shard.start) * PRIME
+        sums = torch.nn.functional.pad((mixed ^ (mixed >> SHIFT)).cumsum(0), (1, 0))[entries.offsets]
+        return tokens + sums.diff()
 
     def put_kept_(self, gradient: Tensor, entries: Entries, values: Tensor) -> None:
         """As the package's own."""

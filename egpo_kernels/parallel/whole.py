@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from egpo_kernels.config.results import Rows
 from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.formulas.shards import misfits, num_headers, told
 from egpo_kernels.inputs.segments import flat_rows
-from egpo_kernels.parallel.exchange import gather
+from egpo_kernels.parallel.exchange import gather, rank_in
 from egpo_kernels.parallel.shard import Shard
 
 
@@ -18,18 +19,19 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, shard: Shard) -> Tensor:
-        ctx.shard, ctx.padding = shard, logits.shape[-1] - shard.columns
         widths = gather(torch.tensor([logits.shape[-1], shard.columns], device=logits.device), shard.group, shard.size)
         sizes = widths.arrived().tolist()
-        most = max(size for size, _ in sizes)
+        most, rank = max(size for size, _ in sizes), rank_in(shard.group)
+        ctx.start, ctx.own = sum(own for _, own in sizes[:rank]), shard.columns
+        ctx.padding = logits.shape[-1] - shard.columns
         padded = torch.nn.functional.pad(logits, (0, most - logits.shape[-1]))
         found = gather(padded, shard.group, shard.size).arrived()
         return torch.cat([part[..., :own] for part, (_, own) in zip(found, sizes, strict=True)], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        shard = ctx.shard
-        own = gradient[..., shard.start : shard.start + shard.columns]
+        own = gradient[..., ctx.start : ctx.start + ctx.own]
         return torch.nn.functional.pad(own, (0, ctx.padding)), None
 
 
@@ -38,11 +40,12 @@ def whole_rows(logits: Tensor, shard: Shard) -> Tensor:
     return _Whole.apply(logits, shard)
 
 
-def agreed(rows: Rows, shard: Shard, logits: Tensor) -> Tensor:
+def agreed(rows: Rows, temperature: float, shard: Shard, logits: Tensor) -> Tensor:
     """Status ``[2]``, see `egpo_kernels.formulas.shards.Merged`, of ranks with these rows."""
     rows = flat_rows(rows)
     count, dtype = rows.mask.shape[0], compute_dtype(logits.dtype)
     nothing = torch.zeros(count, dtype=dtype, device=logits.device)
-    table = told(rows, rows, shard.start, shard.columns, [nothing] * 3, count)[: num_headers(count)]
+    table = told(rows.mask, [nothing], count, rows, shard.seed(temperature), shard.start, shard.columns)
+    table = table[: num_headers(count)]
     wrong = misfits(gather(table, shard.group, shard.size).arrived(), shard.vocab).to(dtype)
     return torch.stack([wrong, torch.where(wrong > 0, torch.nan, 1.0).to(dtype)])

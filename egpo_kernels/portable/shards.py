@@ -14,7 +14,14 @@ __all__ = ["merged_shards", "shard_statistics"]
 
 
 def shard_statistics(
-    logits: Tensor, rows: Rows, alike: Rows, temperature: float, want_entropy: bool, start: int, capacity: int
+    logits: Tensor,
+    rows: Rows,
+    temperature: float,
+    want_entropy: bool,
+    capacity: int,
+    alike: Rows,
+    seed: int,
+    start: int,
 ) -> Tensor:
     """What this rank tells of its columns, from ``start`` on: see `egpo_kernels.formulas.shards.told`."""
     assert rows.tokens is not None
@@ -33,4 +40,4 @@ def shard_statistics(
     found = [maximum, torch.where(empty, 0.0, sum_exp), own]
     if sum_x is not None:
         found.append(torch.where(empty, 0.0, sum_x))
-    return told(rows, alike, start, columns, found, capacity)
+    return told(rows.mask, found, capacity, alike, seed, start, columns)

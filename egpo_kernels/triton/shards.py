@@ -11,7 +11,7 @@ from torch import Tensor
 from egpo_kernels.config.results import Rows
 from egpo_kernels.config.settings import compute_dtype
 from egpo_kernels.formulas import shards
-from egpo_kernels.formulas.shards import Merged, num_headers, width
+from egpo_kernels.formulas.shards import Merged, num_headers
 from egpo_kernels.triton.arithmetic import LOG2_E, divide
 from egpo_kernels.triton.launch import choice_of, launch_for
 from egpo_kernels.triton.launcher import Launches, lie, reach
@@ -38,8 +38,8 @@ from egpo_kernels.triton.softmax import (
 )
 
 BLOCK, OPTIONS = 128, {"num_warps": 4}
-HEADED, PRIME, SHIFT, CHECKED = (
-    tl.constexpr(each) for each in (shards.HEADED, shards.PRIME, shards.SHIFT, shards.CHECKED)
+WIDTH, HEADED, PRIME, SHIFT, CHECKED = (
+    tl.constexpr(each) for each in (shards.WIDTH, shards.HEADED, shards.PRIME, shards.SHIFT, shards.CHECKED)
 )
 
 NUM_FIELDS = tl.constexpr(len(RowPointers._fields))
@@ -61,22 +61,21 @@ def mixed_with(mixed, pointer, offs, counted):
     return mixed ^ (mixed >> SHIFT)
 
 
-@triton.jit(do_not_specialize=["num_rows", "start", "columns"])
-def shard_headers_kernel(rows, table_ptr, num_rows, start, columns, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=["num_rows", "seed", "start", "columns"])
+def shard_headers_kernel(rows, table_ptr, num_rows, seed, start, columns):
     """One header a program."""
     offs = tl.program_id(0) * HEADED + tl.arange(0, HEADED)
     counted = tl.load(rows.mask_ptr + offs, mask=offs < num_rows, other=0) != 0
     mixed = offs.to(tl.int32)
     for place in tl.static_range(NUM_FIELDS):
         mixed = mixed_with(mixed, rows[place], offs, counted)
-    checksum = tl.sum(tl.where(counted, mixed, 0).to(tl.int64), 0) & CHECKED
+    checksum = (tl.sum(tl.where(counted, mixed, 0).to(tl.int64), 0) + seed) & CHECKED
     header_ptr = table_ptr + tl.program_id(0) * WIDTH
     dtype: tl.constexpr = table_ptr.dtype.element_ty
     tl.store(header_ptr, tl.cast(start, dtype))
     tl.store(header_ptr + 1, tl.cast(columns, dtype))
     tl.store(header_ptr + 2, checksum.to(dtype))
-    if WIDTH > 3:
-        tl.store(header_ptr + 3, tl.cast(0, dtype))
+    tl.store(header_ptr + 3, tl.cast(0, dtype))
 
 
 @triton.jit(do_not_specialize=["length", "start"])
@@ -86,7 +85,7 @@ def shard_statistics_kernel(
 ):  # fmt: skip
     """As `row_statistics_kernel`, of some columns, in natural units; one program a row, zeros outside the mask."""
     row = tl.program_id(0)
-    line_ptr = table_ptr + row.to(tl.int64) * (4 if ENTROPY else 3)
+    line_ptr = table_ptr + row.to(tl.int64) * WIDTH
     zero = tl.zeros((), DTYPE)
     maximum, sum_exp, own, weighted = zero, zero, zero, zero
     if tl.load(rows.mask_ptr + row) != 0:
@@ -100,12 +99,11 @@ def shard_statistics_kernel(
     tl.store(line_ptr, maximum)
     tl.store(line_ptr + 1, sum_exp)
     tl.store(line_ptr + 2, own)
-    if ENTROPY:
-        tl.store(line_ptr + 3, weighted)
+    tl.store(line_ptr + 3, weighted)
 
 
 @triton.jit
-def misfits(tables_ptr, ranks, stride, vocab, headers, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def misfits(tables_ptr, ranks, stride, vocab, headers, BLOCK: tl.constexpr):
     """See `egpo_kernels.formulas.shards.misfits`."""
     wrong, stop = 0, 0
     for rank in range(ranks):
@@ -131,8 +129,7 @@ def merge_shards_kernel(
     headers, vocab, num_rows, DTYPE: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of rows, of which every rank told some columns; see `egpo_kernels.formulas.shards.merged`."""
-    WIDTH: tl.constexpr = 4 if ENTROPY else 3
-    wrong = misfits(tables_ptr, ranks, stride, vocab, headers, WIDTH, BLOCK)
+    wrong = misfits(tables_ptr, ranks, stride, vocab, headers, BLOCK)
     poison = tl.where(wrong > 0, float("nan"), 1.0).to(DTYPE)
     if tl.program_id(0) == 0:
         tl.store(status_ptr, wrong.to(DTYPE))
@@ -169,18 +166,25 @@ def merge_shards_kernel(
     tl.store(maximum_ptr + offs, maximum, mask=valid)
     tl.store(sum_exp_ptr + offs, sum_exp * poison, mask=valid)
     if ENTROPY:
-        tl.store(entropy_ptr + offs, tl.where(counted, entropy, 0.0), mask=valid)
+        tl.store(entropy_ptr + offs, tl.where(counted, entropy, 0.0) * poison, mask=valid)
 
 
 def shard_statistics(
-    logits: Tensor, rows: Rows, alike: Rows, temperature: float, want_entropy: bool, start: int, capacity: int
+    logits: Tensor,
+    rows: Rows,
+    temperature: float,
+    want_entropy: bool,
+    capacity: int,
+    alike: Rows,
+    seed: int,
+    start: int,
 ) -> Tensor:
     """What this rank tells of its columns, from ``start`` on: see `egpo_kernels.formulas.shards.told`."""
     num_rows, dtype, columns = rows.mask.numel(), compute_dtype(logits.dtype), logits.shape[-1]
-    headers, wide, checked = num_headers(capacity), width(want_entropy), row_pointers(alike)
-    table = logits.new_empty(headers + capacity, wide, dtype=dtype)
-    launches = Launches(logits.device, dtype, lie(checked), wide, reach(num_rows))
-    launches(shard_headers_kernel, headers, (checked, table, num_rows, start, columns, wide), OPTIONS)
+    headers, checked = num_headers(capacity), row_pointers(alike)
+    table = logits.new_empty(headers + capacity, shards.WIDTH, dtype=dtype)
+    launches = Launches(logits.device, dtype, lie(checked), reach(num_rows))
+    launches(shard_headers_kernel, headers, (checked, table, num_rows, seed, start, columns), OPTIONS)
     if num_rows < capacity:
         table[headers + num_rows :].zero_()
     lines = table[headers : headers + num_rows]
@@ -204,15 +208,18 @@ def _launch_statistics(
     launches(shard_statistics_kernel, lines.shape[0], arguments, launched.options)
 
 
-def merged_shards(gathered: Tensor, rows: Rows, temperature: float, vocab: int, capacity: int) -> Merged:
+def merged_shards(
+    gathered: Tensor, rows: Rows, temperature: float, want_entropy: bool, vocab: int, capacity: int
+) -> Merged:
     """See `egpo_kernels.formulas.shards.merged`."""
     num_rows, (ranks, lines, wide), dtype = rows.mask.numel(), gathered.shape, gathered.dtype
-    entropy = gathered.new_empty(num_rows if wide > 3 else 0)
+    entropy = gathered.new_empty(num_rows if want_entropy else 0)
     log_probs, maximum, sum_exp = (gathered.new_empty(num_rows) for _ in range(3))
     found, pointers = Merged(log_probs, entropy, maximum, sum_exp, gathered.new_empty(2)), row_pointers(rows)
     sizes = (ranks, lines * wide, num_headers(capacity), vocab, num_rows)
-    launches = Launches(gathered.device, dtype, lie(pointers), lie((gathered,)), wide, reach(lines * wide, num_rows))
+    reached = reach(lines * wide, num_rows)
+    launches = Launches(gathered.device, dtype, lie(pointers), lie((gathered,)), want_entropy, reached)
     arguments = (gathered, pointers, *found, temperature_of(temperature, dtype), *sizes)
-    constants = (triton_dtype(dtype), wide > 3, BLOCK)
+    constants = (triton_dtype(dtype), want_entropy, BLOCK)
     launches(merge_shards_kernel, max(1, blocks_of(num_rows, BLOCK)), arguments + constants, OPTIONS)
     return found

@@ -55,10 +55,10 @@ def check_ours(problem: Problem, group: Any, want_entropy: bool) -> None:
     counted = case.counted.view(case.tokens.shape)
     given = {"vocab_group": group, "mask": counted, "return_entropy": want_entropy}
     found, sent = sent_by(lambda: ek.token_log_probs(shard.detach(), case.tokens, **given))
-    assert sent == [told(problem.tokens, want_entropy)], sent
+    assert sent == [told(problem.tokens)], sent
     problem.hold_scores(*found[: 1 + want_entropy])
     loss, sent = sent_by(lambda: problem.our_loss(shard, vocab_group=group))
-    assert sent == [told(problem.tokens, want_entropy)], sent
+    assert sent == [told(problem.tokens)], sent
     _, sent = sent_by(lambda: loss.backward(case.upstream))
     assert sent == [], sent
     problem.hold(part, loss=loss, logits=shard.grad)
@@ -117,7 +117,7 @@ def verl_engine() -> None:
     given = dict.fromkeys(("calculate_sum_pi_squared", "distillation_use_topk", "distillation_only"), False)
     given |= {"calculate_entropy": True, "logits_processor_func": None, "batch": None, "data_format": "bshd"}
     found = []
-    for kind, wanted in zip(engines, ([told(rows, True)], reduced(rows, *[1] * 6)), strict=True):
+    for kind, wanted in zip(engines, ([told(rows)], reduced(rows, *[1] * 6)), strict=True):
         engine, shard = object.__new__(kind), problem.shard
         engine.engine_config = SimpleNamespace(entropy_from_logits_with_chunking=False)
         logits = shard * 1.0

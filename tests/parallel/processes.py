@@ -191,7 +191,8 @@ def tied_embeddings(rank: int) -> None:
 
 def compiled(rank: int) -> None:
     """In one graph, with the same bits; by two ranks, since it takes its time."""
-    group = dist.new_group([0, 1])
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"]
+    group = mesh.get_group()
     if rank > 1:
         return
     batch, own = Batch(), slice(15 * rank, 15 * rank + 15)
@@ -200,7 +201,7 @@ def compiled(rank: int) -> None:
         return batch.loss(logits, vocab_group=group)
 
     def of_hidden(hidden: Tensor) -> ek.LossOutput:
-        return batch.linear(hidden, batch.weight[own], vocab_group=group)
+        return batch.linear(hidden, batch.weight[own], vocab_group=mesh)
 
     for function, values in ((of_logits, batch.logits[..., own]), (of_hidden, batch.hidden)):
         results = []
@@ -236,7 +237,7 @@ def ranks_with_other_sizes(rank: int) -> None:
     os.environ["EGPO_KERNELS_DEBUG_GROUPS"] = "1"
     try:
         with pytest.raises(
-            ValueError, match=r"shape is .* on rank \d of vocab_group; all ranks must come with the same"
+            ValueError, match=r"tokens' shape is .* on rank \d of vocab_group; all ranks must come with the same"
         ):
             batch.loss(batch.logits[few][..., own], few, vocab_group=dist.group.WORLD)
     finally:
