@@ -16,6 +16,7 @@ from benchmarks.counts.launches import (
     launch_log_probs,
     launch_logits,
     launch_rows,
+    launch_shards,
     make_rows,
 )
 from benchmarks.ring import switched_on
@@ -47,6 +48,7 @@ def main(device: str = "cuda", vocab: str = "40009") -> None:
     launch_log_probs(torch.float32, True, CONFIG, SIZE, device=device)
     launch_groups(torch.float32, WHITENED, True, SIZE, device=device)
     launch_kept(torch.bfloat16, True, SIZE, device=device)
+    launch_shards(torch.bfloat16, True, SIZE, int(vocab), device=device)
     if architecture(torch.device(device)) == "sm_90":
         with switched_on():
             launch_in_place(device, VOCAB)

@@ -26,7 +26,7 @@ PADDING = st.sampled_from([0, 0, 1, 7])
 
 
 @over_backends(60, cases(), st.data(), PADDING)
-def test_egpo_loss(backend, case, data, padding):
+def test_split_egpo_loss(backend, case, data, padding):
     """Recipes, options, dtypes, layouts and strides; uncertainties from split logits among them."""
     bounds = data.draw(cuts(case.logits.shape[-1]))
     found = advantages(case.double(), "reference")
@@ -41,7 +41,7 @@ def test_egpo_loss(backend, case, data, padding):
 
 
 @over_backends(80, cases(), st.data(), PADDING, st.sampled_from(["all", "active", "none"]))
-def test_logits_policy_loss(backend, case, data, padding, metrics):
+def test_split_logits_policy_loss(backend, case, data, padding, metrics):
     bounds = data.draw(cuts(case.logits.shape[-1]))
     exact, reference = alone(case.double(), "reference"), alone(case, "reference")
 
@@ -57,7 +57,7 @@ def test_logits_policy_loss(backend, case, data, padding, metrics):
 
 
 @over_backends(40, cases(), st.data(), st.booleans(), st.booleans())
-def test_token_log_probs(backend, case, data, use_log_probs, use_entropy):
+def test_split_token_log_probs(backend, case, data, use_log_probs, use_entropy):
     """Log-probs and entropy the same bits on all ranks; gradients through either, whose rows sum to 0 over ranks."""
     bounds, shape = data.draw(cuts(case.logits.shape[-1])), case.tokens.shape
     generator = torch.Generator().manual_seed(case.logits.shape[-1])
@@ -93,7 +93,7 @@ def test_token_log_probs(backend, case, data, use_log_probs, use_entropy):
 
 
 @over_backends(50, cases(widest=SMALL), st.data(), LEAVES, PADDING)
-def test_linear_policy_loss_under_the_accuracy_rule(backend, case, data, name, padding):
+def test_split_linear_policy_loss(backend, case, data, name, padding):
     """The gradient of each logit comes from one rank, so that no sum over ranks is rounded: in every dtype."""
     layer, bounds = EXACT[name](case), data.draw(cuts(case.logits.shape[-1]))
     options = {"max_chunk_bytes": 6 * bounds[-1] * layer.weight.element_size() // (len(bounds) - 1)}
@@ -111,7 +111,7 @@ def test_linear_policy_loss_under_the_accuracy_rule(backend, case, data, name, p
 @over_backends(
     60, cases(dtypes=(torch.float64,), widest=64), st.data(), st.sampled_from(sorted(HEADS)), st.booleans(), PADDING
 )
-def test_linear_equals_logits_in_float64(backend, case, data, head, groups, padding):
+def test_split_linear_equals_logits_in_float64(backend, case, data, head, groups, padding):
     """Recipes, layouts and options; bias, scale, softcap and adapters, summed over ranks; chunks that do not divide."""
     layer, bounds = data.draw(layers(case)), data.draw(cuts(case.logits.shape[-1]))
     wanted = tuple(name for name in HEADS[head] if name in layer.leaves)
