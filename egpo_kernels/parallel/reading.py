@@ -1,6 +1,7 @@
 """What a caller says of a vocabulary that is spread over ranks: checked, plain tensors or DTensors."""
 
 import json
+import zlib
 from reprlib import repr as shown
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from egpo_kernels.inputs.validation import check_whole, environment, is_distributed
 from egpo_kernels.parallel.exchange import gather_texts
 from egpo_kernels.parallel.shard import Shard
+
+LONG = 1000
+"""Names of groups make a longer one."""
 
 
 class Given(NamedTuple):
@@ -31,8 +35,9 @@ class Given(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The options, without tensors, whose numbers nobody may ask for."""
-        return repr([type(each) if isinstance(each, Tensor) else getattr(each, "json", each) for each in self.options])
+        """The options, without tensors, whose numbers nobody may ask for; the end of a long text by its checksum."""
+        text = repr([type(each) if isinstance(each, Tensor) else getattr(each, "json", each) for each in self.options])
+        return text if len(text) <= LONG else f"{text[:LONG]} {zlib.crc32(text.encode())}"
 
 
 NOTHING = Given()
