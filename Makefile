@@ -15,7 +15,7 @@ NEWEST_TESTS := tests/api/test_api.py tests/engine/test_autograd.py tests/engine
 	tests/formulas/test_surrogates.py tests/integrations/test_peft.py tests/integrations/test_refused.py tests/integrations/test_sharding.py tests/integrations/test_tensor_parallel.py \
 	tests/integrations/test_transformers.py tests/integrations/test_trl_options.py tests/integrations/test_wrappers.py tests/integrations/test_wrappers_hooks.py \
 	tests/integrations/test_wrappers_accelerate.py tests/integrations/test_fused_calls.py \
-	tests/parity/test_liger.py tests/parity/test_trl.py
+	tests/parallel/test_processes.py tests/parallel/test_split_rows.py tests/parity/test_liger.py tests/parity/test_trl.py
 # The kernels are compiled by these too, beside the one that pyproject.toml pins.
 TRITONS ?= 3.6.0 3.9.0
 PYTHONS ?= python3.10 python3.12 python3.13 python3.14
