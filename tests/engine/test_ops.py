@@ -20,7 +20,7 @@ from tests.support.device import DEVICE
 CONFIG = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.02)
 SEQUENCE = PolicyLossConfig(ratio="sequence")
 OFFSETS = torch.arange(5, device=DEVICE) * 4
-WHOLE = Shard("", 1, 0, 37, 37).text
+WHOLE = Shard("", 1, 0, 37, 37, "").text
 SUPPORT = (torch.tensor([3, 1, 36, 0, 9, 8, 2], device=DEVICE), (2 * torch.arange(17, device=DEVICE)).clamp(max=6))
 
 
