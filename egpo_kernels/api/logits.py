@@ -224,14 +224,14 @@ def logits_policy_loss(
     """
     rows = (mask, tokens, None, advantages, None, old_log_probs, ref_log_probs, rollout_weights)
     options = calls.Options(num_tokens, num_sequences, grad_scale, metrics)
-    told = (config, metrics, num_tokens, num_sequences)
-    kind, columns = None, reading.Given(vocab_group, vocab_start, vocab_size, told)
-    if support is None and columns.nothing:
+    kind = None
+    if support is vocab_group is vocab_start is vocab_size is None:
         kind = kind_of_loss(logits, rows, cu_seqlens, temperature, config, options, inplace_grad, backend)
     way = LOSSES.get(kind)
     if way is not None:
         return way.loss(logits, rows, temperature, options)
     check_instance("config", config, PolicyLossConfig)
+    columns = reading.Given(vocab_group, vocab_start, vocab_size, (config, metrics, num_tokens, num_sequences))
     call = read_logits(
         logits, tokens, mask, cu_seqlens, temperature, support, inplace_grad, backend, kind=kind, columns=columns
     )
@@ -281,12 +281,15 @@ def token_log_probs(
         ValueError: A wrong shape, device or value.
         TypeError: A wrong type or dtype.
     """
-    kind, columns = None, reading.Given(vocab_group, vocab_start, vocab_size)
-    if support is None and columns.nothing:
+    kind = None
+    if support is vocab_group is vocab_start is vocab_size is None:
         kind = kind_of_call(logits, (mask, tokens), temperature, backend, return_entropy, inplace_grad)
     way = SCORES.get(kind)
     if way is not None:
         return way.log_probs(logits, mask, tokens, temperature)
-    packed = isinstance(logits, Tensor) and logits.dim() == 2
+    packed, columns = (
+        isinstance(logits, Tensor) and logits.dim() == 2,
+        reading.Given(vocab_group, vocab_start, vocab_size),
+    )
     call = read_logits(logits, tokens, mask, None, temperature, support, inplace_grad, backend, packed, kind, columns)
     return log_probs_of(call, check_bool("return_entropy", return_entropy))

@@ -162,7 +162,9 @@ def _told(
     layout = call.layout
     unmade = loss_rows(call, given._replace(advantages=rewards[:, None]), config, options)
     unmade = unmade._replace(config=None, only_active=False, given=unmade.given.copy())
-    ids, _ = group_ids(grouping.groups, layout.num_sequences, layout.device, grouping.group_size)
+    ids = None  # names are told as options are
+    if isinstance(grouping.groups, Tensor):
+        ids, _ = group_ids(grouping.groups, layout.num_sequences, layout.device, grouping.group_size)
     free = [place for place in rows.FREE if unmade.given.tensors[place] is None]
     if free and (ids is not None or grouping.correct is not None):
         marks = torch.zeros(layout.num_sequences, device=layout.device, dtype=call.dtype)

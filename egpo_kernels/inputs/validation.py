@@ -27,14 +27,14 @@ _KINDS = {
 
 def check_dense(name: str, value: Any, kind: str) -> Tensor:
     """Return ``value`` when it is a tensor of that kind whose elements lie in strided memory."""
-    is_tensor = isinstance(value, Tensor) and value.dtype in _KINDS[kind]
-    if is_tensor and value.layout == torch.strided and not value.is_nested and not is_distributed(value):
-        return value
     if is_distributed(value):
         raise TypeError(
             f"{name} is a DTensor with placements {value.placements}; it must be a plain tensor, this rank's: pass its "
             "to_local(), or full_tensor()"
         )
+    is_tensor = isinstance(value, Tensor) and value.dtype in _KINDS[kind]
+    if is_tensor and value.layout == torch.strided and not value.is_nested:
+        return value
     if not isinstance(value, Tensor) or value.dtype not in _KINDS[kind]:
         wanted = f"an {kind}" if kind == "integer" else f"a {kind}"
         if not isinstance(value, Tensor):
